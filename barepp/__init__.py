@@ -1,0 +1,1 @@
+"""barepp: pipeline-parallel training that is bit-identical to one process."""

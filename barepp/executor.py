@@ -1,0 +1,206 @@
+"""Runs one rank's program: for every action take what it needs, compute, give what it made.
+
+    for 1F0 on a rank in the middle:   take <── irecv, posted when the step began
+                                       compute   Stage.forward
+                                       give  ──> isend, waited for when the step ends
+
+The only file that sees both a stage and a transport.
+
+1. Receives are posted before the first action, so bytes move while the rank computes.
+2. No send is waited for inside a step: a rank that waited there for its neighbour to receive could
+   wait for a neighbour that waits for it (1F1B does exactly that; see transport/README.md).
+3. What is measured is split where it happens: waiting for a message is never computing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+
+from barepp.actions import Action, Kind
+from barepp.boundary import Gradient
+from barepp.lowering import Step, activation_tag, gradient_tag
+from barepp.stage import Stage
+from barepp.trace import Recorder
+from barepp.world import World
+from transport.contract import Work
+from transport.errors import JobFailed
+from transport.tensors import Message
+
+# The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
+_FIRST_TAG = -16
+
+
+@dataclasses.dataclass
+class Batch:
+    """What one step works on, cut into microbatches; each part only on the rank that needs it."""
+
+    step: int
+    weights: Sequence[float]  # rows of the microbatch / rows of the batch
+    inputs: Sequence[torch.Tensor] | None  # on the rank of the first stage
+    targets: Sequence[torch.Tensor] | None  # on the rank of the last stage
+
+
+Result: TypeAlias = "Message | None"
+
+
+class Executor:
+    """Executes programs on this rank's stages.
+
+    `losses` holds the weighted loss of each microbatch of the last step (last stage only), and
+    `outputs` what each microbatch came to in a forward without gradients (last stage only).
+    """
+
+    def __init__(self, world: World, stages: Mapping[int, Stage], num_stages: int) -> None:
+        self._world = world
+        self._stages = stages
+        self._last = num_stages - 1
+        self._local: dict[int, Result] = {}  # handed from stage to stage on one rank, by tag
+        self._batch = Batch(0, (), None, None)
+        self.losses: dict[int, torch.Tensor] = {}
+        self.outputs: dict[int, Message] = {}
+
+    def train(self, program: Sequence[Step], batch: Batch, recorder: Recorder) -> None:
+        """Run a step's forwards and backwards; gradients end up in `.grad`."""
+        self.losses = {}
+        self._run(program, batch, {Kind.F: self._forward, Kind.B: self._backward}, recorder)
+
+    def infer(self, program: Sequence[Step], batch: Batch) -> None:
+        """Run forwards only, without gradients; the last stage's results go to `outputs`."""
+        self.outputs = {}
+        self._run(program, batch, {Kind.F: self._infer}, Recorder())
+
+    def _run(
+        self,
+        program: Sequence[Step],
+        batch: Batch,
+        methods: Mapping[Kind, Callable[[Action, Result], Result]],
+        recorder: Recorder,
+    ) -> None:
+        world, now = self._world, time.perf_counter_ns
+        self._batch = batch
+        self._local.clear()
+        began = now()
+        computed = waited = 0
+        sends: list[Work] = []
+        try:
+            receives = [self._post(step) for step in program]
+            for step, receive in zip(program, receives, strict=True):
+                action = step.action
+                world.activity = ("waiting for the input of", action)
+                asked = now()
+                taken = receive.wait() if receive is not None else self._take(action)
+                world.activity = ("computing", action)
+                started = now()
+                made = methods[action.kind](action, taken)
+                ended = now()
+                if made is not None:
+                    self._give(step, made, sends)
+                computed += ended - started
+                waited += started - asked
+                if recorder.tracing:
+                    recorder.spans.append((action, asked, started, ended))
+            world.activity = ("waiting for its sends",)
+            asked = now()
+            for send in sends:
+                send.wait()
+            waited += now() - asked
+        except JobFailed as error:
+            raise JobFailed(error.failure, world.position()) from None
+        recorder.step(now() - began, computed, waited)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _post(self, step: Step) -> Work | None:
+        if step.receive_from is None:
+            return None
+        return self._world.transport.irecv(step.receive_from, _input_tag(step.action))
+
+    def _take(self, action: Action) -> Result:
+        return self._local.pop(_input_tag(action), None)
+
+    def _give(self, step: Step, made: Message, sends: list[Work]) -> None:
+        tag = _output_tag(step.action)
+        if step.send_to is None:
+            self._local[tag] = made
+        else:
+            sends.append(self._world.transport.isend(made, step.send_to, tag))
+
+    # -- actions ----------------------------------------------------------------------------------
+
+    def _forward(self, action: Action, taken: Result) -> Result:
+        stage, _, microbatch = action
+        batch = self._batch
+        target = batch.targets[microbatch] if stage == self._last and batch.targets else None
+        made = self._stages[stage].forward(
+            microbatch,
+            self._input(action, taken),
+            step=batch.step,
+            target=target,
+            loss_weight=batch.weights[microbatch],
+        )
+        if stage < self._last:
+            return made
+        assert isinstance(made, torch.Tensor)
+        self.losses[microbatch] = made
+        return None
+
+    def _backward(self, action: Action, taken: Result) -> Result:
+        stage = self._stages[action.stage]
+        made = stage.backward(action.microbatch, None if taken is None else unpack_gradient(taken))
+        return None if action.stage == 0 else pack_gradient(made)
+
+    def _infer(self, action: Action, taken: Result) -> Result:
+        made = self._stages[action.stage].evaluate(self._input(action, taken))
+        if action.stage < self._last:
+            return made
+        self.outputs[action.microbatch] = made
+        return None
+
+    def _input(self, action: Action, taken: Result) -> Message:
+        if action.stage == 0:
+            assert self._batch.inputs is not None
+            return self._batch.inputs[action.microbatch]
+        assert taken is not None
+        return taken
+
+
+def pack_gradient(gradient: Gradient) -> Message:
+    """Return a gradient as a message: "no gradient" is not zeros, and has to be told apart.
+
+    A tensor travels as it is, None as an empty tuple, and a tuple behind a mask of what is there.
+    """
+    if isinstance(gradient, torch.Tensor):
+        return gradient
+    if gradient is None:
+        return ()
+    mask = torch.tensor([part is not None for part in gradient], dtype=torch.bool)
+    return (mask, *(part for part in gradient if part is not None))
+
+
+def unpack_gradient(message: Message) -> Gradient:
+    """Undo `pack_gradient`."""
+    if isinstance(message, torch.Tensor):
+        return message
+    if not message:
+        return None
+    mask, *parts = message
+    rest = iter(parts)
+    return tuple(next(rest) if there else None for there in mask.tolist())
+
+
+def _input_tag(action: Action) -> int:
+    """Return the tag under which an action's input comes: an activation or a gradient."""
+    named = activation_tag if action.kind is Kind.F else gradient_tag
+    return _FIRST_TAG - named(action.stage, action.microbatch)
+
+
+def _output_tag(action: Action) -> int:
+    """Return the tag under which the next stage (the previous one, backwards) awaits the result."""
+    if action.kind is Kind.F:
+        return _FIRST_TAG - activation_tag(action.stage + 1, action.microbatch)
+    return _FIRST_TAG - gradient_tag(action.stage - 1, action.microbatch)

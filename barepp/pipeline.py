@@ -1,0 +1,272 @@
+"""The front door: a model cut into stages, one training step at a time, the same on every rank.
+
+    with barepp.init() as world:
+        pipe = barepp.Pipeline(world, barepp.mlp(), torch.nn.functional.cross_entropy)
+        optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-3)
+        for images, labels in batches:
+            pipe.zero_grad()
+            loss = pipe.step(images, labels)
+            optimizer.step()
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from barepp.actions import Kind
+from barepp.errors import UsageError
+from barepp.executor import Batch, Executor
+from barepp.lowering import Program, Step, lower, placement
+from barepp.microbatch import microbatch_sizes, split
+from barepp.models import LayerBuilder
+from barepp.partition import partition as cut
+from barepp.schedules import Schedule, make_schedule
+from barepp.stage import LossFunction, Stage
+from barepp.trace import Recorder
+from barepp.world import World
+from transport.collectives import broadcast
+from transport.tensors import Message, memory
+
+_EXPORT_TAG = -8  # parameters on their way to the rank that hashes them
+_GO_TAG = -9
+
+
+class Pipeline:
+    """A model in stages over the ranks of a world, trained as one process would train it.
+
+    Args:
+        world: this rank's world.
+        layers: one zero-argument callable a layer, each building one `nn.Module`. Only those of
+            this rank's stages are called, each under its own seed.
+        loss_fn: (output, target) -> a scalar, the mean over the rows.
+        schedule: a name that `barepp.plan` knows.
+        num_microbatches: into how many microbatches a batch is cut; a batch with fewer rows makes
+            as many microbatches as it has rows.
+        partition: "uniform", or the number of layers of each stage.
+        seed: decides all initial weights and dropout masks, whatever the number of ranks.
+
+    Raises:
+        ScheduleError, PartitionError, UsageError: before anything is built or sent.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        layers: Sequence[LayerBuilder],
+        loss_fn: LossFunction,
+        *,
+        schedule: str = "1f1b",
+        num_microbatches: int = 8,
+        partition: str | Sequence[int] = "uniform",
+        seed: int = 0,
+    ) -> None:
+        num_stages = world.world_size
+        self.world = world
+        self.schedule: Schedule = make_schedule(schedule, num_stages, num_microbatches)
+        ranges = cut(len(layers), num_stages, partition)
+        self._holder = placement(self.schedule.order)
+        self.stages: dict[int, Stage] = {
+            index: Stage(
+                index, ranges[index], num_stages, layers, loss_fn, seed, lock=world.random_lock
+            )
+            for index in range(num_stages)
+            if self._holder[index] == world.rank
+        }
+        self.recorder = Recorder()
+        self._loss_fn = loss_fn
+        self._last = num_stages - 1
+        self._steps = 0
+        self._executor = Executor(world, self.stages, num_stages)
+        self._programs: dict[tuple[int, bool], Program] = {}
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def step(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> torch.Tensor:
+        """Run forward and backward of one batch; gradients are added to `.grad`.
+
+        Every rank calls it. `inputs` (rows first) is used on the rank of the first stage,
+        `targets` on that of the last; elsewhere they may be None. Blocks until this rank's part
+        is done, and returns the mean loss over all rows, 0-dimensional, on every rank.
+
+        Raises:
+            UsageError: data is missing where it is needed, has no rows, or rows that do not match.
+            JobFailed: another rank failed.
+        """
+        batch = self._batch(inputs, targets, training=True)
+        program = self._program(len(batch.weights), training=True)
+        try:
+            self._executor.train(program, batch, self.recorder)
+        except BaseException:
+            for stage in self.stages.values():
+                stage.clear()
+            raise
+        self._steps += 1
+        return self._total_loss()
+
+    def forward(self, inputs: torch.Tensor | None) -> Message | None:
+        """Return the model's output for `inputs` on the rank of the last stage, None elsewhere.
+
+        Every rank calls it. Nothing is kept for a backward. Layers are in the mode that `train()`
+        or `eval()` has set.
+        """
+        batch = self._batch(inputs, None, training=False)
+        self._executor.infer(self._program(len(batch.weights), training=False), batch)
+        parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
+        if not parts:
+            return None
+        if isinstance(parts[0], torch.Tensor):
+            return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+        return tuple(torch.cat(list(column)) for column in zip(*parts, strict=True))
+
+    def evaluate(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> torch.Tensor:
+        """Return the mean loss over all rows on every rank, in `eval()` mode, without gradients."""
+        modes = {index: stage.layers.training for index, stage in self.stages.items()}
+        self.eval()
+        try:
+            output = self.forward(inputs)
+        finally:
+            for index, stage in self.stages.items():
+                stage.train(modes[index])
+        loss = None
+        if self._last in self.stages:
+            if targets is None:
+                raise UsageError("the rank of the last stage needs the targets")
+            with torch.no_grad():
+                loss = self._loss_fn(output, targets).detach().reshape(())
+        return self._from_rank(loss, self._holder[self._last])
+
+    def _batch(
+        self, inputs: torch.Tensor | None, targets: torch.Tensor | None, *, training: bool
+    ) -> Batch:
+        """Agree on the number of rows (the first rank's word) and cut this rank's data."""
+        rows = None
+        if 0 in self.stages:
+            if inputs is None or inputs.dim() == 0 or not len(inputs):
+                raise UsageError("the rank of the first stage needs inputs with at least one row")
+            rows = torch.tensor([len(inputs)])
+        num_rows = int(self._from_rank(rows, self._holder[0]))
+        sizes = microbatch_sizes(num_rows, self.schedule.num_microbatches)
+        if self._last in self.stages and training and (targets is None or len(targets) != num_rows):
+            found = "no targets" if targets is None else f"{len(targets)} targets"
+            raise UsageError(f"the batch has {num_rows} inputs, but the last stage got {found}")
+        return Batch(
+            self._steps,
+            [size / num_rows for size in sizes],
+            split(inputs, sizes) if 0 in self.stages and inputs is not None else None,
+            split(targets, sizes) if self._last in self.stages and targets is not None else None,
+        )
+
+    def _program(self, num_microbatches: int, *, training: bool) -> Sequence[Step]:
+        key = (num_microbatches, training)
+        if key not in self._programs:
+            schedule = self.schedule
+            order = make_schedule(
+                schedule.name, schedule.num_stages, num_microbatches, schedule.num_ranks
+            ).order
+            if not training:
+                order = [[action for action in row if action.kind is Kind.F] for row in order]
+            self._programs[key] = lower(order, schedule.num_stages)
+        return self._programs[key][self.world.rank]
+
+    def _total_loss(self) -> torch.Tensor:
+        """Add the microbatches' weighted losses up, in microbatch order, and tell every rank."""
+        total = None
+        if self._last in self.stages:
+            losses = self._executor.losses
+            total = sum((losses[index] for index in sorted(losses)), torch.zeros(()))
+        return self._from_rank(total, self._holder[self._last])
+
+    def _from_rank(self, tensor: torch.Tensor | None, root: int) -> torch.Tensor:
+        if self.world.world_size == 1:
+            assert tensor is not None
+            return tensor
+        shared = broadcast(self.world.transport, tensor, root)
+        assert isinstance(shared, torch.Tensor)
+        return shared
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield this rank's parameters, in layer order."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's parameters under their names in the one-process model: "3.weight"."""
+        for stage in self.stages.values():
+            yield from stage.named_parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return this rank's parameters and buffers under the one-process model's keys."""
+        state: dict[str, torch.Tensor] = {}
+        for stage in self.stages.values():
+            state.update(stage.state_dict())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load this rank's part of a state; keys of other ranks' layers are passed over."""
+        for stage in self.stages.values():
+            own = stage.state_dict().keys()
+            stage.layers.load_state_dict({key: state[key] for key in own if key in state})
+
+    def zero_grad(self) -> None:
+        """Forget all gradients of this rank."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> None:
+        """Put this rank's layers into training mode (dropout on)."""
+        for stage in self.stages.values():
+            stage.train(mode)
+
+    def eval(self) -> None:
+        """Put this rank's layers into evaluation mode (dropout off)."""
+        self.train(False)
+
+    @property
+    def peak_in_flight(self) -> int:
+        """The most microbatches whose forward was kept for its backward at one time, summed."""
+        return sum(stage.peak_in_flight for stage in self.stages.values())
+
+    def parameters_sha256(self) -> str:
+        """Return the SHA-256 of all parameters; collective, the same on every rank.
+
+        Over their float32 little-endian bytes, in layer order. Rank 0 hashes; parameters come to
+        it a layer at a time, so nobody ever holds the whole model.
+        """
+        digest = hashlib.sha256()
+        for index in range(self._last + 1):
+            holder = self._holder[index]
+            if self.world.rank == holder == 0:
+                for parameter in self.stages[index].parameters():
+                    exported = _exported(parameter)
+                    digest.update(memory(exported))
+            elif self.world.rank == holder:
+                self._export(self.stages[index])
+            elif self.world.rank == 0:
+                self._import(holder, digest)
+        packed = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        return bytes(self._from_rank(packed if self.world.rank == 0 else None, 0).tolist()).hex()
+
+    def _export(self, stage: Stage) -> None:
+        transport = self.world.transport
+        parameters = list(stage.parameters())
+        transport.recv(0, _GO_TAG)  # rank 0 asks, so that nothing waits in its memory
+        transport.send(torch.tensor(len(parameters)), 0, _EXPORT_TAG)
+        for parameter in parameters:
+            transport.send(_exported(parameter), 0, _EXPORT_TAG)
+
+    def _import(self, holder: int, digest: hashlib._Hash) -> None:
+        transport = self.world.transport
+        transport.send(torch.empty(0), holder, _GO_TAG)
+        for _ in range(int(transport.recv(holder, _EXPORT_TAG))):
+            parameter = transport.recv(holder, _EXPORT_TAG)
+            digest.update(memory(parameter))
+
+
+def _exported(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to("cpu", torch.float32).contiguous()

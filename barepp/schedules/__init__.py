@@ -1,0 +1,59 @@
+"""The schedules by name, and the one door to them: `make_schedule`.
+
+A schedule is a pure function (num_stages, num_microbatches, num_ranks) -> Order, in a file of its
+own. To add one, write that file and add its line to `_SCHEDULES`; it is then validated, drawn,
+simulated and executed like the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from barepp.actions import Order
+from barepp.errors import ScheduleError
+from barepp.schedules.gpipe import gpipe_order
+from barepp.schedules.naive import naive_order
+from barepp.schedules.one_f_one_b import one_f_one_b_order
+from barepp.validation import check_sizes, validate
+
+_SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {
+    "naive": naive_order,
+    "gpipe": gpipe_order,
+    "1f1b": one_f_one_b_order,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An order and what it is for; one that exists is valid, also when it is written by hand."""
+
+    name: str
+    num_stages: int
+    num_ranks: int
+    num_microbatches: int
+    order: Order
+
+    def __post_init__(self) -> None:
+        if len(self.order) != self.num_ranks:
+            raise ScheduleError(
+                f"{self.name} is for {self.num_ranks} ranks, but its order lists {len(self.order)}"
+            )
+        validate(self.order, self.num_stages, self.num_microbatches)
+
+
+def schedule_names() -> list[str]:
+    """Return the names that `make_schedule` knows."""
+    return list(_SCHEDULES)
+
+
+def make_schedule(
+    name: str, num_stages: int, num_microbatches: int, num_ranks: int | None = None
+) -> Schedule:
+    """Return the schedule `name`, validated; num_ranks defaults to one rank for each stage."""
+    if name not in _SCHEDULES:
+        raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(_SCHEDULES)}")
+    check_sizes(num_stages, num_microbatches)
+    ranks = num_stages if num_ranks is None else num_ranks
+    if ranks < 1:
+        raise ScheduleError(f"a pipeline needs at least 1 rank, not {ranks}")
+    order = _SCHEDULES[name](num_stages, num_microbatches, ranks)
+    return Schedule(name, num_stages, ranks, num_microbatches, order)

@@ -1,0 +1,88 @@
+"""Random numbers that depend on (seed, layer, step, microbatch), never on who holds the layer.
+
+torch's layers draw from one generator for the whole process, so a dropout mask depends on all
+that was drawn before it in that process: cut the model elsewhere and the masks change. Here the
+generator is seeded afresh before each layer runs. The rules:
+
+1. Each layer's forward starts from a seed of its own, whether or not it will draw: what draws
+   (a flag, a branch on the data, `F.dropout` deep inside) cannot be known from outside.
+2. The user's own sequence is kept: whoever calls `torch.randperm` between steps gets the numbers
+   that plain torch would have given. The generator is saved and put back around each stage's turn.
+3. Ranks that are threads of one process share the generator, so they take turns with a lock.
+
+Measured on CPU: a seed 1.1 µs and putting it in 1.3 µs for each layer; saving and restoring 2 to
+4 µs for each turn. (`torch.manual_seed` is 65 to 145 µs: it visits every kind of device.)
+"""
+
+from __future__ import annotations
+
+import threading
+from hashlib import blake2b
+from types import TracebackType
+
+import torch
+
+
+def derive_seed(seed: int, purpose: str, layer: int = 0, step: int = 0, microbatch: int = 0) -> int:
+    """Return 64 bits that look random, and are the same for the same arguments everywhere.
+
+    BLAKE2 (RFC 7693) is a hash without visible structure: neighbours differ in half their bits.
+    That matters since torch's CPU generator, mt19937, takes the low 32 bits of a seed only, so
+    arithmetic like `seed + 1000 * layer + step` would soon give two layers the same mask.
+    """
+    place = f"{seed} {purpose} {layer} {step} {microbatch}"
+    return int.from_bytes(blake2b(place.encode(), digest_size=8).digest(), "little")
+
+
+class LayerRandomness:
+    """A turn at the process's random generators: `with randomness: randomness.seed_layer(…)`.
+
+    `lock` is shared by all ranks of one process; None when the process holds a single rank. On a
+    GPU the layers draw from that device's generator, so it is seeded, saved and restored too.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        lock: threading.Lock | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.seed = seed
+        self._lock = lock
+        self._generators: list[torch.Generator] = [torch.default_generator]
+        self._saved: list[torch.Tensor] = []
+        if device is not None and device.type == "cuda":
+            # The devices' generators do not exist before this.
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+
+    def __enter__(self) -> "LayerRandomness":
+        if self._lock is not None:
+            self._lock.acquire()
+        # Inside the lock: another thread's layer may have been seeding the generator until now.
+        self._saved = [generator.get_state() for generator in self._generators]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for generator, state in zip(self._generators, self._saved, strict=True):
+            generator.set_state(state)
+        if self._lock is not None:
+            self._lock.release()
+
+    def seed_initial(self, layer: int) -> None:
+        """Seed the construction of a layer: its initial weights."""
+        self._seed(derive_seed(self.seed, "init", layer))
+
+    def seed_layer(self, layer: int, step: int, microbatch: int) -> None:
+        """Seed one forward of a layer: its dropout masks."""
+        self._seed(derive_seed(self.seed, "forward", layer, step, microbatch))
+
+    def _seed(self, value: int) -> None:
+        for generator in self._generators:
+            generator.manual_seed(value)

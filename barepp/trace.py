@@ -1,0 +1,129 @@
+"""What a rank did and when: sums for every step, and every span when tracing is on.
+
+A step's time on one rank is split into three parts, so that waiting never counts as anything else:
+
+    computing   inside an action: torch's forward or backward
+    waiting     blocked on a message that is not here yet: the bubble, and time for a core
+    moving      the rest: splitting, posting, sending, bookkeeping
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from barepp.actions import Action, Kind
+from transport.collectives import all_reduce
+
+if TYPE_CHECKING:
+    from barepp.world import World
+
+_KINDS = tuple(Kind)
+_SPAN_TAG = 2**62 - 1 - 2**20  # far from what users are likely to choose
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Collects one rank's times. All of them are nanoseconds of `time.perf_counter_ns`."""
+
+    tracing: bool = False
+    step_ns: list[int] = dataclasses.field(default_factory=list)
+    compute_ns: list[int] = dataclasses.field(default_factory=list)
+    wait_ns: list[int] = dataclasses.field(default_factory=list)
+    spans: list[tuple[Action, int, int, int]] = dataclasses.field(default_factory=list)
+
+    def step(self, step_ns: int, compute_ns: int, wait_ns: int) -> None:
+        """Take one finished step's sums."""
+        self.step_ns.append(step_ns)
+        self.compute_ns.append(compute_ns)
+        self.wait_ns.append(wait_ns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Times of a run over all ranks, the first step left out when there are more (it warms up).
+
+    bubble = 1 - computing / (ranks * step time), as `barepp.plan` defines it for the prediction.
+    """
+
+    step_ms: float
+    bubble: float
+    computing_ms: list[float]  # per rank, the mean of a step
+    waiting_ms: list[float]
+    moving_ms: list[float]
+    peak_in_flight: list[int]
+
+
+def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
+    """Put all ranks' sums together; collective, the same result on every rank."""
+    skip = 1 if len(recorder.step_ns) > 1 else 0
+    mine = torch.zeros(world.world_size, 6, dtype=torch.float64)
+    steps = recorder.step_ns[skip:]
+    mine[world.rank] = torch.tensor(
+        [
+            statistics.median(steps) if steps else 0.0,
+            sum(steps),
+            sum(recorder.compute_ns[skip:]),
+            sum(recorder.wait_ns[skip:]),
+            len(steps),
+            peak_in_flight,
+        ],
+        dtype=torch.float64,
+    )
+    table = all_reduce(world.transport, mine) if world.world_size > 1 else mine
+    median, total, computing, waiting, count, peak = table.T
+    count = count.clamp(min=1)
+    moving = (total - computing - waiting) / count
+    return Summary(
+        step_ms=float(median.max()) / 1e6,
+        bubble=1 - float(computing.sum() / total.sum()) if float(total.sum()) else 0.0,
+        computing_ms=(computing / count / 1e6).tolist(),
+        waiting_ms=(waiting / count / 1e6).tolist(),
+        moving_ms=(moving / 1e6).tolist(),
+        peak_in_flight=[int(value) for value in peak.tolist()],
+    )
+
+
+def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
+    """Gather every rank's spans on rank 0 and write them there as Chrome trace events; collective.
+
+    The file opens in Perfetto or chrome://tracing, one row a rank. Format: "Trace Event Format",
+    complete events ("ph": "X") with times in microseconds. Ranks share one clock because they
+    share one host (CLOCK_MONOTONIC).
+    """
+    rows = [
+        [a.stage, _KINDS.index(a.kind), a.microbatch, waited, start, end]
+        for a, waited, start, end in recorder.spans
+    ]
+    mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    if world.rank != 0:
+        world.send(mine, 0, _SPAN_TAG)
+        return
+    tables = [mine] + [world.recv(rank, _SPAN_TAG) for rank in range(1, world.world_size)]
+    origin = min((int(table[:, 3].min()) for table in tables if len(table)), default=0)
+    events: list[dict[str, object]] = []
+    for rank, table in enumerate(tables):
+        name = {"name": f"rank {rank}"}
+        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": name})
+        for stage, kind, microbatch, waited, start, end in table.tolist():
+            action = str(Action(stage, _KINDS[kind], microbatch))
+            spans = [("waiting", waited, start), (action, start, end)]
+            events += [
+                {
+                    "ph": "X",
+                    "name": label,
+                    "cat": "wait" if label == "waiting" else _KINDS[kind].value,
+                    "pid": 0,
+                    "tid": rank,
+                    "ts": (begin - origin) / 1e3,
+                    "dur": (finish - begin) / 1e3,
+                }
+                for label, begin, finish in spans
+                if finish > begin
+            ]
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

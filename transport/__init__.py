@@ -1,0 +1,1 @@
+"""transport: tensors between ranks over raw sockets."""

@@ -1,0 +1,105 @@
+"""Where a rank listens: an abstract Unix name for ranks of its host, TCP for all others.
+
+Two ranks share a host when they share the kernel's boot id and the network namespace, because an
+abstract Unix name (unix(7)) lives in the latter. It has no file, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Final
+
+from transport.errors import ProtocolError
+
+UNIX_BUFFER_NBYTES: Final = 4 * 1024 * 1024  # the kernel cuts it down to net.core.wmem_max
+BACKLOG: Final = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """How to reach one rank. `host` compares equal on one host; `unix` may be empty."""
+
+    host: str
+    unix: str
+    tcp: tuple[str, int]
+
+    def to_record(self) -> list[object]:
+        """Return the address as msgpack takes it."""
+        return [self.host, self.unix, *self.tcp]
+
+    @classmethod
+    def from_record(cls, record: object) -> Address:
+        """Read an address that came over the network.
+
+        Raises:
+            ProtocolError: it is not one.
+        """
+        match record:
+            case [str(host), str(unix), str(name), int(port)] if 0 <= port < 65536:
+                return cls(host, unix, (name, port))
+        raise ProtocolError(f"not an address: {record!r:.200}")
+
+
+def host_key() -> str:
+    """Return a name that two processes share exactly when an abstract Unix name connects them."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/net')}"
+
+
+def listen(*, unix: bool, bind: str = "127.0.0.1") -> tuple[list[socket.socket], Address]:
+    """Open this rank's listening sockets, TCP on a free port of `bind` and Unix when asked."""
+    family = socket.getaddrinfo(bind, 0, type=socket.SOCK_STREAM)[0][0]
+    tcp = socket.create_server((bind, 0), family=family, backlog=BACKLOG)
+    sockets = [tcp]
+    name = ""
+    if unix:
+        name = f"barepp-{secrets.token_hex(16)}"
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        local.bind("\0" + name)
+        local.listen(BACKLOG)
+        sockets.append(local)
+    host, port = tcp.getsockname()[:2]
+    return sockets, Address(host_key(), name, (host, port))
+
+
+def dial(address: Address, *, unix: bool) -> socket.socket:
+    """Start to connect, without waiting, over the fastest family that reaches the address.
+
+    Raises:
+        BlockingIOError: the listener's queue is full: try again a little later.
+        OSError: nobody listens there.
+    """
+    if unix and address.unix and address.host == host_key():
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        target: str | tuple[str, int] = "\0" + address.unix
+    else:
+        family = socket.getaddrinfo(*address.tcp, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        target = address.tcp
+    sock.setblocking(False)
+    tune(sock)
+    try:
+        sock.connect(target)
+    except BlockingIOError:
+        if sock.family == socket.AF_UNIX:  # connect(2): EAGAIN, not EINPROGRESS, for Unix streams
+            sock.close()
+            raise
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def tune(sock: socket.socket) -> None:
+    """Set a data socket's options: no delay for small frames, large buffers on Unix streams.
+
+    TCP's own buffers stay as they are, because the kernel adapts them as long as nobody sets them.
+    """
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_NBYTES)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,233 @@
+"""One stream between two ranks: frames queued out, frames read in, and how it ends.
+
+It knows sockets and frames. What a frame means is its owner's business, which it asks through the
+three calls of `Owner`. Everything here runs under the lock of `Progress`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import select
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+
+from transport.contract import Work
+from transport.errors import PeerLost, ProtocolError, TransportError
+from transport.progress import Progress
+from transport.tensors import memory
+from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+
+READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
+MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
+
+
+class Owner(Protocol):
+    """What a connection asks of the transport that it belongs to."""
+
+    def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
+        """Return the tensors that the payload fills, or None to stop reading for now."""
+
+    def on_payload(self, connection: Connection) -> None:
+        """Take note that the payload of the last frame is complete."""
+
+    def on_end(self, connection: Connection, error: TransportError) -> None:
+        """Take note that the stream is over: `ProtocolError` for bad bytes, else `PeerLost`."""
+
+
+class _Outgoing:
+    """One frame on its way out. It keeps the tensors alive whose memory its buffers view."""
+
+    __slots__ = ("buffers", "tensors", "work")
+
+    def __init__(
+        self, buffers: deque[memoryview], tensors: Sequence[torch.Tensor], work: Work | None
+    ) -> None:
+        self.buffers = buffers
+        self.tensors = tensors
+        self.work = work
+
+
+class Connection:
+    """The stream to one peer; frames may be queued before there is a socket."""
+
+    def __init__(self, progress: Progress, owner: Owner, peer: int, limits: Limits) -> None:
+        self.peer = peer
+        self.socket: socket.socket | None = None
+        self._progress = progress
+        self._owner = owner
+        self._decoder = Decoder(limits)
+        self._queue: deque[_Outgoing] = deque()
+        self._sequence = 0
+        self._pending: Frame | None = None  # a frame that the owner has not taken yet
+        self._filling: Sequence[torch.Tensor] = ()  # kept alive while the kernel writes to them
+        self._watched = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was queued has gone to the kernel."""
+        return not self._queue
+
+    @property
+    def paused(self) -> bool:
+        """Whether reading has stopped because the owner did not take a frame."""
+        return self._pending is not None
+
+    def attach(self, sock: socket.socket) -> None:
+        """Start to read and write over an authenticated, non-blocking socket."""
+        self.socket = sock
+        self._progress.register(sock.fileno(), select.EPOLLIN, self._on_events)
+        self._watched = select.EPOLLIN
+        self._flush()
+
+    def queue(
+        self,
+        kind: FrameKind,
+        meta: object,
+        tensors: Sequence[torch.Tensor] = (),
+        work: Work | None = None,
+    ) -> None:
+        """Send a frame now as far as the kernel takes it, and the rest when it takes more."""
+        views = [memory(tensor) for tensor in tensors if tensor.numel()]
+        head = encode(kind, self._sequence, meta, sum(map(len, views)))
+        self._sequence += 1
+        self._queue.append(_Outgoing(deque([memoryview(head), *views]), tensors, work))
+        if self.socket is not None and len(self._queue) == 1:
+            self._flush()
+
+    def resume(self) -> None:
+        """Offer the frame that was not taken once more, and read on if it is taken now."""
+        if self._pending is not None and self.socket is not None:
+            frame, self._pending = self._pending, None
+            if self._begin(frame) and self._drain():
+                self._watch()
+
+    def close_socket(self) -> None:
+        """Close the socket; what is queued stays where it is."""
+        if self.socket is not None:
+            self._progress.unregister(self.socket.fileno())
+            self.socket.close()
+            self.socket = None
+        self._filling = ()
+        self._pending = None
+
+    def detach(self, error: TransportError) -> None:
+        """Close the socket and fail what is still queued."""
+        self.close_socket()
+        while self._queue:
+            work = self._queue.popleft().work
+            if work is not None:
+                work.fail(error)
+
+    def _on_events(self, mask: int) -> None:
+        if mask & select.EPOLLOUT:
+            self._flush()
+        if mask & ~select.EPOLLOUT and self.socket is not None and not self.paused:
+            self._read()
+
+    def _watch(self) -> None:
+        """Ask the kernel for just the events that can be used now."""
+        if self.socket is None:
+            return
+        wanted = (0 if self.paused else select.EPOLLIN) | (select.EPOLLOUT if self._queue else 0)
+        if wanted == self._watched:
+            return
+        fd = self.socket.fileno()
+        if not wanted:
+            self._progress.unregister(fd)  # a mask of 0 would still report a hang-up, for ever
+        elif not self._watched:
+            self._progress.register(fd, wanted, self._on_events)
+        else:
+            self._progress.modify(fd, wanted)
+        self._watched = wanted
+
+    def _flush(self) -> None:
+        assert self.socket is not None
+        try:
+            while self._queue:
+                buffers = (view for item in self._queue for view in item.buffers)
+                self._sent(self.socket.sendmsg(itertools.islice(buffers, MAX_GATHER)))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            # The peer is gone, but what it sent before may still be readable: reading will find
+            # the end. Only a reader that has stopped would not.
+            if self.paused:
+                self._end(error)
+            return
+        self._watch()
+
+    def _sent(self, nbytes: int) -> None:
+        while self._queue:
+            item = self._queue[0]
+            while item.buffers and nbytes >= len(item.buffers[0]):
+                nbytes -= len(item.buffers.popleft())
+            if item.buffers:
+                if nbytes:
+                    item.buffers[0] = item.buffers[0][nbytes:]
+                return
+            self._queue.popleft()
+            if item.work is not None:
+                item.work.complete()
+
+    def _read(self) -> None:
+        assert self.socket is not None
+        budget = READ_BUDGET_NBYTES
+        try:
+            while budget > 0:
+                room = self._decoder.buffer()
+                nbytes = self.socket.recv_into(room)
+                if nbytes == 0:
+                    self._end(None)
+                    return
+                self._decoder.received(nbytes)
+                if not self._drain():
+                    return
+                if nbytes < len(room):
+                    return  # that was all; asking once more would only cost a system call
+                budget -= nbytes
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._end(error)
+
+    def _drain(self) -> bool:
+        """Handle all frames that are here; False when reading has stopped."""
+        try:
+            while (event := self._decoder.next_event()) is not None:
+                if isinstance(event, Frame):
+                    if not self._begin(event):
+                        return False
+                else:
+                    self._filling = ()
+                    self._owner.on_payload(self)
+                if self.socket is None:
+                    return False
+        except ProtocolError as error:
+            self._owner.on_end(self, error)
+            return False
+        return True
+
+    def _begin(self, frame: Frame) -> bool:
+        try:
+            tensors = self._owner.on_frame(self, frame)
+        except ProtocolError as error:
+            self._owner.on_end(self, error)
+            return False
+        if tensors is None:
+            self._pending = frame
+            self._watch()
+            return False
+        self._filling = tensors
+        if frame.payload_nbytes:
+            self._decoder.receive_into([memory(tensor) for tensor in tensors if tensor.numel()])
+        return True
+
+    def _end(self, error: OSError | None) -> None:
+        where = "in the middle of a frame" if self._decoder.mid_frame else "without a goodbye"
+        how = f" ({error.strerror})" if error is not None else ""
+        message = f"the connection to rank {self.peer} ended {where}{how}"
+        self._owner.on_end(self, PeerLost(message))

@@ -1,0 +1,230 @@
+"""The contract that every transport keeps, and that the contract tests check on each of them.
+
+1. Order. Messages from one rank to another with the same tag arrive in the order in which they
+   were sent. Between different tags there is no order, and none is needed.
+2. Matching. A receive names its source and its tag; the first message that fits completes it. It
+   may be posted before or after the message arrives.
+3. No wait for the peer. `isend` returns without waiting for the other side to receive, or even to
+   exist: what the connection does not take yet is queued by reference.
+4. Ownership. From `isend` until its work is complete the tensor belongs to the transport: it may
+   be read, not written. Afterwards no change to it reaches the receiver. A received tensor is the
+   receiver's alone.
+5. Bounded memory. Messages that nobody has asked for are held up to `unexpected_limit` bytes per
+   peer; beyond it the rank stops reading that peer, unless it is itself waiting for a receive,
+   because to stop then could deadlock.
+6. Threads. Every method may be called from any thread.
+7. Failure. After `abort(error)`, and after a peer is lost, every call that depends on it raises;
+   none blocks for ever. A call that timed out has changed nothing: its work can be waited for
+   again.
+8. End. `close` sends what is queued, says goodbye to every peer, then ends. `abort` ends at once.
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from transport.errors import InvalidArgument, MessageMismatch, TransportError, WaitTimeout
+from transport.tensors import Message, MessageSpec, TensorSpec, fillable
+
+if TYPE_CHECKING:
+    import torch
+
+TAG_LIMIT = 2**62  # user tags are 0 ... TAG_LIMIT - 1; the negative ones belong to the transport
+DEFAULT_UNEXPECTED_LIMIT = 64 * 1024 * 1024
+
+
+class Work:
+    """A send or a receive on its way. `wait` ends when it is complete or has failed."""
+
+    __slots__ = ("_error", "_result", "_transport", "description", "done", "is_receive")
+
+    def __init__(self, transport: Transport, description: str, is_receive: bool) -> None:
+        self._transport = transport
+        self._result: Message | None = None
+        self._error: TransportError | None = None
+        self.done = False
+        self.is_receive = is_receive
+        self.description = description
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return, or raise, without blocking."""
+        return self.done
+
+    def wait(self, timeout: float | None = None) -> Message | None:
+        """Block until the work is complete; return the received message, None for a send.
+
+        A send is complete when its tensor may be written again, not when the peer has received
+        it. `timeout` is in seconds, None waits without a limit.
+
+        Raises:
+            WaitTimeout: the seconds are over; the work goes on and can be waited for again.
+            MessageMismatch: what arrived is not what the receive had stated.
+            PeerLeft, PeerLost, ProtocolError: the peer cannot complete it any more.
+            JobFailed: some rank of the job failed.
+            TransportClosed: this rank closed or aborted its transport.
+        """
+        if not self.done and not self._transport.progress_until(self, timeout):
+            raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return self._result
+
+    def complete(self, result: Message | None = None) -> None:
+        """Mark the work as done; called by the transport under its lock."""
+        self._result = result
+        self.done = True
+
+    def fail(self, error: TransportError) -> None:
+        """Mark the work as failed; called by the transport under its lock."""
+        self._error = error
+        self.done = True
+
+
+class Receive(Work):
+    """A posted receive: the work, and what its receiver has stated about the message."""
+
+    __slots__ = ("expected", "into", "src", "tag")
+
+    def __init__(
+        self,
+        transport: Transport,
+        src: int,
+        tag: int,
+        into: Message | None,
+        expected: MessageSpec | None,
+    ) -> None:
+        super().__init__(transport, f"waiting for a message from rank {src} (tag {tag})", True)
+        self.src = src
+        self.tag = tag
+        self.into = into
+        self.expected = expected
+
+
+class Transport(abc.ABC):
+    """Point-to-point messages between the ranks of one world; the rules are at the file's top."""
+
+    name: ClassVar[str]
+    rank: int
+    world_size: int
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return None when this machine can use the transport, else the reason in one sentence."""
+        return None
+
+    def isend(self, message: Message, dst: int, tag: int = 0) -> Work:
+        """Start to send a CPU tensor (or a tuple of them) of any shape; never waits for the peer.
+
+        A contiguous tensor is sent from its own memory: leave it as it is until the work is done.
+
+        Raises:
+            InvalidArgument: no such rank, this rank itself, a bad tag, or not a sendable tensor.
+            JobFailed, PeerLeft, PeerLost, TransportClosed: the message cannot go anywhere.
+        """
+        self._check(dst, tag, "send to")
+        return self.post_send(message, dst, tag)
+
+    def irecv(
+        self,
+        src: int,
+        tag: int = 0,
+        *,
+        into: Message | None = None,
+        expect: TensorSpec | MessageSpec | None = None,
+    ) -> Work:
+        """Start to receive the next message of `src` with `tag`; never waits for the peer.
+
+        `into` is a contiguous CPU tensor (or tuple) that the message is to fill, and the message
+        must then have its dtype and shape; `expect` states them without giving memory.
+
+        Raises:
+            InvalidArgument: no such rank, this rank itself, a bad tag, memory that cannot be
+                filled, or `into` and `expect` that contradict each other.
+            JobFailed, TransportClosed: nothing can be received any more.
+        """
+        self._check(src, tag, "receive from")
+        expected = MessageSpec((expect,), False) if isinstance(expect, TensorSpec) else expect
+        if into is not None:
+            filled = fillable(into)
+            if expected is not None and expected != filled:
+                raise InvalidArgument(f"`into` is {filled}, `expect` says {expected}")
+            expected = filled
+        receive = Receive(self, src, tag, into, expected)
+        self.post_receive(receive)
+        return receive
+
+    def send(
+        self, message: Message, dst: int, tag: int = 0, *, timeout: float | None = None
+    ) -> None:
+        """Send and block until the tensor may be written again; raises what `Work.wait` raises."""
+        self.isend(message, dst, tag).wait(timeout)
+
+    def recv(
+        self,
+        src: int,
+        tag: int = 0,
+        *,
+        into: torch.Tensor | None = None,
+        expect: TensorSpec | None = None,
+        timeout: float | None = None,
+    ) -> torch.Tensor:
+        """Receive one tensor and block until it is here; raises what `Work.wait` raises.
+
+        Raises:
+            MessageMismatch: the message is a tuple of tensors; receive those with `irecv`.
+        """
+        work = self.irecv(src, tag, into=into, expect=expect)
+        message = work.wait(timeout)
+        assert message is not None
+        if isinstance(message, tuple):
+            raise MessageMismatch(
+                f"the message from rank {src} (tag {tag}) is a tuple {MessageSpec.of(message)}, "
+                "recv takes one tensor: use irecv(...).wait()"
+            )
+        return message
+
+    def _check(self, peer: int, tag: int, verb: str) -> None:
+        if type(peer) is not int or not 0 <= peer < self.world_size or peer == self.rank:
+            why = "that is this rank itself" if peer == self.rank else "there is no such rank"
+            raise InvalidArgument(
+                f"rank {self.rank} of {self.world_size} cannot {verb} rank {peer!r}: {why}"
+            )
+        if type(tag) is not int or not -TAG_LIMIT <= tag < TAG_LIMIT:
+            raise InvalidArgument(f"a tag is an integer from 0 to 2**62 - 1, not {tag!r}")
+
+    @abc.abstractmethod
+    def post_send(self, message: Message, dst: int, tag: int) -> Work:
+        """Queue a checked message; see `isend`."""
+
+    @abc.abstractmethod
+    def post_receive(self, receive: Receive) -> None:
+        """Post a checked receive; see `irecv`."""
+
+    @abc.abstractmethod
+    def progress_until(self, work: Work, timeout: float | None) -> bool:
+        """Block until `work.done`, serving every peer meanwhile; False when time ran out."""
+
+    @abc.abstractmethod
+    def close(self, timeout: float | None = None) -> None:
+        """Send what is queued, say goodbye to every peer and end; a second call does nothing.
+
+        Raises:
+            WaitTimeout: a peer did not take what is queued within `timeout` seconds; the
+                transport is then aborted.
+        """
+
+    @abc.abstractmethod
+    def abort(self, error: TransportError) -> None:
+        """End now: every pending and later call raises `error`. The first error given stays."""
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """Return the `time.monotonic()` at which `timeout` seconds are over; None for no limit."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Return the seconds left until `deadline`, not below 0; None for no limit."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

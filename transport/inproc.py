@@ -1,0 +1,113 @@
+"""The transport for ranks that are threads of one process: for tests, and for reading first.
+
+A hub holds one mailbox a rank. `isend` copies the tensor straight into the receiver's mailbox, so
+the send is complete at once and the two sides never share memory. There is no reading that could
+stop, so here the bound on messages that nobody has asked for (rule 5 of the contract) is not kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import ClassVar
+
+from transport.contract import Receive, Transport, Work, deadline_after, remaining
+from transport.errors import InvalidArgument, PeerLeft, PeerLost, TransportClosed, TransportError
+from transport.mailbox import Arrival, Mailbox
+from transport.tensors import Message, prepare
+
+
+class InprocHub:
+    """What the ranks of one in-process world share; make one, then one `InprocTransport` a rank."""
+
+    def __init__(self, world_size: int) -> None:
+        if world_size < 1:
+            raise InvalidArgument(f"a world has at least one rank, not {world_size}")
+        self.world_size = world_size
+        self.changed = threading.Condition()
+        self.ranks: dict[int, InprocTransport] = {}
+
+    def transports(self) -> list[InprocTransport]:
+        """Return the transports of all ranks, in rank order."""
+        return [InprocTransport(self, rank) for rank in range(self.world_size)]
+
+
+class InprocTransport(Transport):
+    """One rank of an `InprocHub`."""
+
+    name: ClassVar[str] = "inproc"
+
+    def __init__(self, hub: InprocHub, rank: int) -> None:
+        self.rank = rank
+        self.world_size = hub.world_size
+        self._hub = hub
+        self._mailbox = Mailbox()
+        self._ended: TransportError | None = None  # what every later call raises
+        self._gone: dict[int, TransportError] = {}  # why a peer will send no more
+        with hub.changed:
+            if not 0 <= rank < hub.world_size or rank in hub.ranks:
+                raise InvalidArgument(f"rank {rank} does not exist or is taken in this hub")
+            hub.ranks[rank] = self
+
+    def post_send(self, message: Message, dst: int, tag: int) -> Work:
+        """Copy the message into the receiver's mailbox; the work is complete at once."""
+        spec, tensors = prepare(message)
+        work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        with self._hub.changed:
+            self._raise_if_ended()
+            if dst in self._gone:
+                raise self._gone[dst].with_traceback(None)
+            peer = self._hub.ranks.get(dst)
+            if peer is None:
+                raise InvalidArgument(f"rank {dst} has not joined this hub yet")
+            arrival = Arrival(self.rank, tag, spec)
+            peer._mailbox.arrive(arrival)
+            for target, tensor in zip(arrival.tensors, tensors, strict=True):
+                target.copy_(tensor)
+            peer._mailbox.complete(arrival)
+            self._hub.changed.notify_all()
+        work.complete()
+        return work
+
+    def post_receive(self, receive: Receive) -> None:
+        """Post a receive; it fails at once when its source is gone and has left nothing for it."""
+        with self._hub.changed:
+            self._raise_if_ended()
+            self._mailbox.post(receive)
+            if not receive.done and receive.src in self._gone:
+                self._mailbox.fail(self._gone[receive.src], receive.src)
+
+    def progress_until(self, work: Work, timeout: float | None) -> bool:
+        """Sleep until another rank's call has completed the work."""
+        deadline = deadline_after(timeout)
+        with self._hub.changed:
+            while not work.done:
+                left = remaining(deadline)
+                if left == 0.0:
+                    return False
+                self._hub.changed.wait(left)
+        return True
+
+    def close(self, timeout: float | None = None) -> None:
+        """Say goodbye to every rank; there is nothing to flush, sends are complete at once."""
+        goodbye = PeerLeft(f"rank {self.rank} has left, so nothing more comes from it")
+        self._end(TransportClosed("this rank has closed its transport"), goodbye)
+
+    def abort(self, error: TransportError) -> None:
+        """End at once; peers see the loss of this rank as they would over a socket."""
+        self._end(error, PeerLost(f"rank {self.rank} ended without a goodbye: {error}"))
+
+    def _end(self, mine: TransportError, theirs: TransportError) -> None:
+        with self._hub.changed:
+            if self._ended is not None:
+                return
+            self._ended = mine
+            self._mailbox.fail(mine)
+            for peer in self._hub.ranks.values():
+                if peer is not self:
+                    peer._gone[self.rank] = theirs
+                    peer._mailbox.fail(theirs, self.rank)
+            self._hub.changed.notify_all()
+
+    def _raise_if_ended(self) -> None:
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)

@@ -1,0 +1,125 @@
+"""An arriving message meets the receive that wants it, by (source, tag), first in first out.
+
+1. A message is matched when its header arrives, so order is kept whatever the payload takes.
+2. Messages and receives of one (source, tag) never both wait: one of the two queues is empty.
+3. Only messages that nobody has asked for count as held.
+
+The mailbox does no input or output and takes no lock: its transport holds one around each call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from transport.contract import Receive
+from transport.errors import MessageMismatch, TransportError
+from transport.tensors import MessageSpec
+
+
+class Arrival:
+    """A message on its way in: the header is here, the payload comes or has come."""
+
+    __slots__ = ("error", "here", "receive", "spec", "src", "tag", "tensors")
+
+    def __init__(self, src: int, tag: int, spec: MessageSpec) -> None:
+        self.src = src
+        self.tag = tag
+        self.spec = spec
+        self.tensors: list[torch.Tensor] = []
+        self.receive: Receive | None = None  # who gets it, once that is known
+        self.error: MessageMismatch | None = None
+        self.here = False  # whether the payload is complete
+
+
+class Mailbox:
+    """The queues of one rank: posted receives, and arrivals that nobody has asked for."""
+
+    def __init__(self) -> None:
+        self._receives: dict[tuple[int, int], deque[Receive]] = {}
+        self._arrivals: dict[tuple[int, int], deque[Arrival]] = {}
+        self._held: dict[int, int] = {}
+
+    def held_nbytes(self, src: int) -> int:
+        """Bytes of messages of `src` that nobody has asked for yet."""
+        return self._held.get(src, 0)
+
+    def wanted(self, src: int, tag: int) -> bool:
+        """Whether a posted receive waits for the next message of (src, tag)."""
+        return (src, tag) in self._receives
+
+    def post(self, receive: Receive) -> None:
+        """Match a receive with the oldest arrival of its (source, tag), or let it wait."""
+        key = (receive.src, receive.tag)
+        arrivals = self._arrivals.get(key)
+        if arrivals is None:
+            self._receives.setdefault(key, deque()).append(receive)
+            return
+        arrival = arrivals.popleft()
+        if not arrivals:
+            del self._arrivals[key]
+        self._held[receive.src] -= arrival.spec.nbytes
+        self._match(arrival, receive)
+        if arrival.here:
+            self._deliver(arrival)
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Take a message whose header is here; afterwards `arrival.tensors` is its memory."""
+        key = (arrival.src, arrival.tag)
+        receives = self._receives.get(key)
+        if receives is None:
+            arrival.tensors = arrival.spec.allocate()
+            self._arrivals.setdefault(key, deque()).append(arrival)
+            self._held[arrival.src] = self.held_nbytes(arrival.src) + arrival.spec.nbytes
+            return
+        receive = receives.popleft()
+        if not receives:
+            del self._receives[key]
+        self._match(arrival, receive)
+        if receive.into is not None and arrival.error is None:
+            into = receive.into
+            arrival.tensors = list(into) if isinstance(into, tuple) else [into]
+        else:
+            arrival.tensors = arrival.spec.allocate()
+
+    def complete(self, arrival: Arrival) -> Receive | None:
+        """Take note that the payload is here; return the receive that this completed, if any."""
+        arrival.here = True
+        if arrival.receive is not None:
+            self._deliver(arrival)
+        return arrival.receive
+
+    def fail(self, error: TransportError, src: int | None = None) -> None:
+        """Fail every waiting receive (of one source); complete messages stay for who asks."""
+        for key in [k for k in self._receives if src is None or k[0] == src]:
+            for receive in self._receives.pop(key):
+                receive.fail(error)
+        for key in [k for k in self._arrivals if src is None or k[0] == src]:
+            whole = deque(arrival for arrival in self._arrivals[key] if arrival.here)
+            torn = sum(a.spec.nbytes for a in self._arrivals[key] if not a.here)
+            self._held[key[0]] -= torn
+            if whole:
+                self._arrivals[key] = whole
+            else:
+                del self._arrivals[key]
+
+    def _match(self, arrival: Arrival, receive: Receive) -> None:
+        arrival.receive = receive
+        if receive.expected is not None:
+            arrival.error = receive.expected.check(arrival.spec, arrival.src, arrival.tag)
+
+    def _deliver(self, arrival: Arrival) -> None:
+        receive = arrival.receive
+        assert receive is not None
+        if arrival.error is not None:
+            receive.fail(arrival.error)
+            return
+        if receive.into is None:
+            receive.complete(arrival.spec.pack(arrival.tensors))
+            return
+        into = receive.into if isinstance(receive.into, tuple) else (receive.into,)
+        for target, tensor in zip(into, arrival.tensors, strict=True):
+            if target is not tensor:  # it arrived before it was asked for
+                target.copy_(tensor)
+        receive.complete(receive.into)

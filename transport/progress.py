@@ -1,0 +1,165 @@
+"""Who moves the bytes: a thread that waits does it itself, a background thread does it otherwise.
+
+    background thread ── sleeps on ──> outer epoll ── watches ──> inner epoll ──> all sockets
+    a waiting thread ─── sleeps on ─────────────────────────────> inner epoll
+
+1. The one lock guards every handler and all of the transport's state. It is never held while a
+   thread sleeps.
+2. A thread that waits becomes the driver: it disarms the inner epoll within the outer one (one
+   system call, nobody is woken), then polls the inner one directly. What it waits for is handled
+   in its own thread, without a hand-off: a hand-off between two threads costs tens of microseconds.
+3. When it is done it arms the outer epoll again. The background thread wakes only when bytes
+   arrive while nobody waits, that is while the rank computes.
+4. A second thread that waits meanwhile is a follower: the driver notifies it after each round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+
+from transport.contract import Work, deadline_after, remaining
+
+Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
+
+
+class Progress:
+    """The event loop of one rank's transport."""
+
+    def __init__(self, name: str) -> None:
+        self.lock = threading.Lock()
+        self._changed = threading.Condition(self.lock)
+        self._handlers: dict[int, Handler] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_number = itertools.count()
+        self._driving = False
+        self._followers = 0
+        self._stopped = False
+        self._inner = select.epoll()
+        self._outer = select.epoll()
+        self._outer.register(self._inner, select.EPOLLIN)
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.register(self._wakeup, select.EPOLLIN, self._on_wakeup)
+        self._thread = threading.Thread(target=self._background, name=name, daemon=True)
+        self._thread.start()
+
+    def register(self, fd: int, events: int, handler: Handler) -> None:
+        """Call `handler` under the lock whenever one of the epoll `events` is there."""
+        self._handlers[fd] = handler
+        self._inner.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        """Watch a registered descriptor for other events from now on."""
+        self._inner.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        """Forget a descriptor; one that is not registered is fine."""
+        if self._handlers.pop(fd, None) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._inner.unregister(fd)
+
+    def call_at(self, deadline: float, callback: Callable[[], None]) -> None:
+        """Call back under the lock once `time.monotonic()` has reached `deadline`."""
+        heapq.heappush(self._timers, (deadline, next(self._timer_number), callback))
+        self.wake()
+
+    def wake(self) -> None:
+        """Make whoever polls look again: timers, or work that another thread has completed."""
+        if self._followers:
+            self._changed.notify_all()
+        os.eventfd_write(self._wakeup, 1)
+
+    def run_until(self, work: Work, timeout: float | None) -> bool:
+        """Block until `work.done` and move bytes meanwhile; False when time ran out."""
+        deadline = deadline_after(timeout)
+        with self.lock:
+            while not work.done:
+                if remaining(deadline) == 0.0:
+                    return False
+                if self._driving:
+                    self._followers += 1
+                    try:
+                        self._changed.wait(remaining(deadline))
+                    finally:
+                        self._followers -= 1
+                else:
+                    self._drive(work, deadline)
+        return True
+
+    def stop(self) -> None:
+        """End the background thread and close the pollers; a second call does nothing.
+
+        Not to be called under the lock, nor before everything that is waited for is done.
+        """
+        with self.lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            self.wake()
+        self._thread.join()
+        with self.lock:
+            while self._driving:  # it was woken, and leaves because its work is done
+                self._changed.wait()
+            self._outer.close()
+            self._inner.close()
+            os.close(self._wakeup)
+
+    def _drive(self, work: Work, deadline: float | None) -> None:
+        self._driving = True
+        self._outer.modify(self._inner.fileno(), 0)
+        try:
+            while not work.done:
+                left = self._until_next_timer(remaining(deadline))
+                self.lock.release()
+                try:
+                    events = self._inner.poll(left)
+                finally:
+                    self.lock.acquire()
+                self._handle(events)
+                if remaining(deadline) == 0.0:
+                    return
+        finally:
+            self._driving = False
+            self._outer.modify(self._inner.fileno(), select.EPOLLIN)
+            if self._followers or self._stopped:
+                self._changed.notify_all()
+            if self._timers:
+                self.wake()  # the background thread sleeps without knowing of their deadlines
+
+    def _background(self) -> None:
+        while True:
+            with self.lock:
+                if self._stopped:
+                    return
+                timeout = None if self._driving else self._until_next_timer(None)
+            self._outer.poll(timeout)
+            with self.lock:
+                if not self._driving and not self._stopped:
+                    self._handle(self._inner.poll(0))
+
+    def _handle(self, events: list[tuple[int, int]]) -> None:
+        for fd, mask in events:
+            handler = self._handlers.get(fd)  # an earlier handler may have closed this one
+            if handler is not None:
+                handler(mask)
+        now = time.monotonic() if self._timers else 0.0
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+        if self._followers:
+            self._changed.notify_all()
+
+    def _until_next_timer(self, left: float | None) -> float | None:
+        if not self._timers:
+            return left
+        due = max(0.0, self._timers[0][0] - time.monotonic())
+        return due if left is None else min(left, due)
+
+    def _on_wakeup(self, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)

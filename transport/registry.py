@@ -1,0 +1,57 @@
+"""Transports by name; a wrong name is answered with the names that exist.
+
+Nothing is imported before it is asked for, so that the launcher can check a name without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Final
+
+from transport.errors import UnknownTransport
+
+if TYPE_CHECKING:
+    from transport.contract import Transport
+
+_CLASSES: Final = {
+    "inproc": "transport.inproc:InprocTransport",
+    "tcp": "transport.tcp:TcpTransport",
+    "unix": "transport.tcp:UnixTransport",
+}
+AUTO: Final = ("unix", "tcp")  # what "auto" tries, the fastest first
+
+
+
+def transport_names() -> list[str]:
+    """Return every name that `--transport` takes."""
+    return ["auto", *_CLASSES]
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a transport's.
+
+    Raises:
+        UnknownTransport: it is not; the message lists what exists.
+    """
+    if name not in transport_names():
+        raise UnknownTransport(
+            f"there is no transport {name!r}; these exist: {', '.join(transport_names())}"
+        )
+    return name
+
+
+def transport_class(name: str) -> type[Transport]:
+    """Return the class for a name; "auto" gives the fastest one that this machine can use.
+
+    Raises:
+        UnknownTransport: no such name, or one that this machine cannot use, with the reason.
+    """
+    reasons = []
+    for candidate in AUTO if check_name(name) == "auto" else (name,):
+        module, _, attribute = _CLASSES[candidate].partition(":")
+        found: type[Transport] = getattr(importlib.import_module(module), attribute)
+        reason = found.viable()
+        if reason is None:
+            return found
+        reasons.append(f"{candidate}: {reason}")
+    raise UnknownTransport(f"transport {name!r} cannot be used here: {'; '.join(reasons)}")

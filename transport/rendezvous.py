@@ -1,0 +1,321 @@
+"""The rendezvous: assigns ranks, sees the world complete, hands out the address book, ends barriers.
+
+Every rank keeps one control connection to it for its whole life. Records (one msgpack map a frame):
+
+    rank -> rendezvous                        rendezvous -> rank
+                                              attached {rank}    or    refused {message}
+    join {world_size, address}                world {addresses}  to all, once all have joined
+    barrier                                   release            to all, once all have called
+    failed {failure}                          failure {failure}  to all, the first cause
+    doing {doing}                             (what a rank was about when it was told)
+    goodbye                                   (then the rank may hang up)
+
+1. A rank is claimed once, for the whole life of the job.
+2. The server only takes note and tells its owner by `Event`; the owner decides what a failure is,
+   because it may know more (the launcher sees by which signal a process died).
+3. Nothing here blocks, so the owner can serve it from its own loop: poll `fileno()`, call `poll`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import select
+import socket
+import time
+from typing import Any
+
+from transport.addresses import Address
+from transport.errors import Failure, ProtocolError
+from transport.handshake import ANY_RANK, Hello, Role, Verdict
+from transport.listener import BACKLOG, Listener
+from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+
+RECORD_LIMITS = Limits(meta_nbytes=4 * 1024 * 1024, payload_nbytes=0)
+
+
+class EventKind(enum.Enum):
+    """What the server tells its owner."""
+
+    ATTACHED = enum.auto()  # the rank has connected
+    JOINED = enum.auto()  # the rank has called init()
+    COMPLETE = enum.auto()  # all ranks have joined (rank is -1)
+    FAILED = enum.auto()  # the rank reports, or the server found, the failure in `failure`
+    DOING = enum.auto()  # the rank says in `text` what it was about when it was told of a failure
+    LEFT = enum.auto()  # the rank said goodbye
+    LOST = enum.auto()  # its control connection ended without a goodbye
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One thing that happened; see `EventKind`."""
+
+    kind: EventKind
+    rank: int
+    failure: Failure | None = None
+    text: str = ""
+
+
+class RecordStream:
+    """Records over one non-blocking socket; both ends of a control connection use it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._decoder = Decoder(RECORD_LIMITS)
+        self._sequence = 0
+        self._unsent = bytearray()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether bytes wait for room in the kernel's buffer."""
+        return bool(self._unsent)
+
+    def send(self, record: dict[str, Any]) -> None:
+        """Queue a record and send what the kernel takes. An OSError means the other side is gone."""
+        self._unsent += encode(FrameKind.RECORD, self._sequence, record)
+        self._sequence += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued as far as the kernel takes it."""
+        try:
+            while self._unsent:
+                del self._unsent[: self.socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+
+    def receive(self) -> tuple[list[dict[str, Any]], bool]:
+        """Return the records that are here, and whether the stream goes on.
+
+        Raises:
+            ProtocolError: the other side sent nonsense.
+        """
+        records: list[dict[str, Any]] = []
+        try:
+            while True:
+                nbytes = self.socket.recv_into(self._decoder.buffer())
+                if nbytes == 0:
+                    return records, False
+                self._decoder.received(nbytes)
+                while (event := self._decoder.next_event()) is not None:
+                    if isinstance(event, Frame):
+                        records.append(_checked_record(event))
+        except BlockingIOError:
+            return records, True
+        except OSError:
+            return records, False
+
+
+def _checked_record(frame: Frame) -> dict[str, Any]:
+    meta = frame.meta
+    if frame.kind is not FrameKind.RECORD or not isinstance(meta, dict):
+        raise ProtocolError("only records travel on a control connection")
+    if not isinstance(meta.get("record"), str):
+        raise ProtocolError("a record without a name")
+    return meta
+
+
+@dataclasses.dataclass
+class _Member:
+    rank: int
+    stream: RecordStream
+    address: Address | None = None  # set once it has joined
+    barriers: int = 0
+    left: bool = False
+
+
+class RendezvousServer:
+    """Serves one world. `poll` does all the work; see the rules at the top of the file.
+
+    Args:
+        world_size: how many ranks the world has.
+        secret: the job's secret.
+        bind, port: where to listen; 0 takes a free port.
+        join_timeout_s: seconds between the first rank's joining and the last one's.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        secret: bytes,
+        *,
+        bind: str = "127.0.0.1",
+        port: int = 0,
+        join_timeout_s: float = 60.0,
+    ) -> None:
+        self.world_size = world_size
+        self._join_timeout_s = join_timeout_s
+        self._join_deadline: float | None = None
+        self._complete = False
+        self._members: dict[int, _Member] = {}  # by descriptor
+        self._claimed: set[int] = set()
+        self._released = 0
+        family = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.create_server((bind, port), family=family, backlog=BACKLOG)
+        self.address: tuple[str, int] = listening.getsockname()[:2]
+        self._listener = Listener(secret, Role.CONTROL, ANY_RANK, [listening])
+        self._epoll = select.epoll()
+        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable whenever `poll` has something to do."""
+        return self._epoll.fileno()
+
+    def next_deadline(self) -> float | None:
+        """Return the `time.monotonic()` at which `poll` should be called at the latest."""
+        deadlines = (self._join_deadline, self._listener.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not joined."""
+        joined = {m.rank for m in self._members.values() if m.address is not None}
+        return sorted(set(range(self.world_size)) - joined)
+
+    def poll(self) -> list[Event]:
+        """Serve whoever has something to say, without blocking; return what happened."""
+        events: list[Event] = []
+        for fd, mask in self._epoll.poll(0):
+            if fd == self._listener.fileno():
+                continue
+            member = self._members.get(fd)
+            if member is not None:
+                self._serve(member, mask, events)
+        for sock, hello in self._listener.poll():
+            self._attach(sock, hello, events)
+        self._check_join_deadline(events)
+        return events
+
+    def tell_failure(self, failure: Failure) -> None:
+        """Tell every rank the first cause."""
+        self._broadcast({"record": "failure", "failure": failure.to_record()})
+
+    def close(self) -> None:
+        """Hang up on everyone and stop listening."""
+        for member in self._members.values():
+            member.stream.socket.close()
+        self._members.clear()
+        self._listener.close()
+        self._epoll.close()
+
+    def _attach(self, sock: socket.socket, hello: Hello, events: list[Event]) -> None:
+        free = [rank for rank in range(self.world_size) if rank not in self._claimed]
+        rank = hello.rank if hello.rank != ANY_RANK else (free[0] if free else self.world_size)
+        stream = RecordStream(sock)
+        try:
+            sock.send(bytes([Verdict.ACCEPTED]))
+            if rank in free:
+                stream.send({"record": "attached", "rank": rank})
+            else:
+                stream.send({"record": "refused", "message": self._refusal(rank)})
+        except OSError:
+            sock.close()
+            return
+        if rank not in free:
+            sock.close()
+            return
+        self._claimed.add(rank)
+        self._members[sock.fileno()] = _Member(rank, stream)
+        self._epoll.register(sock, select.EPOLLIN)
+        events.append(Event(EventKind.ATTACHED, rank))
+
+    def _refusal(self, rank: int) -> str:
+        if 0 <= rank < self.world_size:
+            return f"rank {rank} is taken already: was another process started with the same rank?"
+        return f"rank {rank} does not exist, or no rank is free, in a world of {self.world_size}"
+
+    def _serve(self, member: _Member, mask: int, events: list[Event]) -> None:
+        try:
+            if mask & select.EPOLLOUT:
+                member.stream.flush()
+            records, goes_on = member.stream.receive()
+            for record in records:
+                self._handle(member, record, events)
+        except ProtocolError as error:
+            failure = Failure(member.rank, "lost", f"its control connection sent nonsense: {error}")
+            events.append(Event(EventKind.FAILED, member.rank, failure))
+            goes_on = False
+        except OSError:
+            goes_on = False
+        if goes_on:
+            self._watch(member)
+        else:
+            self._hang_up(member, events)
+
+    def _hang_up(self, member: _Member, events: list[Event]) -> None:
+        fd = member.stream.socket.fileno()
+        self._epoll.unregister(fd)
+        del self._members[fd]
+        member.stream.socket.close()
+        if not member.left:
+            events.append(Event(EventKind.LOST, member.rank))
+
+    def _handle(self, member: _Member, record: dict[str, Any], events: list[Event]) -> None:
+        match record["record"]:
+            case "join":
+                self._join(member, record, events)
+            case "barrier":
+                member.barriers += 1
+                self._release()
+            case "failed":
+                failure = Failure.from_record(record.get("failure"))
+                events.append(Event(EventKind.FAILED, member.rank, failure))
+            case "doing":
+                text = str(record.get("doing", ""))[:200]
+                events.append(Event(EventKind.DOING, member.rank, text=text))
+            case "goodbye":
+                member.left = True
+                events.append(Event(EventKind.LEFT, member.rank))
+            case other:
+                raise ProtocolError(f"there is no record {other!r:.50}")
+
+    def _join(self, member: _Member, record: dict[str, Any], events: list[Event]) -> None:
+        if record.get("world_size") != self.world_size:
+            message = (
+                f"rank {member.rank} wants a world of {record.get('world_size')!r:.20} ranks, "
+                f"this one has {self.world_size}"
+            )
+            member.stream.send({"record": "refused", "message": message})
+            return
+        member.address = Address.from_record(record.get("address"))
+        events.append(Event(EventKind.JOINED, member.rank))
+        if self._join_deadline is None:
+            self._join_deadline = time.monotonic() + self._join_timeout_s
+        if not self.missing():
+            self._join_deadline = None
+            self._complete = True
+            joined = sorted(self._members.values(), key=lambda m: m.rank)
+            addresses = [m.address.to_record() for m in joined if m.address is not None]
+            self._broadcast({"record": "world", "addresses": addresses})
+            events.append(Event(EventKind.COMPLETE, -1))
+
+    def _check_join_deadline(self, events: list[Event]) -> None:
+        if self._join_deadline is None or time.monotonic() < self._join_deadline:
+            return
+        self._join_deadline = None
+        missing = self.missing()
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        message = (
+            f"{self.world_size - len(missing)} of {self.world_size} ranks joined within "
+            f"{self._join_timeout_s:g} s; missing: {names}"
+        )
+        failure = Failure(missing[0], "rendezvous", message)
+        events.append(Event(EventKind.FAILED, missing[0], failure))
+
+    def _release(self) -> None:
+        """End the barrier that every rank has reached."""
+        everyone = self._complete and len(self._members) == self.world_size
+        while everyone and min(m.barriers for m in self._members.values()) > self._released:
+            self._released += 1
+            self._broadcast({"record": "release"})
+
+    def _broadcast(self, record: dict[str, Any]) -> None:
+        for member in self._members.values():
+            try:
+                member.stream.send(record)
+            except OSError:
+                continue  # it is gone; its end of stream is handled by the next poll
+            self._watch(member)
+
+    def _watch(self, member: _Member) -> None:
+        events = select.EPOLLIN | (select.EPOLLOUT if member.stream.unsent else 0)
+        self._epoll.modify(member.stream.socket, events)

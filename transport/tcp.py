@@ -1,0 +1,315 @@
+"""The socket transport: one stream a pair of ranks, opened at first use, tensors sent as frames.
+
+Ranks of one host talk over a Unix stream, others over TCP: the same code, another address family.
+The transport named "tcp" uses TCP everywhere; "unix" is this file with both families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from transport.addresses import Address, listen, tune
+from transport.call import Call
+from transport.connection import Connection
+from transport.contract import (
+    DEFAULT_UNEXPECTED_LIMIT,
+    Receive,
+    Transport,
+    Work,
+    deadline_after,
+    remaining,
+)
+from transport.errors import PeerLeft, ProtocolError, TransportClosed, TransportError, WaitTimeout
+from transport.handshake import Hello, Role, Verdict
+from transport.listener import Listener
+from transport.mailbox import Arrival, Mailbox
+from transport.progress import Progress
+from transport.tensors import Message, MessageSpec, prepare, unsupported_host
+from transport.wire import Frame, FrameKind, Limits
+
+
+class Peer:
+    """What this rank knows of another one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.call: Call | None = None  # our own attempt to connect, while it runs
+        self.arrival: Arrival | None = None  # the message whose payload is coming in
+        self.left = False  # it said goodbye
+        self.lost = False  # its stream broke, or it could not be reached
+        self.ended: TransportError | None = None  # why nothing can be sent or received any more
+
+
+class TcpTransport(Transport):
+    """One rank's connections to the others; see `contract.Transport` for what it promises.
+
+    Args:
+        rank, world_size: who this is.
+        addresses: where each rank listens, by rank.
+        listening: this rank's own listening sockets.
+        secret: the job's secret, with which every connection is authenticated.
+        unix: whether ranks of one host use a Unix stream.
+        lost_grace_s: after the loss of a peer, seconds to wait for `abort` to name the cause
+            before the waiting calls raise `PeerLost`.
+        unexpected_limit: bytes of messages that nobody has asked for, held per peer.
+    """
+
+    name: ClassVar[str] = "tcp"
+    unix: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        addresses: Mapping[int, Address],
+        listening: list[socket.socket],
+        secret: bytes,
+        *,
+        lost_grace_s: float = 0.0,
+        unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
+        limits: Limits | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._addresses = addresses
+        self._secret = secret
+        self._lost_grace_s = lost_grace_s
+        self._unexpected_limit = unexpected_limit
+        self._limits = limits or Limits()
+        self._mailbox = Mailbox()
+        self._peers: dict[int, Peer] = {}
+        self._waiting_receives = 0  # threads that wait for a receive: while there are, read on
+        self._ended: TransportError | None = None
+        self._listener = Listener(secret, Role.DATA, rank, listening)
+        self._progress = Progress(f"barepp-progress-{rank}")
+        with self._progress.lock:
+            self._progress.register(self._listener.fileno(), select.EPOLLIN, self._on_callers)
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return why this machine cannot use sockets for tensors, None when it can."""
+        return unsupported_host()
+
+    @classmethod
+    def listen(cls, bind: str = "127.0.0.1") -> tuple[list[socket.socket], Address]:
+        """Open the listening sockets that a rank of this transport needs."""
+        return listen(unix=cls.unix, bind=bind)
+
+    # -- the contract -----------------------------------------------------------------------------
+
+    def post_send(self, message: Message, dst: int, tag: int) -> Work:
+        """Hand the message to the kernel as far as it takes it now; queue the rest."""
+        spec, tensors = prepare(message)
+        work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        with self._progress.lock:
+            peer = self._usable_peer(dst)
+            peer.connection.queue(FrameKind.MESSAGE, spec.to_meta(tag), tensors, work)
+        return work
+
+    def post_receive(self, receive: Receive) -> None:
+        """Match the receive with what is here already, or let it wait."""
+        with self._progress.lock:
+            if self._ended is not None:
+                raise self._ended.with_traceback(None)
+            self._mailbox.post(receive)
+            peer = self._peer(receive.src)
+            if peer.connection.paused:
+                peer.connection.resume()
+            if not receive.done and peer.ended is not None:
+                self._mailbox.fail(peer.ended, receive.src)
+
+    def progress_until(self, work: Work, timeout: float | None) -> bool:
+        """Move bytes on all connections until the work is done; False when time ran out."""
+        if not work.is_receive:
+            return self._progress.run_until(work, timeout)
+        with self._progress.lock:
+            self._waiting_receives += 1
+            for peer in list(self._peers.values()):
+                peer.connection.resume()
+        try:
+            return self._progress.run_until(work, timeout)
+        finally:
+            with self._progress.lock:
+                self._waiting_receives -= 1
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what is queued, say goodbye to every peer and end."""
+        deadline = deadline_after(timeout)
+        goodbyes: list[Work] = []
+        with self._progress.lock:
+            for peer in self._peers.values() if self._ended is None else ():
+                connection = peer.connection
+                if peer.ended is None and (connection.socket is not None or not connection.idle):
+                    goodbyes.append(Work(self, "saying goodbye", is_receive=False))
+                    connection.queue(FrameKind.GOODBYE, None, (), goodbyes[-1])
+        flushed = all(self._progress.run_until(work, remaining(deadline)) for work in goodbyes)
+        self.abort(TransportClosed("this rank has closed its transport"))
+        if not flushed:
+            raise WaitTimeout(f"a peer did not take what is queued for it within {timeout} s")
+
+    def abort(self, error: TransportError) -> None:
+        """Fail everything that waits, close every socket and stop."""
+        with self._progress.lock:
+            if self._ended is None:
+                self._ended = error
+                self._progress.unregister(self._listener.fileno())
+                self._listener.close()
+                self._mailbox.fail(error)
+                for peer in self._peers.values():
+                    self._end_peer(peer, error)
+            self._progress.wake()
+        self._progress.stop()
+
+    # -- peers and their connections --------------------------------------------------------------
+
+    def _peer(self, rank: int) -> Peer:
+        """Return the peer, and start to connect at first use."""
+        peer = self._peers.get(rank)
+        if peer is None:
+            peer = Peer(Connection(self._progress, self, rank, self._limits))
+            self._peers[rank] = peer
+            self._call(peer)
+        return peer
+
+    def _usable_peer(self, rank: int) -> Peer:
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
+        peer = self._peer(rank)
+        if peer.ended is not None:
+            raise peer.ended.with_traceback(None)
+        return peer
+
+    def _call(self, peer: Peer) -> None:
+        def finish(sock: socket.socket | None, error: TransportError | None) -> None:
+            peer.call = None
+            if sock is not None:
+                peer.connection.attach(sock)
+            elif error is not None:
+                self._lose(peer, error)
+
+        rank = peer.connection.peer
+        peer.call = Call(
+            self._progress,
+            self._addresses[rank],
+            (self.rank, rank),
+            self._secret,
+            unix=self.unix,
+            finish=finish,
+        )
+
+    def _on_callers(self, mask: int) -> None:
+        for sock, hello in self._listener.poll():
+            verdict = self._judge(hello)
+            with contextlib.suppress(OSError):  # a caller that is gone shows when it is read
+                sock.send(bytes([verdict]))
+            if verdict is not Verdict.ACCEPTED:
+                sock.close()
+                continue
+            tune(sock)
+            peer = self._peers.get(hello.rank)
+            if peer is None:
+                peer = Peer(Connection(self._progress, self, hello.rank, self._limits))
+                self._peers[hello.rank] = peer
+            elif peer.call is not None:
+                peer.call.cancel()
+                peer.call = None
+            peer.connection.attach(sock)
+        deadline = self._listener.next_deadline()
+        if deadline is not None:
+            self._progress.call_at(deadline, self._expire_callers)
+
+    def _expire_callers(self) -> None:
+        if self._ended is None:
+            self._on_callers(0)
+
+    def _judge(self, hello: Hello) -> Verdict:
+        peer = self._peers.get(hello.rank)
+        if hello.rank == self.rank or not 0 <= hello.rank < self.world_size:
+            return Verdict.TAKEN
+        if peer is None:
+            return Verdict.ACCEPTED
+        if peer.connection.socket is not None or peer.lost or peer.ended is not None:
+            return Verdict.TAKEN
+        # Both called at once: the lower rank's call goes ahead, on both sides by the same rule.
+        if peer.call is not None and self.rank < hello.rank:
+            return Verdict.YIELD
+        return Verdict.ACCEPTED
+
+    def _lose(self, peer: Peer, error: TransportError) -> None:
+        """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
+        if peer.lost or peer.ended is not None:
+            return
+        peer.lost = True
+        peer.connection.close_socket()
+        if self._lost_grace_s:
+            due = time.monotonic() + self._lost_grace_s
+            self._progress.call_at(due, lambda: self._end_peer(peer, error))
+        else:
+            self._end_peer(peer, error)
+
+    def _end_peer(self, peer: Peer, error: TransportError) -> None:
+        if peer.ended is not None:
+            return
+        peer.ended = error
+        if peer.call is not None:
+            peer.call.cancel()
+        peer.connection.detach(error)
+        if peer.arrival is not None and peer.arrival.receive is not None:
+            peer.arrival.receive.fail(error)
+        self._mailbox.fail(error, peer.connection.peer)
+
+    # -- what a connection asks (see connection.Owner) --------------------------------------------
+
+    def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
+        """Match a message with the receive that wants it, or hold it within the bound."""
+        peer = self._peers[connection.peer]
+        if frame.kind is FrameKind.GOODBYE and frame.payload_nbytes == 0:
+            peer.left = True
+            return ()
+        if frame.kind is not FrameKind.MESSAGE or peer.left:
+            raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
+        tag, spec = MessageSpec.from_meta(frame.meta, frame.payload_nbytes)
+        src = connection.peer
+        if not self._mailbox.wanted(src, tag) and not self._waiting_receives:
+            held = self._mailbox.held_nbytes(src)
+            if held + spec.nbytes > self._unexpected_limit:
+                return None
+        peer.arrival = Arrival(src, tag, spec)
+        try:
+            self._mailbox.arrive(peer.arrival)
+        except RuntimeError as error:  # torch's allocator
+            raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
+        return peer.arrival.tensors
+
+    def on_payload(self, connection: Connection) -> None:
+        """Complete the message, or act on a goodbye."""
+        peer = self._peers[connection.peer]
+        if peer.left:
+            gone = f"rank {connection.peer} has left, so nothing more comes from it"
+            self._end_peer(peer, PeerLeft(gone))
+            return
+        assert peer.arrival is not None
+        arrival, peer.arrival = peer.arrival, None
+        self._mailbox.complete(arrival)
+
+    def on_end(self, connection: Connection, error: TransportError) -> None:
+        """The stream broke, or its bytes made no sense: it is never used again."""
+        peer = self._peers[connection.peer]
+        if isinstance(error, ProtocolError):
+            self._end_peer(peer, ProtocolError(f"from rank {connection.peer}: {error}"))
+        else:
+            self._lose(peer, error)
+
+
+class UnixTransport(TcpTransport):
+    """The socket transport with Unix streams between ranks of one host and TCP between others."""
+
+    name: ClassVar[str] = "unix"
+    unix: ClassVar[bool] = True

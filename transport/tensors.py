@@ -1,0 +1,217 @@
+"""The only place where a tensor becomes bytes and back: no copy, no numpy, no pickle.
+
+A message is one tensor or a tuple of tensors. On the wire its metadata is the msgpack array
+
+    [tag, is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [7, false, "float32", [8, 128]]
+
+and its payload the tensors' bytes in that order, C-contiguous, little-endian, without padding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import torch
+
+from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
+
+Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
+
+# What may cross the network; everything else (quantised, sparse, object-like) is refused.
+DTYPES: Final[dict[str, torch.dtype]] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    )
+}
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+MAX_TENSORS: Final = 256  # in one message
+MAX_DIMS: Final = 64  # torch's own limit
+_INT64_MAX: Final = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is without its values: a dtype and a shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Return the spec of `tensor`."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the tensor's bytes on the wire."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{_NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MessageSpec:
+    """What a message is without its values: its tensors' specs, and whether it is a tuple."""
+
+    tensors: tuple[TensorSpec, ...]
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, message: Message) -> MessageSpec:
+        """Return the spec of `message`."""
+        if isinstance(message, torch.Tensor):
+            return cls((TensorSpec.of(message),), False)
+        return cls(tuple(TensorSpec.of(tensor) for tensor in message), True)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the message's payload."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __str__(self) -> str:
+        names = ", ".join(map(str, self.tensors))
+        return f"({names})" if self.is_tuple else names
+
+    def allocate(self) -> list[torch.Tensor]:
+        """Return fresh tensors for the message, not initialised and 64-byte aligned by torch."""
+        return [torch.empty(spec.shape, dtype=spec.dtype) for spec in self.tensors]
+
+    def to_meta(self, tag: int) -> list[object]:
+        """Return the metadata of a message of this spec."""
+        meta: list[object] = [tag, self.is_tuple]
+        for spec in self.tensors:
+            meta += (_NAMES[spec.dtype], spec.shape)
+        return meta
+
+    @classmethod
+    def from_meta(cls, meta: object, payload_nbytes: int) -> tuple[int, MessageSpec]:
+        """Read (tag, spec) from metadata that came over the network, trusting nothing in it.
+
+        Raises:
+            ProtocolError: it is not a message's metadata, or it does not fit the payload's length.
+        """
+        if not isinstance(meta, list) or not 2 <= len(meta) <= 2 + 2 * MAX_TENSORS or len(meta) % 2:
+            raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
+        tag, is_tuple = meta[0], meta[1]
+        if type(tag) is not int or abs(tag) > _INT64_MAX or type(is_tuple) is not bool:
+            raise ProtocolError(f"not a message's tag and form: {meta[:2]!r:.200}")
+        specs = tuple(_checked_spec(meta[i], meta[i + 1]) for i in range(2, len(meta), 2))
+        if not is_tuple and len(specs) != 1:
+            raise ProtocolError(f"a single tensor was announced, {len(specs)} are described")
+        spec = cls(specs, is_tuple)
+        if spec.nbytes != payload_nbytes:
+            raise ProtocolError(
+                f"{spec} takes {spec.nbytes} bytes, the frame announces {payload_nbytes}"
+            )
+        return tag, spec
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> Message:
+        """Return the message that `tensors` (of these specs) make up."""
+        return tuple(tensors) if self.is_tuple else tensors[0]
+
+    def check(self, arrived: MessageSpec, src: int, tag: int) -> MessageMismatch | None:
+        """Return the error to raise when `arrived` is not what this (expected) spec says."""
+        if arrived == self:
+            return None
+        return MessageMismatch(
+            f"the message from rank {src} (tag {tag}) holds {arrived}, this rank expects {self}"
+        )
+
+
+def _checked_spec(name: object, shape: object) -> TensorSpec:
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ProtocolError(f"dtype {name!r:.100} is not one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ProtocolError(f"not a shape: {shape!r:.200}")
+    if any(type(size) is not int or not 0 <= size <= _INT64_MAX for size in shape):
+        raise ProtocolError(f"not a shape: {shape!r:.200}")
+    # torch counts with 64 bits even when one size is 0, so the other sizes have to fit as well.
+    if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
+        raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
+    return TensorSpec(dtype, tuple(shape))
+
+
+def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
+    """Check that `message` can be sent; return its spec and its tensors, contiguous.
+
+    A contiguous tensor is returned as it is (its memory is what gets sent), any other is copied.
+
+    Raises:
+        InvalidArgument: not a dense CPU tensor, or a tuple of them, of a dtype of `DTYPES`.
+    """
+    if isinstance(message, torch.Tensor):
+        tensor = _sendable(message)
+        return MessageSpec((TensorSpec(tensor.dtype, tuple(tensor.shape)),), False), [tensor]
+    if not isinstance(message, tuple) or len(message) > MAX_TENSORS:
+        raise InvalidArgument(
+            f"a message is a torch.Tensor or a tuple of at most {MAX_TENSORS} of them, "
+            f"not {type(message).__name__}"
+        )
+    tensors = [_sendable(tensor) for tensor in message]
+    return MessageSpec(tuple(map(TensorSpec.of, tensors)), True), tensors
+
+
+def _sendable(tensor: object) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidArgument(f"only tensors can be sent, not {type(tensor).__name__}")
+    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+        raise InvalidArgument(
+            f"a {tensor.layout} tensor of {tensor.dtype} cannot be sent; "
+            f"dense tensors of these can: {', '.join(DTYPES)}"
+        )
+    if tensor.device.type != "cpu":
+        raise InvalidArgument(
+            f"this transport moves CPU tensors, this one is on {tensor.device}: send tensor.cpu()"
+        )
+    # The conjugate and negative bits are lazy flags; the bytes in memory do not know of them.
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def fillable(message: Message) -> MessageSpec:
+    """Check that a receive may write into `message`; return its spec.
+
+    Raises:
+        InvalidArgument: it is on another device, not contiguous, or needs a gradient.
+    """
+    tensors = (message,) if isinstance(message, torch.Tensor) else message
+    for tensor in tensors:
+        if _sendable(tensor).data_ptr() != tensor.data_ptr():
+            raise InvalidArgument("a tensor to be filled has to be contiguous: use .contiguous()")
+        if tensor.requires_grad:
+            raise InvalidArgument("a tensor to be filled cannot require a gradient: use .detach()")
+    return MessageSpec.of(message)
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """Return a writable view of the bytes of a contiguous CPU tensor.
+
+    The view does not keep the tensor alive: whoever holds the view holds the tensor too.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    if not nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def unsupported_host() -> str | None:
+    """Return why this machine cannot take part: the payload is little-endian as it stands."""
+    return None if sys.byteorder == "little" else "tensors travel little-endian, this host is not"
