@@ -17,9 +17,7 @@ def failure_of(rank: int, error: BaseException, doing: str = "") -> Failure:
         return Failure(rank, "exit", message, exit_code=code, doing=doing)
     text = str(error).strip()
     message = type(error).__name__ + (f": {text}" if text else "")
-    return Failure(
-        rank, "exception", message, exit_code=1, traceback=formatted(error), doing=doing
-    )
+    return Failure(rank, "exception", message, exit_code=1, traceback=formatted(error), doing=doing)
 
 
 def failure_of_exit(rank: int, exit_code: int, doing: str = "") -> Failure:

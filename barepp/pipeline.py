@@ -1,12 +1,12 @@
 """The front door: a model cut into stages, one training step at a time, the same on every rank.
 
-    with barepp.init() as world:
-        pipe = barepp.Pipeline(world, barepp.mlp(), torch.nn.functional.cross_entropy)
-        optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-3)
-        for images, labels in batches:
-            pipe.zero_grad()
-            loss = pipe.step(images, labels)
-            optimizer.step()
+with barepp.init() as world:
+    pipe = barepp.Pipeline(world, barepp.mlp(), torch.nn.functional.cross_entropy)
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-3)
+    for images, labels in batches:
+        pipe.zero_grad()
+        loss = pipe.step(images, labels)
+        optimizer.step()
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ class Pipeline:
         self._holder = placement(self.schedule.order)
         self.stages: dict[int, Stage] = {
             index: Stage(
-                index, ranges[index], num_stages, layers, loss_fn, seed, lock=world.random_lock
+                index,
+                ranges[index],
+                num_stages,
+                layers,
+                loss_fn,
+                seed=seed,
+                lock=world.random_lock,
             )
             for index in range(num_stages)
             if self._holder[index] == world.rank

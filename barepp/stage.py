@@ -48,6 +48,7 @@ class Stage:
         num_stages: int,
         builders: Sequence[LayerBuilder],
         loss_fn: LossFunction,
+        *,
         seed: int,
         lock: threading.Lock | None = None,
         device: torch.device | None = None,

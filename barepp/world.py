@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from barepp.assignment import Membership
 from barepp.errors import UsageError
 from barepp.failures import failure_of
 from transport.collectives import barrier as barrier_over_messages
@@ -82,7 +83,12 @@ class World:
         return self.transport.isend(message, dst, _user_tag(tag))
 
     def irecv(
-        self, src: int, tag: int = 0, *, into: Message | None = None, expect: TensorSpec | None = None
+        self,
+        src: int,
+        tag: int = 0,
+        *,
+        into: Message | None = None,
+        expect: TensorSpec | None = None,
     ) -> Work:
         """Start to receive; see `transport.contract.Transport.irecv`."""
         return self.transport.irecv(src, _user_tag(tag), into=into, expect=expect)
@@ -168,49 +174,39 @@ def _user_tag(tag: int) -> int:
     return tag
 
 
-@dataclasses.dataclass(frozen=True)
-class Membership:
-    """How a process gets into its world: what the launcher hands to a worker."""
+def connect(membership: Membership) -> ControlClient:
+    """Open the control connection and claim the rank."""
+    return ControlClient(membership.rendezvous, membership.secret, membership.rank)
 
-    rank: int
-    world_size: int
-    rendezvous: tuple[str, int]
-    secret: bytes
-    transport: str
-    join_timeout_s: float
 
-    def connect(self) -> ControlClient:
-        """Open the control connection and claim the rank."""
-        return ControlClient(self.rendezvous, self.secret, self.rank)
+def _join(membership: Membership, control: ControlClient) -> World:
+    """Open the listening sockets, meet the others and return the world."""
+    chosen = transport_class(membership.transport)
+    if not issubclass(chosen, TcpTransport):
+        raise UsageError(f"transport {membership.transport!r} does not connect processes")
+    sockets, address = chosen.listen()
+    try:
+        addresses = control.join(membership.world_size, address)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    transport = chosen(
+        control.rank,
+        membership.world_size,
+        addresses,
+        sockets,
+        membership.secret,
+        lost_grace_s=LOST_GRACE_S,
+    )
+    world = World(transport, control)
 
-    def join(self, control: ControlClient) -> World:
-        """Open the listening sockets, meet the others and return the world."""
-        chosen = transport_class(self.transport)
-        if not issubclass(chosen, TcpTransport):
-            raise UsageError(f"transport {self.transport!r} does not connect processes")
-        sockets, address = chosen.listen()
-        try:
-            addresses = control.join(self.world_size, address)
-        except BaseException:
-            for sock in sockets:
-                sock.close()
-            raise
-        transport = chosen(
-            control.rank,
-            self.world_size,
-            addresses,
-            sockets,
-            self.secret,
-            lost_grace_s=LOST_GRACE_S,
-        )
-        world = World(transport, control)
+    def on_failure(failure: Failure) -> None:
+        control.say_doing(world.position())
+        transport.abort(JobFailed(failure))
 
-        def on_failure(failure: Failure) -> None:
-            control.say_doing(world.position())
-            transport.abort(JobFailed(failure))
-
-        control.on_failure(on_failure)
-        return world
+    control.on_failure(on_failure)
+    return world
 
 
 @dataclasses.dataclass
@@ -235,6 +231,16 @@ def current_world() -> World | None:
     return _process.world
 
 
+def one_compute_thread() -> None:
+    """Let torch compute with one thread in the calling thread, unless OMP_NUM_THREADS is set.
+
+    Every thread that computes has to call it. MKL and OpenMP count threads for each calling thread
+    apart, and torch tells them its number only at the first call that asks for it; a matrix product
+    before that uses all cores, and rounds differently.
+    """
+    torch.set_num_threads(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
+
+
 def init() -> World:
     """Join the world that this process was started in; blocks until all ranks have come.
 
@@ -249,12 +255,11 @@ def init() -> World:
     """
     if _process.world is not None:
         raise UsageError("this process is in a world already: leave it before the next init()")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    one_compute_thread()
     if _process.membership is None or _process.control is None:
         _process.world = World(InprocTransport(InprocHub(1), 0))
     else:
-        _process.world = _process.membership.join(_process.control)
+        _process.world = _join(_process.membership, _process.control)
     return _process.world
 
 

@@ -5,6 +5,7 @@ Nothing here blocks, because `isend` must not: the steps run as handlers of `Pro
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -17,7 +18,7 @@ from transport.handshake import Hello, Initiator, Role, Verdict
 from transport.progress import Progress
 
 CALL_TIMEOUT_S: Final = 10.0
-RETRY_S: Final = 0.01  # between two attempts while the listener's queue is full
+RETRY_S: Final = 0.01  # between two attempts
 
 Finish = Callable[["socket.socket | None", "TransportError | None"], None]
 
@@ -25,7 +26,9 @@ Finish = Callable[["socket.socket | None", "TransportError | None"], None]
 class Call:
     """Calls `peer`; `finish(socket, None)` or `finish(None, error)` is called back once.
 
-    `finish(None, None)` means that the peer's own call goes ahead instead.
+    `finish(None, None)` means that the peer's own call goes ahead instead. A listener that hangs
+    up before its verdict is called again until the deadline: when strangers crowd its door, the
+    oldest caller has to give way, and that may be this one.
     """
 
     def __init__(
@@ -41,12 +44,11 @@ class Call:
         rank, self._peer = hello
         self._progress = progress
         self._address = address
-        self._initiator = Initiator(secret, Hello(Role.DATA, rank, self._peer))
+        self._secret = secret
+        self._hello = Hello(Role.DATA, rank, self._peer)
         self._unix = unix
         self._finish = finish
         self._socket: socket.socket | None = None
-        self._connected = False
-        self._gathered = bytearray()
         self._over = False
         self._deadline = time.monotonic() + CALL_TIMEOUT_S
         progress.call_at(self._deadline, self._on_deadline)
@@ -55,23 +57,34 @@ class Call:
     def cancel(self) -> None:
         """Give up without calling back."""
         self._over = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._socket is not None:
             self._progress.unregister(self._socket.fileno())
             self._socket.close()
+            self._socket = None
 
     def _dial(self) -> None:
         if self._over:
             return
+        self._initiator = Initiator(self._secret, self._hello)
+        self._connected = False
+        self._gathered = bytearray()
         try:
             self._socket = dial(self._address, unix=self._unix)
         except BlockingIOError:
-            self._progress.call_at(time.monotonic() + RETRY_S, self._dial)
+            self._dial_again()
         except OSError as error:
             # Not from within the constructor: the caller does not know this call yet.
             text = f"rank {self._peer} cannot be reached at {self._address.tcp}: {error.strerror}"
             self._progress.call_at(0.0, lambda: self._fail(PeerLost(text)))
         else:
             self._progress.register(self._socket.fileno(), select.EPOLLOUT, self._on_events)
+
+    def _dial_again(self) -> None:
+        self._hang_up()
+        self._progress.call_at(time.monotonic() + RETRY_S, self._dial)
 
     def _on_deadline(self) -> None:
         self._fail(PeerLost(f"rank {self._peer} did not answer within {CALL_TIMEOUT_S} s"))
@@ -90,6 +103,8 @@ class Call:
                 self._on_answer(self._socket)
         except BlockingIOError:
             pass
+        except (ConnectionResetError, BrokenPipeError):
+            self._dial_again()
         except OSError as error:
             self._fail(PeerLost(f"rank {self._peer} cannot be reached: {error.strerror}"))
         except AuthenticationError as error:
@@ -98,15 +113,15 @@ class Call:
     def _on_connected(self, sock: socket.socket) -> None:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, "connection refused or lost")
-        self._connected = True
+            raise OSError(code, os.strerror(code))
         sock.send(self._initiator.hello)  # 64 bytes always fit into an empty buffer
+        self._connected = True
         self._progress.modify(sock.fileno(), select.EPOLLIN)
 
     def _on_answer(self, sock: socket.socket) -> None:
         data = sock.recv(self._initiator.needed - len(self._gathered))
         if not data:
-            raise OSError(0, "it hung up during the handshake")
+            raise ConnectionResetError
         self._gathered += data
         if len(self._gathered) < self._initiator.needed:
             return

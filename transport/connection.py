@@ -6,9 +6,11 @@ three calls of `Owner`. Everything here runs under the lock of `Progress`.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import select
 import socket
+import termios
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -22,6 +24,7 @@ from transport.tensors import memory
 from transport.wire import Decoder, Frame, FrameKind, Limits, encode
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
+WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise
 MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
 
 
@@ -29,7 +32,10 @@ class Owner(Protocol):
     """What a connection asks of the transport that it belongs to."""
 
     def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
-        """Return the tensors that the payload fills, or None to stop reading for now."""
+        """Return the tensors that the payload fills, or None to stop reading for now.
+
+        While `connection.ending` the owner takes every frame.
+        """
 
     def on_payload(self, connection: Connection) -> None:
         """Take note that the payload of the last frame is complete."""
@@ -57,8 +63,10 @@ class Connection:
     def __init__(self, progress: Progress, owner: Owner, peer: int, limits: Limits) -> None:
         self.peer = peer
         self.socket: socket.socket | None = None
+        self.ending = False  # the peer takes no more; what it had sent is read to the end
         self._progress = progress
         self._owner = owner
+        self._limits = limits
         self._decoder = Decoder(limits)
         self._queue: deque[_Outgoing] = deque()
         self._sequence = 0
@@ -67,9 +75,23 @@ class Connection:
         self._watched = 0
 
     @property
-    def idle(self) -> bool:
-        """Whether everything that was queued has gone to the kernel."""
-        return not self._queue
+    def flushed(self) -> bool:
+        """Whether all that was queued is with the peer's kernel, so that it outlives this side.
+
+        A TCP socket that is closed with bytes left to read resets the connection at once, and what
+        it still had to send is lost. tcp(7): SIOCOUTQ is what the other side has not acknowledged.
+        A Unix stream hands over at once, there is nothing in between.
+        """
+        if self._queue:
+            return False
+        if self.socket is None or self.socket.family == socket.AF_UNIX:
+            return True
+        unacknowledged = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+        if not any(unacknowledged):
+            return True
+        poller = select.poll()
+        poller.register(self.socket, 0)
+        return bool(poller.poll(0))  # a hang-up or an error: nobody is left to acknowledge
 
     @property
     def paused(self) -> bool:
@@ -90,9 +112,13 @@ class Connection:
         tensors: Sequence[torch.Tensor] = (),
         work: Work | None = None,
     ) -> None:
-        """Send a frame now as far as the kernel takes it, and the rest when it takes more."""
+        """Send a frame now as far as the kernel takes it, and the rest when it takes more.
+
+        Raises:
+            InvalidArgument: the frame is over the limits, which the peer has as well.
+        """
         views = [memory(tensor) for tensor in tensors if tensor.numel()]
-        head = encode(kind, self._sequence, meta, sum(map(len, views)))
+        head = encode(kind, self._sequence, meta, sum(map(len, views)), self._limits)
         self._sequence += 1
         self._queue.append(_Outgoing(deque([memoryview(head), *views]), tensors, work))
         if self.socket is not None and len(self._queue) == 1:
@@ -104,6 +130,7 @@ class Connection:
             frame, self._pending = self._pending, None
             if self._begin(frame) and self._drain():
                 self._watch()
+            self._progress.wake()  # this may have completed what other threads wait for
 
     def close_socket(self) -> None:
         """Close the socket; what is queued stays where it is."""
@@ -125,6 +152,8 @@ class Connection:
     def _on_events(self, mask: int) -> None:
         if mask & select.EPOLLOUT:
             self._flush()
+        if mask & (select.EPOLLHUP | select.EPOLLERR) and self.paused:
+            self._read_to_the_end()  # these two cannot be masked and would come again for ever
         if mask & ~select.EPOLLOUT and self.socket is not None and not self.paused:
             self._read()
 
@@ -132,7 +161,8 @@ class Connection:
         """Ask the kernel for just the events that can be used now."""
         if self.socket is None:
             return
-        wanted = (0 if self.paused else select.EPOLLIN) | (select.EPOLLOUT if self._queue else 0)
+        writing = self._queue and not self.ending
+        wanted = (0 if self.paused else select.EPOLLIN) | (select.EPOLLOUT if writing else 0)
         if wanted == self._watched:
             return
         fd = self.socket.fileno()
@@ -146,19 +176,26 @@ class Connection:
 
     def _flush(self) -> None:
         assert self.socket is not None
+        budget = WRITE_BUDGET_NBYTES
         try:
-            while self._queue:
+            while self._queue and budget > 0 and not self.ending:
                 buffers = (view for item in self._queue for view in item.buffers)
-                self._sent(self.socket.sendmsg(itertools.islice(buffers, MAX_GATHER)))
+                nbytes = self.socket.sendmsg(itertools.islice(buffers, MAX_GATHER))
+                self._sent(nbytes)
+                budget -= nbytes
         except BlockingIOError:
             pass
+        except ConnectionError:
+            # The peer is gone, but what it sent before, perhaps a goodbye, can still be read. So
+            # reading finds the end and says how it came; what the kernel holds is not much.
+            self._read_to_the_end()
         except OSError as error:
-            # The peer is gone, but what it sent before may still be readable: reading will find
-            # the end. Only a reader that has stopped would not.
-            if self.paused:
-                self._end(error)
-            return
+            self._end(error)
         self._watch()
+
+    def _read_to_the_end(self) -> None:
+        self.ending = True
+        self.resume()
 
     def _sent(self, nbytes: int) -> None:
         while self._queue:

@@ -25,7 +25,13 @@ import abc
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from transport.errors import InvalidArgument, MessageMismatch, TransportError, WaitTimeout
+from transport.errors import (
+    InvalidArgument,
+    MessageMismatch,
+    TransportError,
+    WaitTimeout,
+    fresh,
+)
 from transport.tensors import Message, MessageSpec, TensorSpec, fillable
 
 if TYPE_CHECKING:
@@ -64,11 +70,12 @@ class Work:
             PeerLeft, PeerLost, ProtocolError: the peer cannot complete it any more.
             JobFailed: some rank of the job failed.
             TransportClosed: this rank closed or aborted its transport.
+            InternalError: the transport itself broke.
         """
         if not self.done and not self._transport.progress_until(self, timeout):
             raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
         if self._error is not None:
-            raise self._error.with_traceback(None)
+            raise fresh(self._error)
         return self._result
 
     def complete(self, result: Message | None = None) -> None:
@@ -146,6 +153,8 @@ class Transport(abc.ABC):
         """
         self._check(src, tag, "receive from")
         expected = MessageSpec((expect,), False) if isinstance(expect, TensorSpec) else expect
+        if expected is not None and not isinstance(expected, MessageSpec):
+            raise InvalidArgument(f"`expect` is a TensorSpec or a MessageSpec, not {expect!r:.100}")
         if into is not None:
             filled = fillable(into)
             if expected is not None and expected != filled:

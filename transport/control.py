@@ -186,9 +186,7 @@ class ControlClient:
             callback(failure)
 
 
-def _connect(
-    address: tuple[str, int], secret: bytes, rank: int, timeout: float
-) -> socket.socket:
+def _connect(address: tuple[str, int], secret: bytes, rank: int, timeout: float) -> socket.socket:
     """Connect and authenticate, blocking; return the socket, non-blocking from here on."""
     initiator = Initiator(secret, Hello(Role.CONTROL, rank, ANY_RANK))
     where = f"the rendezvous at {address[0]}:{address[1]}"

@@ -3,6 +3,7 @@
 Who broke it decides the class:
 
 1. this rank, by a wrong call           -> `InvalidArgument`, `MessageMismatch`, `TransportClosed`
+   this rank, by a bug of the transport -> `InternalError`
 2. the other side of one connection     -> `PeerLeft` (orderly), `PeerLost` (not), `ProtocolError`
 3. some rank of the job, maybe far away -> `JobFailed`, which carries the first cause as a `Failure`
 4. nobody yet, time has run out         -> `WaitTimeout`
@@ -11,9 +12,10 @@ Who broke it decides the class:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import signal as signals
-from typing import Any
+from typing import Any, TypeVar
 
 RECORD_TEXT_LIMIT = 64 * 1024  # characters of a failure's message or traceback, each
 CAUSES = ("exception", "signal", "exit", "hang", "lost", "rendezvous")
@@ -39,6 +41,10 @@ class TransportClosed(TransportError):
     """The call came after this rank itself had closed or aborted its transport."""
 
 
+class InternalError(TransportError):
+    """The transport broke, or was interrupted, in the midst of its work and cannot go on."""
+
+
 class WaitTimeout(TransportError, TimeoutError):
     """A blocking call did not finish within the seconds that it was given."""
 
@@ -61,6 +67,20 @@ class AuthenticationError(TransportError):
 
 class RendezvousError(TransportError):
     """The world could not be put together: who is missing, or what does not fit."""
+
+
+_Error = TypeVar("_Error", bound=TransportError)
+
+
+def fresh(error: _Error) -> _Error:
+    """Return a copy of a stored error, to be raised.
+
+    One object raised in two threads, or twice, would mix their tracebacks; and the traceback of a
+    stored one would keep every local variable on its way alive, tensors included.
+    """
+    twin = copy.copy(error)
+    twin.__cause__ = error.__cause__
+    return twin
 
 
 def printable(text: str, limit: int = RECORD_TEXT_LIMIT) -> str:

@@ -108,7 +108,7 @@ class Initiator:
             return b""
         nonce, proof = data[:NONCE_NBYTES], data[NONCE_NBYTES:]
         if not hmac.compare_digest(proof, _proof(self._secret, b"acceptor", self.hello, nonce)):
-            raise AuthenticationError("the listener could not prove that it holds this job's secret")
+            raise AuthenticationError("the listener could not prove that it holds the secret")
         self._proved = True
         self.needed = 1
         return _proof(self._secret, b"initiator", self.hello, nonce)

@@ -10,8 +10,17 @@ from __future__ import annotations
 import threading
 from typing import ClassVar
 
+import torch
+
 from transport.contract import Receive, Transport, Work, deadline_after, remaining
-from transport.errors import InvalidArgument, PeerLeft, PeerLost, TransportClosed, TransportError
+from transport.errors import (
+    InvalidArgument,
+    PeerLeft,
+    PeerLost,
+    TransportClosed,
+    TransportError,
+    fresh,
+)
 from transport.mailbox import Arrival, Mailbox
 from transport.tensors import Message, prepare
 
@@ -25,6 +34,7 @@ class InprocHub:
         self.world_size = world_size
         self.changed = threading.Condition()
         self.ranks: dict[int, InprocTransport] = {}
+        self.gone: dict[int, TransportError] = {}  # why a rank will send no more
 
     def transports(self) -> list[InprocTransport]:
         """Return the transports of all ranks, in rank order."""
@@ -42,7 +52,6 @@ class InprocTransport(Transport):
         self._hub = hub
         self._mailbox = Mailbox()
         self._ended: TransportError | None = None  # what every later call raises
-        self._gone: dict[int, TransportError] = {}  # why a peer will send no more
         with hub.changed:
             if not 0 <= rank < hub.world_size or rank in hub.ranks:
                 raise InvalidArgument(f"rank {rank} does not exist or is taken in this hub")
@@ -54,15 +63,16 @@ class InprocTransport(Transport):
         work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
         with self._hub.changed:
             self._raise_if_ended()
-            if dst in self._gone:
-                raise self._gone[dst].with_traceback(None)
+            if dst in self._hub.gone:
+                raise fresh(self._hub.gone[dst])
             peer = self._hub.ranks.get(dst)
             if peer is None:
                 raise InvalidArgument(f"rank {dst} has not joined this hub yet")
             arrival = Arrival(self.rank, tag, spec)
             peer._mailbox.arrive(arrival)
-            for target, tensor in zip(arrival.tensors, tensors, strict=True):
-                target.copy_(tensor)
+            with torch.inference_mode():  # outside of it a target made inside could not be written
+                for target, tensor in zip(arrival.tensors, tensors, strict=True):
+                    target.copy_(tensor)
             peer._mailbox.complete(arrival)
             self._hub.changed.notify_all()
         work.complete()
@@ -73,8 +83,8 @@ class InprocTransport(Transport):
         with self._hub.changed:
             self._raise_if_ended()
             self._mailbox.post(receive)
-            if not receive.done and receive.src in self._gone:
-                self._mailbox.fail(self._gone[receive.src], receive.src)
+            if not receive.done and receive.src in self._hub.gone:
+                self._mailbox.fail(self._hub.gone[receive.src], receive.src)
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Sleep until another rank's call has completed the work."""
@@ -101,13 +111,12 @@ class InprocTransport(Transport):
             if self._ended is not None:
                 return
             self._ended = mine
+            self._hub.gone[self.rank] = theirs
             self._mailbox.fail(mine)
             for peer in self._hub.ranks.values():
-                if peer is not self:
-                    peer._gone[self.rank] = theirs
-                    peer._mailbox.fail(theirs, self.rank)
+                peer._mailbox.fail(theirs, self.rank)
             self._hub.changed.notify_all()
 
     def _raise_if_ended(self) -> None:
         if self._ended is not None:
-            raise self._ended.with_traceback(None)
+            raise fresh(self._ended)

@@ -119,7 +119,8 @@ class Mailbox:
             receive.complete(arrival.spec.pack(arrival.tensors))
             return
         into = receive.into if isinstance(receive.into, tuple) else (receive.into,)
-        for target, tensor in zip(into, arrival.tensors, strict=True):
-            if target is not tensor:  # it arrived before it was asked for
-                target.copy_(tensor)
+        with torch.inference_mode():  # outside of it a target made inside could not be written
+            for target, tensor in zip(into, arrival.tensors, strict=True):
+                if target is not tensor:  # it arrived before it was asked for
+                    target.copy_(tensor)
         receive.complete(receive.into)

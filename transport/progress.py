@@ -11,6 +11,8 @@
 3. When it is done it arms the outer epoll again. The background thread wakes only when bytes
    arrive while nobody waits, that is while the rank computes.
 4. A second thread that waits meanwhile is a follower: the driver notifies it after each round.
+5. Nothing that goes wrong is lost in a thread: an exception that a handler does not expect, or an
+   interrupt in the midst of one, leaves a half-done state, so `on_crash` is told and ends it all.
 """
 
 from __future__ import annotations
@@ -18,28 +20,36 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import os
 import select
 import threading
 import time
 from collections.abc import Callable
+from types import TracebackType
 
 from transport.contract import Work, deadline_after, remaining
+from transport.errors import TransportError
 
 Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
 
 
 class Progress:
-    """The event loop of one rank's transport."""
+    """The event loop of one rank's transport.
 
-    def __init__(self, name: str) -> None:
+    `with progress:` holds the lock; so it is entered to change anything that handlers use.
+    """
+
+    def __init__(self, name: str, on_crash: Callable[[BaseException], None]) -> None:
         self.lock = threading.Lock()
+        self._on_crash = on_crash  # called under the lock
         self._changed = threading.Condition(self.lock)
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
         self._driving = False
         self._followers = 0
+        self._sleeps_until = math.inf  # when the background thread, if asleep, wakes by itself
         self._stopped = False
         self._inner = select.epoll()
         self._outer = select.epoll()
@@ -48,6 +58,21 @@ class Progress:
         self.register(self._wakeup, select.EPOLLIN, self._on_wakeup)
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None and not isinstance(error, TransportError):
+                self._on_crash(error)
+        finally:
+            self.lock.release()
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` under the lock whenever one of the epoll `events` is there."""
@@ -73,7 +98,8 @@ class Progress:
         """Make whoever polls look again: timers, or work that another thread has completed."""
         if self._followers:
             self._changed.notify_all()
-        os.eventfd_write(self._wakeup, 1)
+        if not self._inner.closed:
+            os.eventfd_write(self._wakeup, 1)
 
     def run_until(self, work: Work, timeout: float | None) -> bool:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
@@ -93,22 +119,21 @@ class Progress:
         return True
 
     def stop(self) -> None:
-        """End the background thread and close the pollers; a second call does nothing.
+        """End the background thread and close the pollers; a second call finds them ended.
 
         Not to be called under the lock, nor before everything that is waited for is done.
         """
         with self.lock:
-            if self._stopped:
-                return
             self._stopped = True
             self.wake()
         self._thread.join()
         with self.lock:
             while self._driving:  # it was woken, and leaves because its work is done
                 self._changed.wait()
-            self._outer.close()
-            self._inner.close()
-            os.close(self._wakeup)
+            if not self._inner.closed:
+                self._outer.close()
+                self._inner.close()
+                os.close(self._wakeup)
 
     def _drive(self, work: Work, deadline: float | None) -> None:
         self._driving = True
@@ -116,11 +141,11 @@ class Progress:
         try:
             while not work.done:
                 left = self._until_next_timer(remaining(deadline))
-                self.lock.release()
                 try:
+                    self.lock.release()
                     events = self._inner.poll(left)
                 finally:
-                    self.lock.acquire()
+                    self._relock()
                 self._handle(events)
                 if remaining(deadline) == 0.0:
                     return
@@ -129,8 +154,18 @@ class Progress:
             self._outer.modify(self._inner.fileno(), select.EPOLLIN)
             if self._followers or self._stopped:
                 self._changed.notify_all()
-            if self._timers:
-                self.wake()  # the background thread sleeps without knowing of their deadlines
+            # The background thread may have to leave (this thread has read its wake-up call), or
+            # sleep for longer than the next timer allows.
+            if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
+                self.wake()
+
+    def _relock(self) -> None:
+        """Take the lock, and only then let out an interrupt (Ctrl-C) that came meanwhile."""
+        try:
+            self.lock.acquire()
+        except BaseException:
+            self._relock()
+            raise
 
     def _background(self) -> None:
         while True:
@@ -138,12 +173,24 @@ class Progress:
                 if self._stopped:
                     return
                 timeout = None if self._driving else self._until_next_timer(None)
+                self._sleeps_until = math.inf if timeout is None else time.monotonic() + timeout
             self._outer.poll(timeout)
             with self.lock:
                 if not self._driving and not self._stopped:
                     self._handle(self._inner.poll(0))
 
     def _handle(self, events: list[tuple[int, int]]) -> None:
+        try:
+            self._call_handlers(events)
+        except BaseException as error:
+            self._on_crash(error)
+            if not isinstance(error, Exception):
+                raise  # an interrupt is for the thread that waits here
+        finally:
+            if self._followers:
+                self._changed.notify_all()
+
+    def _call_handlers(self, events: list[tuple[int, int]]) -> None:
         for fd, mask in events:
             handler = self._handlers.get(fd)  # an earlier handler may have closed this one
             if handler is not None:
@@ -151,8 +198,6 @@ class Progress:
         now = time.monotonic() if self._timers else 0.0
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2]()
-        if self._followers:
-            self._changed.notify_all()
 
     def _until_next_timer(self, left: float | None) -> float | None:
         if not self._timers:

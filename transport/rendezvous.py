@@ -1,4 +1,4 @@
-"""The rendezvous: assigns ranks, sees the world complete, hands out the address book, ends barriers.
+"""The rendezvous: assigns ranks, sees the world complete, hands out addresses, ends barriers.
 
 Every rank keeps one control connection to it for its whole life. Records (one msgpack map a frame):
 
@@ -71,7 +71,7 @@ class RecordStream:
         return bool(self._unsent)
 
     def send(self, record: dict[str, Any]) -> None:
-        """Queue a record and send what the kernel takes. An OSError means the other side is gone."""
+        """Queue a record and send what the kernel takes; OSError means the other side is gone."""
         self._unsent += encode(FrameKind.RECORD, self._sequence, record)
         self._sequence += 1
         self.flush()

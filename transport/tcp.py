@@ -11,28 +11,38 @@ import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 
 from transport.addresses import Address, listen, tune
-from transport.call import Call
+from transport.call import CALL_TIMEOUT_S, Call
 from transport.connection import Connection
 from transport.contract import (
     DEFAULT_UNEXPECTED_LIMIT,
     Receive,
     Transport,
     Work,
-    deadline_after,
-    remaining,
 )
-from transport.errors import PeerLeft, ProtocolError, TransportClosed, TransportError, WaitTimeout
+from transport.errors import (
+    InternalError,
+    PeerLeft,
+    PeerLost,
+    ProtocolError,
+    TransportClosed,
+    TransportError,
+    WaitTimeout,
+    fresh,
+)
 from transport.handshake import Hello, Role, Verdict
 from transport.listener import Listener
 from transport.mailbox import Arrival, Mailbox
 from transport.progress import Progress
 from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import Frame, FrameKind, Limits
+
+CLOSED: Final = "this rank has closed its transport"
+FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
 
 
 class Peer:
@@ -45,6 +55,11 @@ class Peer:
         self.left = False  # it said goodbye
         self.lost = False  # its stream broke, or it could not be reached
         self.ended: TransportError | None = None  # why nothing can be sent or received any more
+
+    @property
+    def flushed(self) -> bool:
+        """Whether it needs no more waiting for what is queued for this peer."""
+        return self.lost or self.ended is not None or self.connection.flushed
 
 
 class TcpTransport(Transport):
@@ -86,10 +101,12 @@ class TcpTransport(Transport):
         self._mailbox = Mailbox()
         self._peers: dict[int, Peer] = {}
         self._waiting_receives = 0  # threads that wait for a receive: while there are, read on
+        self._callers_due: float | None = None  # when `_expire_callers` is called next
+        self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._listener = Listener(secret, Role.DATA, rank, listening)
-        self._progress = Progress(f"barepp-progress-{rank}")
-        with self._progress.lock:
+        self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
+        with self._progress:
             self._progress.register(self._listener.fileno(), select.EPOLLIN, self._on_callers)
 
     @staticmethod
@@ -108,20 +125,21 @@ class TcpTransport(Transport):
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
         work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
-        with self._progress.lock:
-            peer = self._usable_peer(dst)
+        with self._progress:
+            self._raise_if_ended()
+            peer = self._peer(dst)
+            if peer.ended is not None:
+                raise fresh(peer.ended)
             peer.connection.queue(FrameKind.MESSAGE, spec.to_meta(tag), tensors, work)
         return work
 
     def post_receive(self, receive: Receive) -> None:
         """Match the receive with what is here already, or let it wait."""
-        with self._progress.lock:
-            if self._ended is not None:
-                raise self._ended.with_traceback(None)
+        with self._progress:
+            self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._peer(receive.src)
-            if peer.connection.paused:
-                peer.connection.resume()
+            peer.connection.resume()
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.src)
 
@@ -129,43 +147,76 @@ class TcpTransport(Transport):
         """Move bytes on all connections until the work is done; False when time ran out."""
         if not work.is_receive:
             return self._progress.run_until(work, timeout)
-        with self._progress.lock:
+        with self._progress:
             self._waiting_receives += 1
             for peer in list(self._peers.values()):
                 peer.connection.resume()
         try:
             return self._progress.run_until(work, timeout)
         finally:
-            with self._progress.lock:
+            with self._progress:
                 self._waiting_receives -= 1
 
     def close(self, timeout: float | None = None) -> None:
         """Send what is queued, say goodbye to every peer and end."""
-        deadline = deadline_after(timeout)
-        goodbyes: list[Work] = []
-        with self._progress.lock:
-            for peer in self._peers.values() if self._ended is None else ():
-                connection = peer.connection
-                if peer.ended is None and (connection.socket is not None or not connection.idle):
-                    goodbyes.append(Work(self, "saying goodbye", is_receive=False))
-                    connection.queue(FrameKind.GOODBYE, None, (), goodbyes[-1])
-        flushed = all(self._progress.run_until(work, remaining(deadline)) for work in goodbyes)
-        self.abort(TransportClosed("this rank has closed its transport"))
-        if not flushed:
-            raise WaitTimeout(f"a peer did not take what is queued for it within {timeout} s")
+        with self._progress:
+            if self._farewell is not None:
+                return
+            farewell = self._farewell = Work(self, "saying goodbye", is_receive=False)
+            if self._ended is None:
+                for peer in list(self._peers.values()):
+                    if peer.ended is None and not peer.lost:
+                        peer.connection.queue(FrameKind.GOODBYE, None)
+                self._check_farewell()
+            else:
+                farewell.complete()
+        try:
+            if not self._progress.run_until(farewell, timeout):
+                slow = sorted(rank for rank, peer in self._peers.items() if not peer.flushed)
+                raise WaitTimeout(f"ranks {slow} did not take what is queued within {timeout} s")
+            farewell.wait()
+        finally:
+            self.abort(TransportClosed(CLOSED))
 
     def abort(self, error: TransportError) -> None:
         """Fail everything that waits, close every socket and stop."""
-        with self._progress.lock:
-            if self._ended is None:
-                self._ended = error
-                self._progress.unregister(self._listener.fileno())
-                self._listener.close()
-                self._mailbox.fail(error)
-                for peer in self._peers.values():
-                    self._end_peer(peer, error)
-            self._progress.wake()
+        with self._progress:
+            self._end(error)
         self._progress.stop()
+
+    def _end(self, error: TransportError) -> None:
+        if self._ended is not None:
+            return
+        self._ended = error
+        self._progress.unregister(self._listener.fileno())
+        self._listener.close()
+        self._mailbox.fail(error)
+        for peer in self._peers.values():
+            self._end_peer(peer, error)
+        if self._farewell is not None and not self._farewell.done:
+            self._farewell.fail(error)
+        self._progress.wake()
+
+    def _on_crash(self, error: BaseException) -> None:
+        """End, because nobody knows in which state that error has left a stream."""
+        what = f"the transport of rank {self.rank} broke: {type(error).__name__}: {error}"
+        broken = InternalError(what)
+        broken.__cause__ = error
+        self._end(broken)
+
+    def _raise_if_ended(self) -> None:
+        if self._ended is not None:
+            raise fresh(self._ended)
+        if self._farewell is not None:
+            raise TransportClosed(CLOSED)
+
+    def _check_farewell(self) -> None:
+        if self._farewell is None or self._farewell.done:
+            return
+        if all(peer.flushed for peer in self._peers.values()):
+            self._farewell.complete()
+        else:
+            self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
 
     # -- peers and their connections --------------------------------------------------------------
 
@@ -178,14 +229,6 @@ class TcpTransport(Transport):
             self._call(peer)
         return peer
 
-    def _usable_peer(self, rank: int) -> Peer:
-        if self._ended is not None:
-            raise self._ended.with_traceback(None)
-        peer = self._peer(rank)
-        if peer.ended is not None:
-            raise peer.ended.with_traceback(None)
-        return peer
-
     def _call(self, peer: Peer) -> None:
         def finish(sock: socket.socket | None, error: TransportError | None) -> None:
             peer.call = None
@@ -193,6 +236,12 @@ class TcpTransport(Transport):
                 peer.connection.attach(sock)
             elif error is not None:
                 self._lose(peer, error)
+            else:
+                self._progress.call_at(time.monotonic() + CALL_TIMEOUT_S, check_called)
+
+        def check_called() -> None:
+            if peer.connection.socket is None:
+                self._lose(peer, PeerLost(f"rank {rank} did not call within {CALL_TIMEOUT_S} s"))
 
         rank = peer.connection.peer
         peer.call = Call(
@@ -222,10 +271,12 @@ class TcpTransport(Transport):
                 peer.call = None
             peer.connection.attach(sock)
         deadline = self._listener.next_deadline()
-        if deadline is not None:
+        if deadline is not None and self._callers_due is None:  # one timer at a time
+            self._callers_due = deadline
             self._progress.call_at(deadline, self._expire_callers)
 
     def _expire_callers(self) -> None:
+        self._callers_due = None
         if self._ended is None:
             self._on_callers(0)
 
@@ -263,7 +314,9 @@ class TcpTransport(Transport):
         peer.connection.detach(error)
         if peer.arrival is not None and peer.arrival.receive is not None:
             peer.arrival.receive.fail(error)
+        peer.arrival = None
         self._mailbox.fail(error, peer.connection.peer)
+        self._progress.wake()  # other threads may wait for what has just failed
 
     # -- what a connection asks (see connection.Owner) --------------------------------------------
 
@@ -277,7 +330,8 @@ class TcpTransport(Transport):
             raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
         tag, spec = MessageSpec.from_meta(frame.meta, frame.payload_nbytes)
         src = connection.peer
-        if not self._mailbox.wanted(src, tag) and not self._waiting_receives:
+        read_on = self._waiting_receives or connection.ending
+        if not read_on and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
                 return None

@@ -92,7 +92,12 @@ class MessageSpec:
 
     def allocate(self) -> list[torch.Tensor]:
         """Return fresh tensors for the message, not initialised and 64-byte aligned by torch."""
-        return [torch.empty(spec.shape, dtype=spec.dtype) for spec in self.tensors]
+        # Whoever moves bytes allocates, on behalf of any thread: neither its default device nor
+        # its inference mode may show in the tensor.
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False):
+                return self.allocate()
+        return [torch.empty(s.shape, dtype=s.dtype, device="cpu") for s in self.tensors]
 
     def to_meta(self, tag: int) -> list[object]:
         """Return the metadata of a message of this spec."""
@@ -173,9 +178,10 @@ def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
 def _sendable(tensor: object) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgument(f"only tensors can be sent, not {type(tensor).__name__}")
-    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
         raise InvalidArgument(
-            f"a {tensor.layout} tensor of {tensor.dtype} cannot be sent; "
+            f"a {layout} tensor of {tensor.dtype} cannot be sent; "
             f"dense tensors of these can: {', '.join(DTYPES)}"
         )
     if tensor.device.type != "cpu":
@@ -190,15 +196,16 @@ def fillable(message: Message) -> MessageSpec:
     """Check that a receive may write into `message`; return its spec.
 
     Raises:
-        InvalidArgument: it is on another device, not contiguous, or needs a gradient.
+        InvalidArgument: not a message, on another device, not contiguous, or needs a gradient.
     """
+    spec, contiguous = prepare(message)
     tensors = (message,) if isinstance(message, torch.Tensor) else message
-    for tensor in tensors:
-        if _sendable(tensor).data_ptr() != tensor.data_ptr():
+    for tensor, ready in zip(tensors, contiguous, strict=True):
+        if ready.data_ptr() != tensor.data_ptr():
             raise InvalidArgument("a tensor to be filled has to be contiguous: use .contiguous()")
         if tensor.requires_grad:
             raise InvalidArgument("a tensor to be filled cannot require a gradient: use .detach()")
-    return MessageSpec.of(message)
+    return spec
 
 
 def memory(tensor: torch.Tensor) -> memoryview:

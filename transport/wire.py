@@ -31,12 +31,13 @@ from typing import Any, Final
 
 import msgpack
 
-from transport.errors import ProtocolError
+from transport.errors import InvalidArgument, ProtocolError
 
 MAGIC: Final = b"bpp\x01"
 HEADER: Final = struct.Struct("<4sB3xIIQII")
 _SIGNED: Final = struct.Struct("<4sB3xIIQI")  # the part of the header that header_crc covers
 SCRATCH_NBYTES: Final = 64 * 1024
+MAX_ELEMENTS: Final = 4096  # of one msgpack array or map: each level of nesting allocates as many
 
 
 class FrameKind(enum.IntEnum):
@@ -70,12 +71,35 @@ class PayloadDone(enum.Enum):
     DONE = enum.auto()
 
 
-def encode(kind: FrameKind, sequence: int, meta: object, payload_nbytes: int = 0) -> bytes:
-    """Return header and metadata of a frame; the payload follows it on the stream as it is."""
+def encode(
+    kind: FrameKind,
+    sequence: int,
+    meta: object,
+    payload_nbytes: int = 0,
+    limits: Limits | None = None,
+) -> bytes:
+    """Return header and metadata of a frame; the payload follows it on the stream as it is.
+
+    Raises:
+        InvalidArgument: the frame is over the `limits`; its receiver would refuse it.
+    """
     packed: bytes = msgpack.packb(meta)
+    if limits is not None:
+        for what, nbytes, limit in _lengths(len(packed), payload_nbytes, limits):
+            if nbytes > limit:
+                raise InvalidArgument(f"{nbytes} bytes of {what} are over the limit of {limit}")
     fields = (MAGIC, kind, len(packed), zlib.crc32(packed), payload_nbytes, sequence & 0xFFFFFFFF)
     signed = _SIGNED.pack(*fields)
     return signed + zlib.crc32(signed).to_bytes(4, "little") + packed
+
+
+def _lengths(
+    meta_nbytes: int, payload_nbytes: int, limits: Limits
+) -> tuple[tuple[str, int, int], ...]:
+    return (
+        ("metadata", meta_nbytes, limits.meta_nbytes),
+        ("payload", payload_nbytes, limits.payload_nbytes),
+    )
 
 
 class Decoder:
@@ -219,13 +243,10 @@ class Decoder:
                 f"frame number {self._sequence & 0xFFFFFFFF} was due, number {sequence} came"
             )
         self._sequence += 1
-        for name, nbytes, limit in (
-            ("metadata", meta_nbytes, self._limits.meta_nbytes),
-            ("payload", payload_nbytes, self._limits.payload_nbytes),
-        ):
+        for what, nbytes, limit in _lengths(meta_nbytes, payload_nbytes, self._limits):
             if nbytes > limit:
                 raise ProtocolError(
-                    f"a frame announces {nbytes} bytes of {name}, over the limit of {limit}"
+                    f"a frame announces {nbytes} bytes of {what}, over the limit of {limit}"
                 )
         try:
             return FrameKind(kind), meta_nbytes, meta_crc, payload_nbytes
@@ -254,7 +275,12 @@ def unpack(meta: bytes | memoryview) -> Any:
         ProtocolError: the bytes are not exactly one msgpack value.
     """
     try:
-        return msgpack.unpackb(meta, ext_hook=_refuse_extension)
+        return msgpack.unpackb(
+            meta,
+            ext_hook=_refuse_extension,
+            max_array_len=MAX_ELEMENTS,
+            max_map_len=MAX_ELEMENTS,
+        )
     except ProtocolError:
         raise
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:

@@ -1,0 +1,118 @@
+"""`python -m barepp.launch --world 4 script.py`: runs a script on several ranks of this machine.
+
+Exit code: 0 when every rank ended well; else the failing script's own (an exception is 1),
+128 + signal for a rank killed by a signal, 130, 143 or 129 when the launcher itself was sent
+SIGINT, SIGTERM or SIGHUP, and 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from barepp.assignment import Script
+from barepp.errors import UsageError
+from barepp.events import EventLog
+from barepp.job import Job, Options, end_fork_server
+from barepp.output import Output
+from barepp.report import report
+from transport.errors import TransportError
+from transport.registry import check_name, transport_names
+
+MAX_WORLD = 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        _check(parsed)
+        log_dir = _prepared(parsed.log_dir)
+    except (UsageError, TransportError) as error:
+        print(f"barepp.launch: {error}", file=sys.stderr)
+        return 2
+    options = Options(parsed.world, parsed.transport, parsed.grace, parsed.join_timeout)
+    events = EventLog(log_dir / "events.jsonl" if log_dir is not None else None)
+    with Output(log_dir) as output:
+        outcome = Job(Script(parsed.script, tuple(parsed.args)), options, output, events).run()
+        if outcome.failure is not None:
+            output.say(report(outcome.failure, outcome.ranks))
+            output.write_log(outcome.failure.rank, outcome.failure.traceback)
+        end_fork_server()
+    events.close()
+    return outcome.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m barepp.launch", description="Run a script on several ranks of this machine."
+    )
+    parser.add_argument(
+        "--world", type=int, required=True, metavar="N", help="number of ranks (processes)"
+    )
+    parser.add_argument(
+        "--transport",
+        default="auto",
+        help=f"how tensors travel: {', '.join(transport_names())} (default: auto)",
+    )
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="write rank0.log ... and events.jsonl there"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="seconds between the first failure and the end of ranks that are still busy (0.5)",
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds between the first rank's init() and the last one's (60)",
+    )
+    parser.add_argument("script", help="the Python file that every rank runs")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
+    return parser
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Find what cannot work before any process starts."""
+    if not 1 <= parsed.world <= MAX_WORLD:
+        raise UsageError(f"--world is the number of ranks, 1 to {MAX_WORLD}, not {parsed.world}")
+    if check_name(parsed.transport) == "inproc" and parsed.world > 1:
+        raise UsageError(
+            "--transport inproc is for ranks that are threads of one process (barepp.run); "
+            "the launcher starts processes"
+        )
+    for flag, value in (("--grace", parsed.grace), ("--join-timeout", parsed.join_timeout)):
+        if not value >= 0:
+            raise UsageError(f"{flag} is in seconds and not negative, {value} is")
+    script = Path(parsed.script)
+    if not script.is_file():
+        what = "is a directory" if script.is_dir() else "does not exist"
+        raise UsageError(f"the script {parsed.script} {what}")
+    try:
+        compile(script.read_bytes(), parsed.script, "exec")
+    except OSError as error:
+        raise UsageError(f"the script {parsed.script} cannot be read: {error.strerror}") from error
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"the script {parsed.script} is not valid Python: {error}") from error
+
+
+def _prepared(log_dir: Path | None) -> Path | None:
+    if log_dir is not None:
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--log-dir {log_dir} cannot be made: {error.strerror or error}"
+            ) from error
+    return log_dir
+
+
+if __name__ == "__main__":
+    sys.exit(main())

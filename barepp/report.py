@@ -1,0 +1,55 @@
+"""What a person reads when a job has failed: the cause once, first, then one line a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from transport.errors import Failure, printable, signal_name
+
+if TYPE_CHECKING:
+    from barepp.job import Rank
+
+
+def report(failure: Failure, ranks: Sequence[Rank]) -> str:
+    """Return the report of a failed job, several lines."""
+    same = [rank.rank for rank in ranks if _same_failure(rank.reported, failure)]
+    who = rank_names(same if len(same) > 1 else [failure.rank]) if failure.rank >= 0 else "the job"
+    doing = f" while {failure.doing}" if failure.doing and len(same) < 2 else ""
+    lines = [f"barepp: {who} failed{doing}: {failure.message}"]
+    if failure.traceback:
+        lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
+    for rank in ranks:
+        if rank.rank != failure.rank and rank.rank not in same:
+            lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")
+    return printable("\n".join(lines)) + "\n"
+
+
+def rank_names(ranks: Sequence[int]) -> str:
+    """Return "rank 2", "ranks 0-3" or "ranks 0, 2"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return "ranks " + ", ".join(map(str, ranks))
+
+
+def _same_failure(reported: Failure | None, failure: Failure) -> bool:
+    return (
+        reported is not None
+        and reported.cause == failure.cause
+        and reported.message == failure.message
+    )
+
+
+def _fate(rank: Rank) -> str:
+    doing = f" while {rank.doing}" if rank.doing else ""
+    if rank.killed:
+        return f"did not end by itself{doing} and was killed"
+    if rank.reported is not None:
+        return f"failed later{doing}: {rank.reported.message.splitlines()[0]}"
+    if rank.exit_code is not None and rank.exit_code < 0:
+        return f"was killed by {signal_name(-rank.exit_code)}{doing}"
+    if rank.exit_code == 0:
+        return "had ended well"
+    return f"was told and ended{doing}"

@@ -1,0 +1,81 @@
+"""Worlds of ranks that are threads of one process, over every transport; for tests only."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from transport.addresses import Address
+from transport.contract import Transport
+from transport.errors import TransportClosed
+from transport.handshake import new_secret
+from transport.inproc import InprocHub
+from transport.tcp import TcpTransport, UnixTransport
+
+SOCKETS: dict[str, type[TcpTransport]] = {"tcp": TcpTransport, "unix": UnixTransport}
+NAMES = ["inproc", *SOCKETS]
+SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded
+
+Result = TypeVar("Result")
+
+
+def make(name: str, world_size: int, **options: Any) -> list[Any]:
+    """Return the transports of a world, in rank order; `options` are for sockets alone."""
+    if name == "inproc":
+        return list(InprocHub(world_size).transports())
+    secret = new_secret()
+    return make_from_secrets(name, [secret] * world_size, **options)
+
+
+def make_from_secrets(name: str, secrets: list[bytes], **options: Any) -> list[TcpTransport]:
+    """Return socket transports of which each has a secret of its own."""
+    cls = SOCKETS[name]
+    listening = [cls.listen() for _ in secrets]
+    book: dict[int, Address] = {rank: address for rank, (_, address) in enumerate(listening)}
+    return [
+        cls(rank, len(secrets), book, listening[rank][0], secret, **options)
+        for rank, secret in enumerate(secrets)
+    ]
+
+
+@contextlib.contextmanager
+def world(name: str, world_size: int, **options: Any) -> Iterator[list[Any]]:
+    """Make a world for the length of a `with` block; afterwards it is aborted."""
+    transports = make(name, world_size, **options)
+    try:
+        yield transports
+    finally:
+        for transport in transports:
+            transport.abort(TransportClosed("the test is over"))
+
+
+def start(function: Callable[[], Result]) -> Future[Result]:
+    """Run a function in a thread of its own."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def on_all_ranks(transports: list[Any], function: Callable[[Transport], Result]) -> list[Result]:
+    """Run `function(transport)` on every rank at once; return what each returned."""
+    futures = [start(lambda t=transport: function(t)) for transport in transports]  # type: ignore[misc]
+    return [future.result(SOON_S) for future in futures]
+
+
+def eventually(condition: Callable[[], bool], timeout: float = SOON_S) -> None:
+    """Wait for what no event announces."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "this did not come true in time"
+        time.sleep(0.001)
