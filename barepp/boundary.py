@@ -9,6 +9,7 @@ Autograd's graph ends at [1] and a new one starts at [2]: each stage has a graph
 the pipeline carries the gradient over the gap by hand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +46,22 @@ def leave(value: Value) -> Value:
     return value.detach()
 
 
-def enter(value: Value, wants_gradient: bool) -> Entered:
-    """[2] Start a new graph at this value; its gradient is caught if `wants_gradient`."""
+def enter(value: Value, wanted: Sequence[bool]) -> Entered:
+    """[2] Start a new graph at this value; `wanted` says of each tensor whether to catch its
+    gradient.
+    """
+    pairs = [_enter_tensor(*pair) for pair in zip(tensors(value), wanted, strict=True)]
     if isinstance(value, tuple):
-        pairs = [_enter_tensor(tensor, wants_gradient) for tensor in value]
         return Entered(tuple(leaf for leaf, _ in pairs), tuple(start for _, start in pairs))
-    return Entered(*_enter_tensor(value, wants_gradient))
+    return Entered(*pairs[0])
 
 
-def _enter_tensor(tensor: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+def _enter_tensor(tensor: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     # Why detach? The tensor object is the sender's or the user's; setting requires_grad on it
     # would reach into their code. This is another one on the same memory.
     leaf = canonical(tensor.detach())
-    # Why not always? The first stage's inputs are data, and integers have no gradient.
-    if not (wants_gradient and (leaf.is_floating_point() or leaf.is_complex())):
+    # Why not always? Data needs no gradient, and integers have none.
+    if not (wanted and (leaf.is_floating_point() or leaf.is_complex())):
         return leaf, leaf
     # Why requires_grad? It makes backward stop here and leave the gradient in leaf.grad, as it
     # does for a weight.
@@ -70,14 +73,10 @@ def _enter_tensor(tensor: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]
 
 
 def gradient_of(leaves: Value) -> Gradient:
-    """[3] Return what backward has left in the leaves, in the canonical form."""
+    """[3] Return what backward has left in the leaves."""
     if isinstance(leaves, tuple):
-        return tuple(_gradient_of_tensor(leaf) for leaf in leaves)
-    return _gradient_of_tensor(leaves)
-
-
-def _gradient_of_tensor(leaf: Tensor) -> Tensor | None:
-    return None if leaf.grad is None else canonical(leaf.grad)
+        return tuple(leaf.grad for leaf in leaves)
+    return leaves.grad
 
 
 def backward(value: Value, gradient: Gradient) -> None:

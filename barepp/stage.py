@@ -6,7 +6,8 @@ The rules:
    of its forward is kept. Backward uses that graph and frees it.
 3. Gradients accumulate in `.grad` in the order in which backward is called.
 4. A stage takes in one value (a tensor, or a tuple of tensors) and gives one. After the first
-   stage, each floating-point input gets its gradient sent back, whether or not it is needed there.
+   stage, each floating-point input gets its gradient sent back, unless the caller says that the
+   stage before has no use for it (`input_requires_grad`).
 5. A stage owns what it is given after the first stage: a layer may write to it in place.
 """
 
@@ -78,19 +79,27 @@ class Stage:
         step: int,
         target: Any = None,
         loss_weight: float = 1.0,
+        input_requires_grad: Sequence[bool] | None = None,
     ) -> Value:
         """Run the layers on `x` and keep what backward needs.
 
         Returns the output, cut off its graph; the last stage returns the loss times `loss_weight`.
         With rows of the microbatch / rows of the batch as the weight, the losses of a batch, and
         the gradients with them, add up to those of the mean over the whole batch.
+
+        `input_requires_grad` is what `output_requires_grad` was on the stage before. Without it
+        all gradients are computed: also right, but behind a frozen stage it is work for nothing,
+        and a layer may pick another kernel because of it. (A frozen nn.TransformerEncoderLayer in
+        evaluation mode does, and rounds differently.)
         """
         if microbatch in self._in_flight:
             raise ScheduleError(
                 f"stage {self.index}: a second forward of microbatch {microbatch} before its "
                 "backward; let each microbatch go forward once, then backward"
             )
-        entered = boundary.enter(x, wants_gradient=not self.is_first)
+        num_tensors = len(boundary.tensors(x))
+        wanted = input_requires_grad or [True] * num_tensors
+        entered = boundary.enter(x, [False] * num_tensors if self.is_first else wanted)
         with self._randomness:
             output = self._run(entered.value, microbatch, step)
             if self.is_last:
@@ -126,7 +135,16 @@ class Stage:
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
         with torch.no_grad(), self._randomness:
-            return self._run(boundary.enter(x, wants_gradient=False).value, microbatch, step)
+            value = boundary.enter(x, [False] * len(boundary.tensors(x))).value
+            return self._run(value, microbatch, step)
+
+    def output_requires_grad(self, microbatch: int) -> tuple[bool, ...]:
+        """Return for each tensor of the output of a microbatch in flight: has its gradient a use?
+
+        False for integers, and where all is frozen from the first layer to here.
+        """
+        output = self._in_flight[microbatch].output
+        return tuple(tensor.requires_grad for tensor in boundary.tensors(output))
 
     @property
     def in_flight(self) -> int:

@@ -57,8 +57,13 @@ def carried(value):
 
 
 def forward(stages: list[Stage], microbatch: int, step: int, x, y, weight: float) -> Tensor:
+    wanted = None
     for stage in stages:
-        x = carried(stage.forward(microbatch, x, step=step, target=y, loss_weight=weight))
+        x = stage.forward(
+            microbatch, x, step=step, target=y, loss_weight=weight, input_requires_grad=wanted
+        )
+        x = carried(x)
+        wanted = stage.output_requires_grad(microbatch)
     return x
 
 
@@ -327,6 +332,7 @@ def test_integers_and_unused_inputs_get_no_gradient() -> None:
         torch.float32,
     ]
     assert not any(item.requires_grad for item in value)
+    assert stages[0].output_requires_grad(0) == (True, True, False, True)
     stages[1].forward(0, value, step=0, target=targets)
     gradient = stages[1].backward(0)
     assert [item is None for item in gradient] == [False, False, True, True]
@@ -339,12 +345,24 @@ def test_an_input_that_is_used_gets_its_gradient_even_behind_frozen_layers() -> 
     model = ZOO["frozen in front"]
     stages = make_stages(model.layers, [1, 1, 3])
     inputs, targets = data(model, 4, 0)
-    forward(stages, 0, 0, inputs, targets, 1.0)
+    x = inputs
+    for stage in stages:  # nobody says whether the stage before has a use for the gradient
+        x = stage.forward(0, x, step=0, target=targets)
+    assert [stage.output_requires_grad(0) for stage in stages] == [(False,), (True,), (True,)]
     gradient = stages[2].backward(0)
     assert gradient.shape == (4, 9)
     gradient = stages[1].backward(0, gradient)
     assert gradient.shape == (4, 9)
     assert stages[0].backward(0, gradient) is None
+
+
+def test_no_gradient_is_computed_for_a_stage_that_has_no_use_for_it() -> None:
+    model = ZOO["frozen in front"]
+    stages = make_stages(model.layers, [1, 2, 2])
+    forward(stages, 0, 0, *data(model, 4, 0), 1.0)
+    assert [stage.output_requires_grad(0) for stage in stages] == [(False,), (False,), (True,)]
+    backward(stages, 0)
+    assert stages[2].layers["4"].weight.grad is not None
 
 
 def test_a_boundary_without_a_gradient_leaves_the_weights_before_it_alone() -> None:

@@ -89,11 +89,16 @@ def frozen(build: LayerBuilder) -> nn.Module:
     return build().requires_grad_(False)
 
 
+def evaluating(build: LayerBuilder) -> nn.Module:
+    return build().eval()
+
+
 def layer(function: Callable) -> LayerBuilder:
     return partial(Lambda, function)
 
 
 linear = partial(partial, nn.Linear)
+ENCODER = partial(nn.TransformerEncoderLayer, 64, 4, 128, batch_first=True)
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,16 @@ ZOO: dict[str, Model] = {
             linear(9, 5),
         ],
         (12,),
+    ),
+    # Only here, and only when no gradient is asked of it, the encoder takes a fused path.
+    "frozen backbone": Model(
+        [
+            partial(frozen, linear(64, 64)),
+            *[partial(frozen, partial(evaluating, ENCODER))] * 2,
+            layer(lambda x: x.mean(1)),
+            linear(64, 5),
+        ],
+        (33, 64),
     ),
     "frozen in between": Model(
         [linear(12, 9), partial(frozen, linear(9, 9)), nn.ReLU, partial(frozen, linear(9, 5))],

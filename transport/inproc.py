@@ -15,6 +15,7 @@ import torch
 from transport.contract import Receive, Transport, Work, deadline_after, remaining
 from transport.errors import (
     InvalidArgument,
+    JobFailed,
     PeerLeft,
     PeerLost,
     TransportClosed,
@@ -103,8 +104,9 @@ class InprocTransport(Transport):
         self._end(TransportClosed("this rank has closed its transport"), goodbye)
 
     def abort(self, error: TransportError) -> None:
-        """End at once; peers see the loss of this rank as they would over a socket."""
-        self._end(error, PeerLost(f"rank {self.rank} ended without a goodbye: {error}"))
+        """End at once; peers see the loss of this rank, or the cause where it is known."""
+        lost = PeerLost(f"rank {self.rank} ended without a goodbye: {error}")
+        self._end(error, error if isinstance(error, JobFailed) else lost)
 
     def _end(self, mine: TransportError, theirs: TransportError) -> None:
         with self._hub.changed:

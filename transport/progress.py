@@ -27,9 +27,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Final
 
 from transport.contract import Work, deadline_after, remaining
 from transport.errors import TransportError
+
+DRIVER_GRACE_S: Final = 0.01  # timers that are due are the driver's while there is one
 
 Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
 
@@ -172,7 +175,9 @@ class Progress:
             with self.lock:
                 if self._stopped:
                     return
-                timeout = None if self._driving else self._until_next_timer(None)
+                timeout = self._until_next_timer(None)
+                if timeout is not None and self._driving:
+                    timeout = max(timeout, DRIVER_GRACE_S)
                 self._sleeps_until = math.inf if timeout is None else time.monotonic() + timeout
             self._outer.poll(timeout)
             with self.lock:

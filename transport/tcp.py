@@ -358,6 +358,8 @@ class TcpTransport(Transport):
         peer = self._peers[connection.peer]
         if isinstance(error, ProtocolError):
             self._end_peer(peer, ProtocolError(f"from rank {connection.peer}: {error}"))
+        elif self._farewell is not None and connection.flushed:
+            self._end_peer(peer, TransportClosed(CLOSED))  # it hung up in answer to our goodbye
         else:
             self._lose(peer, error)
 

@@ -215,7 +215,7 @@ def memory(tensor: torch.Tensor) -> memoryview:
     """
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:
-        return memoryview(b"")
+        return memoryview(bytearray())
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

@@ -1,0 +1,290 @@
+"""What the training demos share: their flags, the training loop, and the summary at the end.
+
+demos/naive.py, gpipe.py and one_f_one_b.py differ in one word, the schedule; everything else that
+they do is `train` below. Nothing in it knows how many ranks there are.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import digits
+import torch
+from torch.nn import functional
+
+import barepp
+from barepp.simulate import Costs, simulate
+from transport.collectives import broadcast
+
+NUM_PROGRESS_LINES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What a person can choose; the defaults learn the digits in a few seconds."""
+
+    steps: int = 460  # 20 epochs
+    batch: int = 64
+    microbatches: int = 8
+    layers: int = 16
+    hidden: int = 128
+    seed: int = 0
+    lr: float = 1e-3
+    json: Path | None = None
+    trace: Path | None = None
+
+
+HELP = {
+    "steps": "optimizer steps to take",
+    "batch": "rows of a batch",
+    "microbatches": "into how many microbatches a batch is cut",
+    "layers": "hidden layers (Linear + ReLU); the head is one more",
+    "hidden": "width of a hidden layer",
+    "seed": "decides the initial weights and the order of the data",
+    "lr": "learning rate of Adam at the start; it decays linearly to 0",
+    "json": "write the results there",
+    "trace": "write what each rank did and when there, for Perfetto or chrome://tracing",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a run came to: the object that --json writes."""
+
+    schedule: str
+    world_size: int
+    microbatches: int
+    steps: int
+    losses: list[float]  # one a step
+    test_accuracy: float
+    parameters_sha256: str
+    step_ms: float  # median; forward and backward, without the optimizer
+    bubble_measured: float
+    bubble_predicted: float
+    peak_in_flight: list[int]  # per rank, as are the times below: the mean of a step
+    computing_ms: list[float]
+    waiting_ms: list[float]
+    moving_ms: list[float]
+
+
+def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
+    """Train the net on the digits through a pipeline; the same results on every rank."""
+    training_set, test_set = digits.load()
+    pipe = barepp.Pipeline(
+        world,
+        barepp.mlp(flags.layers, flags.hidden),
+        functional.cross_entropy,
+        schedule=schedule,
+        num_microbatches=flags.microbatches,
+        seed=flags.seed,
+    )
+    pipe.recorder.tracing = flags.trace is not None
+    # Each rank has an optimizer for its own layers: Adam treats each number by itself, so nothing
+    # has to be agreed on.
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=flags.lr)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
+    progress = Progress(flags.steps, silent=world.rank != 0)
+    losses = []
+    for step in range(flags.steps):
+        images, labels = digits.batch(training_set, step, flags.batch, flags.seed)
+        pipe.zero_grad()
+        loss = pipe.step(images, labels)  # []
+        optimizer.step()
+        decay.step()
+        losses.append(loss.item())
+        progress.tell(step, losses[-1], len(labels))
+    summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
+    if flags.trace is not None:
+        barepp.write_trace(world, pipe.recorder, flags.trace)
+    return Results(
+        schedule=schedule,
+        world_size=world.world_size,
+        microbatches=flags.microbatches,
+        steps=flags.steps,
+        losses=losses,
+        test_accuracy=accuracy(world, pipe, test_set),
+        parameters_sha256=pipe.parameters_sha256(),
+        step_ms=summary.step_ms,
+        bubble_measured=summary.bubble,
+        bubble_predicted=predicted_bubble(world, schedule, flags),
+        peak_in_flight=summary.peak_in_flight,
+        computing_ms=summary.computing_ms,
+        waiting_ms=summary.waiting_ms,
+        moving_ms=summary.moving_ms,
+    )
+
+
+def accuracy(world: barepp.World, pipe: barepp.Pipeline, data: digits.Digits) -> float:
+    """Return on every rank which part of `data` the net names correctly."""
+    pipe.eval()
+    output = pipe.forward(data.images)  # [rows, 10] on the last rank, None on the others
+    right = None
+    if isinstance(output, torch.Tensor):
+        right = (output.argmax(1) == data.labels).double().mean()  # []
+    shared = broadcast(world.transport, right, root=world.world_size - 1)
+    assert isinstance(shared, torch.Tensor)
+    return shared.item()
+
+
+def predicted_bubble(world: barepp.World, schedule: str, flags: Flags) -> float:
+    """Return what theory says: stages of equal cost, a backward twice a forward, no transfer."""
+    # A batch with fewer rows than microbatches makes as many microbatches as it has rows.
+    num_microbatches = min(flags.microbatches, flags.batch)
+    order = barepp.make_schedule(schedule, world.world_size, num_microbatches).order
+    return simulate(order, world.world_size, Costs()).bubble
+
+
+class Progress:
+    """Prints a line every so often: step, loss, images a second since the line before."""
+
+    def __init__(self, num_steps: int, *, silent: bool = False) -> None:
+        self._num_steps = num_steps
+        self._every = max(1, num_steps // NUM_PROGRESS_LINES)
+        self._silent = silent
+        self._images = 0
+        self._since = time.perf_counter()
+
+    def tell(self, step: int, loss: float, num_images: int) -> None:
+        """Take the result of a step (from 0)."""
+        self._images += num_images
+        done = step + 1
+        if self._silent or (done % self._every and done != self._num_steps):
+            return
+        now = time.perf_counter()
+        rate = self._images / (now - self._since)
+        print(f"step {done:4d}/{self._num_steps}   loss {loss:.4f}   {rate:6.0f} images/s")
+        self._images, self._since = 0, now
+
+
+def report(results: Results) -> str:
+    """Return the summary that a person reads at the end."""
+    ranks, cores = results.world_size, len(os.sched_getaffinity(0))
+    lines = [
+        "",
+        f"rank   peak in-flight   computing   waiting   moving    ({results.schedule}, ms a step)",
+    ]
+    rows = zip(
+        results.peak_in_flight,
+        results.computing_ms,
+        results.waiting_ms,
+        results.moving_ms,
+        strict=True,
+    )
+    for rank, (peak, computing, waiting, moving) in enumerate(rows):
+        lines.append(f"{rank:4d} {peak:16d} {computing:11.2f} {waiting:9.2f} {moving:8.2f}")
+    lines += [
+        "",
+        f"step            {results.step_ms:.2f} ms, the median of {results.steps}: forward and "
+        "backward, without the optimizer",
+        f"bubble          {results.bubble_predicted:.1%} predicted, {results.bubble_measured:.1%} "
+        "measured: 1 - computing / (ranks * step)",
+    ]
+    if ranks > cores:
+        shared = "1 core" if cores == 1 else f"{cores} cores"
+        lines.append(
+            f"                {ranks} ranks share {shared}: it contains waiting for a core"
+        )
+    lines += [
+        f"parameters      sha256 {results.parameters_sha256}",
+        f"test accuracy   {results.test_accuracy:.4f}",
+    ]
+    return "\n".join(lines)
+
+
+def main(run: Callable[[barepp.World, Flags], Results], about: str | None) -> None:
+    """Run a training demo: join the world, read the flags, train, and let rank 0 tell."""
+    with barepp.init() as world, one_sentence(world):
+        flags = read_flags(sys.argv[1:], world, about or "")
+        if flags is None:
+            return
+        results = run(world, flags)
+        if world.rank == 0:
+            print(report(results))
+            if flags.json is not None:
+                flags.json.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def one_sentence(world: barepp.World) -> Iterator[None]:
+    """Tell a person's mistake in one sentence instead of a traceback, and end with code 2.
+
+    With several ranks, which all make the same mistake, that is the launcher's to say, once.
+    """
+    try:
+        yield
+    except (barepp.UsageError, barepp.DataError) as error:
+        if world.world_size > 1:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise barepp.UsageError(message)
+
+
+def read_flags(arguments: Sequence[str], world: barepp.World, about: str) -> Flags | None:
+    """Return the checked flags, or None when all that was asked for is --help."""
+    # Not argparse's own --help: it would print once a rank, and leave without the others.
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
+    for field in dataclasses.fields(Flags):
+        kind = Path if field.default is None else type(field.default)
+        text = HELP[field.name] + ("" if field.default is None else f" ({field.default})")
+        metavar = "PATH" if kind is Path else "N" if kind is int else "RATE"
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text
+        )
+    chosen = vars(parser.parse_args(arguments))
+    if chosen.pop("help"):
+        if world.rank == 0:
+            print(parser.format_help(), end="")
+        return None
+    flags = Flags(**chosen)
+    _check(flags, world)
+    return flags
+
+
+def _check(flags: Flags, world: barepp.World) -> None:
+    """Find what cannot work before anything is built, sent or trained."""
+    for name in ("steps", "batch", "microbatches", "layers", "hidden"):
+        number = getattr(flags, name)
+        if number < 1:
+            raise barepp.UsageError(f"--{name} is {number}; it must be at least 1")
+    if not 0 < flags.lr < float("inf"):
+        raise barepp.UsageError(f"--lr is {flags.lr}; it must be a positive number")
+    if flags.layers + 1 < world.world_size:
+        raise barepp.UsageError(
+            f"{flags.layers} layers and the head are {flags.layers + 1} to share, too few for "
+            f"{world.world_size} ranks: {flags.layers} layers allow {flags.layers + 1} ranks"
+        )
+    if world.rank == 0:  # the one rank that writes
+        _check_writable("--json", flags.json)
+        _check_writable("--trace", flags.trace)
+
+
+def _check_writable(flag: str, path: Path | None) -> None:
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise barepp.UsageError(f"{flag} {path} cannot be written: {reason}") from error

@@ -1,0 +1,339 @@
+"""The front door: every shape of batch, every count of microbatches, and what must not happen."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import barepp
+from barepp.errors import PartitionError, ScheduleError, UsageError
+from barepp.executor import pack_gradient, unpack_gradient
+
+SCHEDULES = ["naive", "gpipe", "1f1b"]
+cross_entropy = nn.functional.cross_entropy
+run = functools.partial(barepp.run, transport="inproc")
+
+
+def data(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(rows, 64, generator=generator)
+    return images, torch.randint(0, 10, (rows,), generator=generator)
+
+
+def reference_loss_and_gradients(num_layers, rows, num_microbatches):
+    """What one process gets that accumulates the same microbatches: the definition of right."""
+    [result] = run(step_once, 1, "1f1b", num_layers, rows, num_microbatches)
+    return result
+
+
+def step_once(world, schedule, num_layers, rows, num_microbatches):
+    pipe = barepp.Pipeline(
+        world,
+        barepp.mlp(num_layers, 16),
+        cross_entropy,
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+    )
+    loss = pipe.step(*data(rows))
+    assert loss.dim() == 0 and not loss.requires_grad
+    return float(loss), {name: p.grad.clone() for name, p in pipe.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(("rows", "num_microbatches"), [(1, 1), (7, 8), (8, 3), (9, 4), (16, 16)])
+def test_a_step_is_what_one_process_does(schedule, world_size, rows, num_microbatches):
+    loss, gradients = reference_loss_and_gradients(4, rows, num_microbatches)
+    results = run(step_once, world_size, schedule, 4, rows, num_microbatches)
+    merged = {}
+    for rank_loss, rank_gradients in results:
+        assert rank_loss == loss  # every rank gets it, to the bit
+        merged.update(rank_gradients)
+    assert merged.keys() == gradients.keys()
+    assert all(torch.equal(merged[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 23])
+def test_loss_and_gradients_are_those_of_the_whole_batch(rows):
+    images, labels = data(rows)
+    whole = nn.Sequential()  # the one-process model, built from the pipeline's own state
+    loss, gradients = reference_loss_and_gradients(4, rows, 8)
+    [state] = run(
+        lambda world: barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy).state_dict(), 1
+    )
+    for index, build in enumerate(barepp.mlp(4, 16)):
+        whole.add_module(str(index), build())
+    whole.load_state_dict(state)
+    mean = cross_entropy(whole(images), labels)
+    mean.backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-6)
+    for name, parameter in whole.named_parameters():
+        error = (parameter.grad - gradients[name]).abs().max()
+        assert error <= 1e-5 * parameter.grad.abs().max()
+
+
+def sizes_that_change(world, schedule):
+    pipe = barepp.Pipeline(
+        world, barepp.mlp(4, 16), cross_entropy, schedule=schedule, num_microbatches=4
+    )
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    losses = []
+    for step, rows in enumerate([16, 3, 16, 1, 7, 20]):
+        pipe.zero_grad()
+        losses.append(float(pipe.step(*data(rows, step))))
+        optimizer.step()
+    return losses, pipe.parameters_sha256()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_batch_size_may_change_at_every_step(schedule):
+    [reference] = run(sizes_that_change, 1, schedule)
+    assert run(sizes_that_change, 3, schedule) == [reference] * 3
+
+
+def test_data_is_needed_only_where_it_is_used():
+    def work(world):
+        images, labels = data(8)
+        last = world.rank == world.world_size - 1
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy)
+        return float(pipe.step(images if world.rank == 0 else None, labels if last else None))
+
+    assert len(set(run(work, 3) + run(work, 1))) == 1
+
+
+def test_forward_gives_the_output_to_the_last_rank_alone_and_keeps_nothing():
+    images, _ = data(11)
+
+    def work(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy, num_microbatches=4)
+        output = pipe.forward(images)
+        assert all(stage.in_flight == 0 for stage in pipe.stages.values())
+        return output
+
+    [alone] = run(work, 1)
+    assert alone.shape == (11, 10) and not alone.requires_grad
+    *others, last = run(work, 3)
+    assert others == [None, None]
+    assert torch.equal(last, alone)
+
+
+def test_evaluate_is_the_mean_loss_without_dropout_and_leaves_the_mode_alone():
+    images, labels = data(11)
+
+    def work(world):
+        layers = [*barepp.mlp(3, 16)[:-1], lambda: nn.Dropout(0.5), lambda: nn.Linear(16, 10)]
+        pipe = barepp.Pipeline(world, layers, cross_entropy)
+        first, second = pipe.evaluate(images, labels), pipe.evaluate(images, labels)
+        assert first == second
+        assert all(stage.layers.training for stage in pipe.stages.values())
+        return float(first)
+
+    assert len(set(run(work, 3))) == 1
+    assert run(work, 3)[0] == pytest.approx(run(work, 1)[0], rel=1e-6)
+
+
+def test_state_dict_has_the_one_process_keys_and_loads_back():
+    def work(world, state):
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy, seed=world.world_size)
+        if state is not None:
+            pipe.load_state_dict(state)
+        return pipe.state_dict(), pipe.parameters_sha256()
+
+    [(whole, sha256)] = run(work, 1, None)
+    one_process = nn.Sequential(*(build() for build in barepp.mlp(4, 16)))
+    assert list(whole) == list(one_process.state_dict())
+    parts = run(work, 3, whole)
+    assert {part_sha256 for _, part_sha256 in parts} == {sha256}
+    assert {key for part, _ in parts for key in part} == set(whole)
+
+
+def test_the_user_can_cut_the_layers_by_hand():
+    def work(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(5, 16), cross_entropy, partition=[1, 4, 1])
+        return [list(stage.layer_range) for stage in pipe.stages.values()], pipe.parameters_sha256()
+
+    results = run(work, 3)
+    assert [layers for layers, _ in results] == [[[0]], [[1, 2, 3, 4]], [[5]]]
+
+
+def test_a_rank_builds_its_own_layers_and_no_others():
+    built = []
+
+    def layer(index):
+        def build():
+            built.append(index)
+            return nn.Linear(8, 8)
+
+        return build
+
+    def work(world):
+        pipe = barepp.Pipeline(world, [layer(i) for i in range(7)], cross_entropy)
+        return [len(stage.layer_range) for stage in pipe.stages.values()]
+
+    assert run(work, 3) == [[3], [2], [2]]
+    assert sorted(built) == list(range(7))
+
+
+@pytest.mark.parametrize("num_microbatches", [4, 12])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_peak_in_flight_is_what_the_schedule_says(schedule, num_microbatches):
+    def work(world):
+        pipe = barepp.Pipeline(
+            world,
+            barepp.mlp(4, 16),
+            cross_entropy,
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+        )
+        pipe.step(*data(24))
+        return pipe.peak_in_flight
+
+    theory = {
+        "naive": [1] * 4,
+        "gpipe": [num_microbatches] * 4,
+        "1f1b": [min(num_microbatches, 4 - rank) for rank in range(4)],
+    }
+    assert run(work, 4) == theory[schedule]
+
+
+class CountedBoundary(nn.Module):
+    """Counts how many of its outputs are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: weakref.WeakSet = weakref.WeakSet()
+        self.most = 0
+
+    def forward(self, x):
+        made = x * 1.0
+        self.alive.add(made)
+        self.most = max(self.most, len(self.alive))
+        return made
+
+
+@pytest.mark.parametrize("num_microbatches", [8, 32])
+def test_1f1b_frees_its_boundary_tensors_as_it_goes(num_microbatches):
+    def work(world):
+        layers = [*barepp.mlp(2, 16)[:-1], CountedBoundary, lambda: nn.Linear(16, 10)]
+        pipe = barepp.Pipeline(
+            world, layers, cross_entropy, partition=[3, 1], num_microbatches=num_microbatches
+        )
+        pipe.step(*data(64))
+        gc.collect()
+        if world.rank != 0:
+            return None
+        counted = pipe.stages[0].layers["2"]
+        return counted.most, len(counted.alive)
+
+    most, left = run(work, 2)[0]
+    assert most <= 3  # min(m, p - r) = 2 in flight, and the one that is being made
+    assert left == 0
+
+
+def test_gradients_accumulate_over_steps_until_zero_grad():
+    def work(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(2, 16), cross_entropy)
+        pipe.step(*data(8))
+        once = [p.grad.clone() for p in pipe.parameters()]
+        pipe.step(*data(8))
+        twice = [p.grad.clone() for p in pipe.parameters()]
+        pipe.zero_grad()
+        assert all(p.grad is None for p in pipe.parameters())
+        return all(torch.allclose(2 * a, b) for a, b in zip(once, twice, strict=True))
+
+    assert all(run(work, 2))
+
+
+def failing(message_part, error_name, work, world_size=2):
+    with pytest.raises(barepp.JobFailed) as caught:
+        run(work, world_size)
+    assert error_name in caught.value.failure.message
+    assert message_part in caught.value.failure.message
+
+
+def test_wrong_input_is_a_sentence():
+    def pipeline(world, layers=4, **options):
+        return barepp.Pipeline(world, barepp.mlp(layers, 16), cross_entropy, **options)
+
+    images, labels = data(8)
+    failing("naive, gpipe, 1f1b", "ScheduleError", lambda w: pipeline(w, schedule="zigzag"))
+    failing("microbatch", "ScheduleError", lambda w: pipeline(w, num_microbatches=0))
+    failing("5", "PartitionError", lambda w: pipeline(w), world_size=6)
+    failing("at least one row", "UsageError", lambda w: pipeline(w).step(None, labels))
+    failing("at least one row", "UsageError", lambda w: pipeline(w).step(images[:0], labels[:0]))
+    failing("8 inputs", "UsageError", lambda w: pipeline(w).step(images, labels[:7]))
+    failing("no targets", "UsageError", lambda w: pipeline(w).step(images, None))
+    for error in (PartitionError, ScheduleError):
+        assert issubclass(error, UsageError)
+
+
+def test_an_error_in_a_layer_reaches_every_rank_with_its_place():
+    def broken(x):
+        raise ValueError("not today")
+
+    class Broken(nn.Module):
+        forward = staticmethod(broken)
+
+    layers = [lambda: nn.Linear(64, 8), Broken, lambda: nn.Linear(8, 10)]
+    told = []
+
+    def work(world):
+        try:
+            barepp.Pipeline(world, layers, cross_entropy).step(*data(8))
+        except barepp.JobFailed as error:
+            told.append((world.rank, error.failure.rank, error.doing))
+            raise
+
+    with pytest.raises(barepp.JobFailed) as caught:
+        run(work, 3)
+    failure = caught.value.failure
+    assert failure.rank == 1 and failure.doing == "computing 1F0"
+    assert "not today" in failure.message and "def broken" not in failure.message
+    assert sorted(rank for rank, _, _ in told) == [0, 2]
+    assert {of for _, of, _ in told} == {1}
+    assert {doing for rank, _, doing in told if rank == 2} == {"waiting for the input of 2F0"}
+
+
+def test_a_failed_step_leaves_nothing_in_flight():
+    def loss(output, target):
+        if loss.broken:
+            raise ValueError("once")
+        return cross_entropy(output, target)
+
+    loss.broken = True
+
+    def work(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(2, 16), loss)
+        with pytest.raises(ValueError, match="once"):
+            pipe.step(*data(8))
+        assert all(stage.in_flight == 0 for stage in pipe.stages.values())
+        loss.broken = False
+        return float(pipe.step(*data(8)))
+
+    assert run(work, 1)[0] > 0
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        torch.ones(2, 3),
+        None,
+        (torch.ones(2), torch.zeros(3)),
+        (None, torch.ones(2), None),
+        (None, None),
+    ],
+)
+def test_a_gradient_survives_its_message(gradient):
+    back = unpack_gradient(pack_gradient(gradient))
+    if not isinstance(gradient, tuple):
+        assert back is gradient
+        return
+    assert len(back) == len(gradient)
+    for one, other in zip(back, gradient, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
