@@ -57,7 +57,7 @@ class LayerRandomness:
             index = torch.cuda.current_device() if device.index is None else device.index
             self._generators.append(torch.cuda.default_generators[index])
 
-    def __enter__(self) -> "LayerRandomness":
+    def __enter__(self) -> LayerRandomness:
         if self._lock is not None:
             self._lock.acquire()
         # Inside the lock: another thread's layer may have been seeding the generator until now.

@@ -126,7 +126,8 @@ def test_a_wrong_number_of_rows_is_named(tmp_path: Path, lines: list[bytes], row
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     whole = digits.DIGITS.read_bytes()
     path = tmp_path / "digits.csv.gz"
-    for size in [*range(0, 40), *range(1000, len(whole), 9000), *range(len(whole) - 9, len(whole))]:
+    end = len(whole)
+    for size in [*range(40), *range(1000, end, 9000), *range(end - 9, end)]:
         path.write_bytes(whole[:size])
         with pytest.raises(DataError) as caught:
             digits.read(path)

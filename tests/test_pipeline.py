@@ -263,7 +263,7 @@ def test_wrong_input_is_a_sentence():
     images, labels = data(8)
     failing("naive, gpipe, 1f1b", "ScheduleError", lambda w: pipeline(w, schedule="zigzag"))
     failing("microbatch", "ScheduleError", lambda w: pipeline(w, num_microbatches=0))
-    failing("5", "PartitionError", lambda w: pipeline(w), world_size=6)
+    failing("5", "PartitionError", pipeline, world_size=6)
     failing("at least one row", "UsageError", lambda w: pipeline(w).step(None, labels))
     failing("at least one row", "UsageError", lambda w: pipeline(w).step(images[:0], labels[:0]))
     failing("8 inputs", "UsageError", lambda w: pipeline(w).step(images, labels[:7]))

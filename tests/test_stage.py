@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from zoo import ZOO, Lambda, Model, layer, linear
 
+from barepp.boundary import Gradient, Value
 from barepp.errors import ScheduleError, UsageError
 from barepp.microbatch import microbatch_sizes, split
 from barepp.models import LayerBuilder, mlp
@@ -40,7 +41,10 @@ def every_partition(num_layers: int) -> list[list[int]]:
 
 
 def make_stages(
-    layers: list[LayerBuilder], sizes: list[int], seed: int = 3, loss_fn=functional.cross_entropy
+    layers: list[LayerBuilder],
+    sizes: list[int],
+    seed: int = 3,
+    loss_fn: Callable = functional.cross_entropy,
 ) -> list[Stage]:
     ranges = partition(len(layers), len(sizes), sizes)
     return [
@@ -49,20 +53,19 @@ def make_stages(
     ]
 
 
-def carried(value):
+def carried(value: Gradient) -> Gradient:
     """What a connection does to a value: the same numbers in fresh memory."""
     if isinstance(value, tuple):
         return tuple(carried(item) for item in value)
     return None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
 
 
-def forward(stages: list[Stage], microbatch: int, step: int, x, y, weight: float) -> Tensor:
+def forward(
+    stages: list[Stage], x: Tensor, y: Tensor, *, microbatch: int = 0, **options: float
+) -> Tensor:
     wanted = None
     for stage in stages:
-        x = stage.forward(
-            microbatch, x, step=step, target=y, loss_weight=weight, input_requires_grad=wanted
-        )
-        x = carried(x)
+        x = carried(stage.forward(microbatch, x, target=y, input_requires_grad=wanted, **options))
         wanted = stage.output_requires_grad(microbatch)
     return x
 
@@ -71,16 +74,23 @@ def backward(stages: list[Stage], microbatch: int) -> None:
     gradient = None
     for stage in reversed(stages):
         gradient = carried(stage.backward(microbatch, gradient))
-    # What comes out in front of the first stage: nothing, for a tensor and for each of a tuple.
-    assert gradient is None
+    assert gradient is None  # in front of the first stage there is nobody to send one to
 
 
-def run_step(stages: list[Stage], step: int, inputs, targets, sizes: list[int], fill=True) -> float:
+def run_step(
+    stages: list[Stage],
+    batch: tuple[Tensor, Tensor],
+    sizes: list[int],
+    step: int,
+    fill: bool = True,
+) -> float:
     """One step: all forwards first when `fill`, else each microbatch there and back."""
+    inputs, targets = batch
     parts = list(enumerate(zip(split(inputs, sizes), split(targets, sizes), strict=True)))
     loss = torch.zeros(())
     for microbatch, (x, y) in parts:
-        loss += forward(stages, microbatch, step, x, y, sizes[microbatch] / sum(sizes))
+        weight = sizes[microbatch] / sum(sizes)
+        loss += forward(stages, x, y, microbatch=microbatch, step=step, loss_weight=weight)
         if not fill:
             backward(stages, microbatch)
     if fill:
@@ -127,9 +137,8 @@ def train(model: Model, cut: list[int], rows: int, microbatches: int, fill: bool
     ]
     seen: dict = {"losses": [], "gradients": []}
     for step in range(3):
-        inputs, targets = data(model, rows, step)
         sizes = microbatch_sizes(rows, microbatches)
-        seen["losses"].append(run_step(stages, step, inputs, targets, sizes, fill))
+        seen["losses"].append(run_step(stages, data(model, rows, step), sizes, step, fill))
         seen["gradients"].append(gradients(stages))
         for optimizer in optimizers:
             optimizer.step()
@@ -144,7 +153,7 @@ def train(model: Model, cut: list[int], rows: int, microbatches: int, fill: bool
     return seen
 
 
-def evaluated(stages: list[Stage], inputs):
+def evaluated(stages: list[Stage], inputs: Value) -> Value:
     for stage in stages:
         inputs = carried(stage.evaluate(inputs))
     return inputs
@@ -184,7 +193,7 @@ def test_gradients_are_those_of_the_mean_over_the_batch(
     model = ZOO[name]
     (stage,) = make_stages(model.layers, [len(model.layers)])
     expected = full_batch_gradients(model, stage, rows)
-    run_step([stage], 0, *data(model, rows, 0), microbatch_sizes(rows, microbatches))
+    run_step([stage], data(model, rows, 0), microbatch_sizes(rows, microbatches), 0)
     for parameter_name, parameter in stage.named_parameters():
         full = expected[parameter_name]
         if full is None:
@@ -209,7 +218,7 @@ def test_a_plain_torch_loop_gives_the_same_bits() -> None:
             (functional.cross_entropy(model(x), y) * (len(x) / 20)).backward()
         adam.step()
         adam.zero_grad()
-        run_step([stage], step, inputs, targets, sizes)
+        run_step([stage], (inputs, targets), sizes, step)
         stage_adam.step()
         stage_adam.zero_grad()
     ours, plain = stage.state_dict(), model.state_dict()
@@ -237,7 +246,7 @@ def test_a_stage_builds_its_own_layers_only() -> None:
 
     stage = Stage(1, range(3, 6), 3, [partial(build, i) for i in range(9)], nn.MSELoss(), seed=0)
     assert built == [3, 4, 5]
-    assert list(stage.state_dict())[0] == "3.weight"
+    assert next(iter(stage.state_dict())) == "3.weight"
 
 
 def test_train_and_eval_reach_the_layers() -> None:
@@ -311,7 +320,7 @@ def test_what_a_forward_kept_is_freed(release: str) -> None:
 def test_backward_may_be_called_in_any_order_of_microbatches() -> None:
     stages = make_stages(ZOO["mlp"].layers, [2, 3])
     for microbatch in range(3):
-        forward(stages, microbatch, 0, torch.randn(2, 13), torch.tensor([0, 1]), 1.0)
+        forward(stages, torch.randn(2, 13), torch.tensor([0, 1]), microbatch=microbatch, step=0)
     for microbatch, left in ((1, 2), (0, 1), (2, 0)):
         backward(stages, microbatch)
         assert [stage.in_flight for stage in stages] == [left, left]
@@ -359,7 +368,7 @@ def test_an_input_that_is_used_gets_its_gradient_even_behind_frozen_layers() -> 
 def test_no_gradient_is_computed_for_a_stage_that_has_no_use_for_it() -> None:
     model = ZOO["frozen in front"]
     stages = make_stages(model.layers, [1, 2, 2])
-    forward(stages, 0, 0, *data(model, 4, 0), 1.0)
+    forward(stages, *data(model, 4, 0), step=0)
     assert [stage.output_requires_grad(0) for stage in stages] == [(False,), (False,), (True,)]
     backward(stages, 0)
     assert stages[2].layers["4"].weight.grad is not None
@@ -368,7 +377,7 @@ def test_no_gradient_is_computed_for_a_stage_that_has_no_use_for_it() -> None:
 def test_a_boundary_without_a_gradient_leaves_the_weights_before_it_alone() -> None:
     model = ZOO["cut off"]
     stages = make_stages(model.layers, [2, 2])
-    forward(stages, 0, 0, *data(model, 4, 0), 1.0)
+    forward(stages, *data(model, 4, 0), step=0)
     assert stages[1].backward(0) is None
     assert stages[0].backward(0, None) is None
     assert all(parameter.grad is None for parameter in stages[0].parameters())
@@ -414,7 +423,7 @@ def test_the_users_random_numbers_are_those_of_plain_torch() -> None:
         for step in range(3):
             numbers += [torch.randperm(9), torch.randn(1)]
             if stages:
-                run_step(stages, step, *data(model, 11, step), [6, 5])
+                run_step(stages, data(model, 11, step), [6, 5], step)
                 evaluated(stages, data(model, 3, 0)[0])
         return numbers
 
@@ -430,7 +439,7 @@ def test_masks_differ_between_layers_steps_and_microbatches() -> None:
 
     stages = make_stages([layer(dropout), layer(dropout), layer(dropout), linear(4, 5)], [1, 2, 1])
     for step in range(2):
-        run_step(stages, step, torch.randn(4, 4), torch.zeros(4, dtype=torch.long), [2, 2])
+        run_step(stages, (torch.randn(4, 4), torch.zeros(4, dtype=torch.long)), [2, 2], step)
     assert len(masks) == 12
     assert not any(map(torch.equal, *zip(*itertools.combinations(masks, 2), strict=True)))
 

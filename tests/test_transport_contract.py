@@ -16,6 +16,7 @@ import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, on_all_ranks, start
 
 from transport.contract import TAG_LIMIT, Work
+from transport.errors import Failure as FailureRecord
 from transport.errors import (
     InternalError,
     InvalidArgument,
@@ -26,7 +27,6 @@ from transport.errors import (
     TransportClosed,
     WaitTimeout,
 )
-from transport.errors import Failure as FailureRecord
 from transport.tensors import MessageSpec, TensorSpec, memory
 from transport.wire import Limits
 
@@ -580,7 +580,7 @@ def test_abort_races_with_everything(name: str) -> None:
             ranks[0].abort(JobFailed(FailureRecord(rank=0, cause="exit", message="over")))
             results = [future.result(SOON_S) for future in futures]
             assert results[:2] == ["JobFailed"] * 2
-            assert results[2:] == ["PeerLost"] * 2
+            assert set(results[2:]) <= {"PeerLost", "JobFailed"}  # or the cause, where it is known
 
 
 def test_peer_that_aborts_is_lost_to_the_others(name: str) -> None:
@@ -683,7 +683,7 @@ def test_no_memory_for_a_message_fails_the_receive_that_it_was_for(
             with monkeypatch.context() as patch:
                 patch.setattr(MessageSpec, "allocate", no_memory)
                 ranks[1].isend(torch.zeros(100), 0)
-                eventually(lambda: 1 in ranks[0]._peers and ranks[0]._peers[1].ended is not None)  # noqa: B023
+                eventually(lambda: 1 in ranks[0]._peers and ranks[0]._peers[1].ended is not None)
             work = work or ranks[0].irecv(1)
             with pytest.raises(Exception, match="no memory for float32"):
                 work.wait(SOON_S)

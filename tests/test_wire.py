@@ -41,7 +41,12 @@ def header(
 
 
 def random_frames(rng: random.Random) -> list[tuple[FrameKind, object, bytes]]:
-    metas: list[object] = [None, [1, False, "float32", [2, 3]], {"a": 1, "b": [True, "é"]}, "x" * 50]
+    metas: list[object] = [
+        None,
+        [1, False, "float32", [2, 3]],
+        {"a": 1, "b": [True, "é"]},
+        "x" * 50,
+    ]
     metas.append("y" * rng.randrange(60_000))
     sizes = [0, 0, 1, 31, 32, 33, 1000, wire.SCRATCH_NBYTES - 1, wire.SCRATCH_NBYTES + 7, 200_000]
     return [

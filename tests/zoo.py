@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from barepp.boundary import Value
 from barepp.models import LayerBuilder, mlp
 
 
@@ -19,7 +20,7 @@ class Lambda(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x):
+    def forward(self, x: Value) -> Value:
         return self.function(x)
 
 

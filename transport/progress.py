@@ -175,11 +175,11 @@ class Progress:
             with self.lock:
                 if self._stopped:
                     return
-                timeout = self._until_next_timer(None)
-                if timeout is not None and self._driving:
-                    timeout = max(timeout, DRIVER_GRACE_S)
-                self._sleeps_until = math.inf if timeout is None else time.monotonic() + timeout
-            self._outer.poll(timeout)
+                now = time.monotonic()
+                due = self._timers[0][0] if self._timers else math.inf
+                self._sleeps_until = max(due, now + DRIVER_GRACE_S) if self._driving else due
+                timeout = max(0.0, self._sleeps_until - now)
+            self._outer.poll(None if math.isinf(timeout) else timeout)
             with self.lock:
                 if not self._driving and not self._stopped:
                     self._handle(self._inner.poll(0))

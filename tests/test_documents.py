@@ -1,0 +1,124 @@
+"""What the documents say is true: commands, tables, pictures and lists are held against the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import barepp
+import transport
+from barepp.plan import main as plan
+from transport.wire import HEADER, MAGIC, FrameKind
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ROOMS = {name: (ROOT / name / "README.md").read_text() for name in ("barepp", "transport")}
+
+
+def rows(table_head: str, text: str) -> list[list[str]]:
+    """Return the cells of the Markdown table whose head line starts like this."""
+    lines = text[text.index(table_head) :].splitlines()[2:]
+    table = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def test_the_two_commands_are_there_for_ci_to_run():
+    assert "pip install -e . && python -m barepp.launch --world 4 demos/gpipe.py\n" in README
+    assert "pip install -e '.[test]' && python -m pytest\n" in README
+
+
+@pytest.mark.parametrize("document", ["README.md", "barepp/README.md", "transport/README.md"])
+def test_every_link_leads_somewhere(document):
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    assert links
+    for link in links:
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_file_of_a_room_is_on_its_list(room):
+    listed = set(re.findall(r"\]\((\w+\.py)\)", ROOMS[room]))
+    there = {path.name for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
+    assert listed == there
+
+
+def test_the_commands_of_the_course_name_what_exists():
+    commands = re.findall(r"`(python [^`]+)`", README)
+    assert len(commands) > 8
+    for command in commands:
+        for word in shlex.split(command):
+            if word.endswith(".py") and word != "script.py":
+                assert (ROOT / word).is_file(), command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "picture"),
+    re.findall(r"`(--schedule [^`]+)`.*?```\n(.*?)```", README, re.DOTALL),
+)
+def test_the_pictures_are_what_plan_prints(arguments, picture, capsys):
+    assert plan(shlex.split(arguments)) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    drawn = [line.rstrip() for line in picture.splitlines()]
+    assert drawn and all(line in printed for line in drawn)
+
+
+def test_the_readme_shows_all_three_pictures():
+    assert README.count("tick    0") == 3
+
+
+def test_the_wire_table_is_the_struct():
+    sizes = {"B": 1, "I": 4, "Q": 8, "4s": 4, "3x": 3}
+    fields = re.findall(r"\d*[a-zA-Z]", HEADER.format.lstrip("<").replace("II", "I I"))
+    offset = 0
+    expected = []
+    for field in fields:
+        expected.append((offset, sizes[field]))
+        offset += sizes[field]
+    assert offset == HEADER.size
+    table = rows("| offset |", ROOMS["transport"])
+    assert [(int(row[0]), int(row[1])) for row in table] == expected
+    assert repr(MAGIC)[1:].strip("'") in table[0][3]
+    for kind in FrameKind:
+        assert f"{kind.value} {kind.name.lower()}" in table[1][3]
+
+
+def test_the_readmes_script_runs_as_it_stands(tmp_path):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    losses = set()
+    for command in ([sys.executable], [sys.executable, "-m", "barepp.launch", "--world", "4"]):
+        done = subprocess.run(
+            [*command, str(script)], capture_output=True, text=True, timeout=120, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        losses.add(re.search(r"loss \d+\.\d+", done.stdout) is not None)
+    assert losses == {True}
+
+
+@pytest.mark.parametrize("package", [barepp, transport])
+def test_the_public_names_exist(package):
+    assert sorted(package.__all__) == package.__all__
+    for name in package.__all__:
+        assert getattr(package, name).__doc__
+
+
+def test_nothing_stands_at_the_top_that_does_not_belong_there():
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, timeout=30
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    allowed = {"README.md", "pyproject.toml", "barepp", "transport", "tests", "demos", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= allowed
