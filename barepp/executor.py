@@ -22,8 +22,15 @@ from typing import TypeAlias
 import torch
 
 from barepp.actions import Action, Kind
-from barepp.boundary import Gradient
+from barepp.boundary import Value, tensors
 from barepp.lowering import Step, activation_tag, gradient_tag
+from barepp.parcels import (
+    copied,
+    pack_activation,
+    pack_gradient,
+    unpack_activation,
+    unpack_gradient,
+)
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
@@ -62,7 +69,7 @@ class Executor:
         self._local: dict[int, Result] = {}  # handed from stage to stage on one rank, by tag
         self._batch = Batch(0, (), None, None)
         self.losses: dict[int, torch.Tensor] = {}
-        self.outputs: dict[int, Message] = {}
+        self.outputs: dict[int, Value] = {}
 
     def train(self, program: Sequence[Step], batch: Batch, recorder: Recorder) -> None:
         """Run a step's forwards and backwards; gradients end up in `.grad`."""
@@ -126,7 +133,9 @@ class Executor:
     def _give(self, step: Step, made: Message, sends: list[Work]) -> None:
         tag = _output_tag(step.action)
         if step.send_to is None:
-            self._local[tag] = made
+            # The next stage on this rank may write to what it is given, and this stage's backward
+            # may need it: a copy, as a transport would make.
+            self._local[tag] = copied(made) if step.action.kind is Kind.F else made
         else:
             sends.append(self._world.transport.isend(made, step.send_to, tag))
 
@@ -136,15 +145,17 @@ class Executor:
         stage, _, microbatch = action
         batch = self._batch
         target = batch.targets[microbatch] if stage == self._last and batch.targets else None
+        value, wanted = self._input(action, taken)
         made = self._stages[stage].forward(
             microbatch,
-            self._input(action, taken),
+            value,
             step=batch.step,
             target=target,
             loss_weight=batch.weights[microbatch],
+            input_requires_grad=wanted,
         )
         if stage < self._last:
-            return made
+            return pack_activation(made, self._stages[stage].output_requires_grad(microbatch))
         assert isinstance(made, torch.Tensor)
         self.losses[microbatch] = made
         return None
@@ -155,42 +166,21 @@ class Executor:
         return None if action.stage == 0 else pack_gradient(made)
 
     def _infer(self, action: Action, taken: Result) -> Result:
-        made = self._stages[action.stage].evaluate(self._input(action, taken))
+        value, _ = self._input(action, taken)
+        made = self._stages[action.stage].evaluate(
+            value, microbatch=action.microbatch, step=self._batch.step
+        )
         if action.stage < self._last:
-            return made
+            return pack_activation(made, [True] * len(tensors(made)))
         self.outputs[action.microbatch] = made
         return None
 
-    def _input(self, action: Action, taken: Result) -> Message:
+    def _input(self, action: Action, taken: Result) -> tuple[Value, Sequence[bool] | None]:
         if action.stage == 0:
             assert self._batch.inputs is not None
-            return self._batch.inputs[action.microbatch]
+            return self._batch.inputs[action.microbatch], None
         assert taken is not None
-        return taken
-
-
-def pack_gradient(gradient: Gradient) -> Message:
-    """Return a gradient as a message: "no gradient" is not zeros, and has to be told apart.
-
-    A tensor travels as it is, None as an empty tuple, and a tuple behind a mask of what is there.
-    """
-    if isinstance(gradient, torch.Tensor):
-        return gradient
-    if gradient is None:
-        return ()
-    mask = torch.tensor([part is not None for part in gradient], dtype=torch.bool)
-    return (mask, *(part for part in gradient if part is not None))
-
-
-def unpack_gradient(message: Message) -> Gradient:
-    """Undo `pack_gradient`."""
-    if isinstance(message, torch.Tensor):
-        return message
-    if not message:
-        return None
-    mask, *parts = message
-    rest = iter(parts)
-    return tuple(next(rest) if there else None for there in mask.tolist())
+        return unpack_activation(taken)
 
 
 def _input_tag(action: Action) -> int:

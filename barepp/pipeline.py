@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from barepp.actions import Kind
+from barepp.boundary import Value
 from barepp.errors import UsageError
 from barepp.executor import Batch, Executor
 from barepp.lowering import Program, Step, lower, placement
@@ -29,7 +30,7 @@ from barepp.stage import LossFunction, Stage
 from barepp.trace import Recorder
 from barepp.world import World
 from transport.collectives import broadcast
-from transport.tensors import Message, memory
+from transport.tensors import memory
 
 _EXPORT_TAG = -8  # parameters on their way to the rank that hashes them
 _GO_TAG = -9
@@ -113,7 +114,7 @@ class Pipeline:
         self._steps += 1
         return self._total_loss()
 
-    def forward(self, inputs: torch.Tensor | None) -> Message | None:
+    def forward(self, inputs: torch.Tensor | None) -> Value | None:
         """Return the model's output for `inputs` on the rank of the last stage, None elsewhere.
 
         Every rank calls it. Nothing is kept for a backward. Layers are in the mode that `train()`

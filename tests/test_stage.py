@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import ZOO, Lambda, Model, layer, linear
+from zoo import ZOO, Lambda, Model, data, layer, linear
 
 from barepp.boundary import Gradient, Value
 from barepp.errors import ScheduleError, UsageError
@@ -97,16 +97,6 @@ def run_step(
         for microbatch, _ in parts:
             backward(stages, microbatch)
     return loss.item()
-
-
-def data(model: Model, rows: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(derive_seed(1, "data", step=step))
-    shape = (rows, *model.row_shape)
-    if model.integers:
-        inputs = torch.randint(0, 11, shape, generator=generator)
-    else:
-        inputs = torch.randn(shape, generator=generator)
-    return inputs, torch.randint(0, model.num_classes, (rows,), generator=generator)
 
 
 def as_bytes(tensor: Tensor | None) -> bytes | None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from barepp.boundary import Value
 from barepp.models import LayerBuilder, mlp
+from barepp.seeding import derive_seed
 
 
 class Lambda(nn.Module):
@@ -220,3 +221,14 @@ ZOO: dict[str, Model] = {
         num_classes=9,
     ),
 }
+
+
+def data(model: Model, rows: int, step: int) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets of one step, random but the same each time."""
+    generator = torch.Generator().manual_seed(derive_seed(1, "data", step=step))
+    shape = (rows, *model.row_shape)
+    if model.integers:
+        inputs = torch.randint(0, 11, shape, generator=generator)
+    else:
+        inputs = torch.randn(shape, generator=generator)
+    return inputs, torch.randint(0, model.num_classes, (rows,), generator=generator)

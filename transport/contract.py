@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from transport.errors import (
     InvalidArgument,
+    JobFailed,
     MessageMismatch,
     TransportError,
     WaitTimeout,
@@ -75,7 +76,10 @@ class Work:
         if not self.done and not self._transport.progress_until(self, timeout):
             raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
         if self._error is not None:
-            raise fresh(self._error)
+            error = fresh(self._error)
+            if isinstance(error, JobFailed):
+                error.doing = self.description
+            raise error
         return self._result
 
     def complete(self, result: Message | None = None) -> None:
@@ -131,7 +135,11 @@ class Transport(abc.ABC):
             JobFailed, PeerLeft, PeerLost, TransportClosed: the message cannot go anywhere.
         """
         self._check(dst, tag, "send to")
-        return self.post_send(message, dst, tag)
+        try:
+            return self.post_send(message, dst, tag)
+        except JobFailed as error:
+            error.doing = f"about to send to rank {dst} (tag {tag})"
+            raise
 
     def irecv(
         self,
@@ -161,7 +169,11 @@ class Transport(abc.ABC):
                 raise InvalidArgument(f"`into` is {filled}, `expect` says {expected}")
             expected = filled
         receive = Receive(self, src, tag, into, expected)
-        self.post_receive(receive)
+        try:
+            self.post_receive(receive)
+        except JobFailed as error:
+            error.doing = receive.description
+            raise
         return receive
 
     def send(

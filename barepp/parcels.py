@@ -1,0 +1,72 @@
+"""How an activation or a gradient becomes a message between two stages, and back.
+
+The usual case, one tensor whose gradient is wanted, travels as it is. The others say more:
+
+    activation   tensor                       one tensor, and its gradient has a use
+                 (flags, tensor, ...)         flags: is it a tuple, then for each tensor whether
+                                              its gradient has a use
+    gradient     tensor                       that of a single tensor
+                 ()                           none: the graph does not reach that far
+                 (flags, tensor, ...)         a tuple's; flags: for each member whether it has one
+
+Why say that there is no gradient instead of sending zeros? An optimizer leaves a weight without a
+gradient alone; one with zeros still decays. And why tell whether a gradient has a use? Behind a
+frozen stage it would be computed for nothing, and a layer may choose another kernel because of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from barepp.boundary import Gradient, Value, tensors
+from transport.tensors import Message
+
+
+def pack_activation(value: Value, wanted: Sequence[bool]) -> Message:
+    """Return the message for a stage's output; `wanted` as from `Stage.output_requires_grad`."""
+    if isinstance(value, torch.Tensor) and all(wanted):
+        return value
+    return (_flags([isinstance(value, tuple), *wanted]), *tensors(value))
+
+
+def unpack_activation(message: Message) -> tuple[Value, Sequence[bool] | None]:
+    """Undo `pack_activation`: the value, and which gradients are wanted (None for all)."""
+    if isinstance(message, torch.Tensor):
+        return message, None
+    flags, *parts = message
+    is_tuple, *wanted = flags.tolist()
+    return (tuple(parts) if is_tuple else parts[0]), wanted
+
+
+def pack_gradient(gradient: Gradient) -> Message:
+    """Return the message for a gradient as `Stage.backward` gives it."""
+    if isinstance(gradient, torch.Tensor):
+        return gradient
+    if gradient is None:
+        return ()
+    there = [part is not None for part in gradient]
+    return (_flags(there), *(part for part in gradient if part is not None))
+
+
+def unpack_gradient(message: Message) -> Gradient:
+    """Undo `pack_gradient`."""
+    if isinstance(message, torch.Tensor):
+        return message
+    if not message:
+        return None
+    flags, *parts = message
+    rest = iter(parts)
+    return tuple(next(rest) if there else None for there in flags.tolist())
+
+
+def copied(message: Message) -> Message:
+    """Return a copy, for a handover without a transport: the receiving stage may write to it."""
+    if isinstance(message, torch.Tensor):
+        return message.clone()
+    return tuple(tensor.clone() for tensor in message)
+
+
+def _flags(values: Sequence[bool]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.bool)
