@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from barepp.actions import Action, Kind
     from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
+    from barepp.joining import init
     from barepp.models import mlp
     from barepp.partition import partition
     from barepp.pipeline import Pipeline
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from barepp.schedules import Schedule, make_schedule, schedule_names
     from barepp.stage import Stage
     from barepp.trace import summarise, write_trace
-    from barepp.world import World, init
+    from barepp.world import World
     from transport.errors import Failure, JobFailed
 
 _HOMES = {
@@ -36,7 +37,7 @@ _HOMES = {
     "Stage": "barepp.stage",
     "UsageError": "barepp.errors",
     "World": "barepp.world",
-    "init": "barepp.world",
+    "init": "barepp.joining",
     "make_schedule": "barepp.schedules",
     "mlp": "barepp.models",
     "run": "barepp.run",

@@ -15,7 +15,7 @@ class Membership:
     rank: int
     world_size: int
     rendezvous: tuple[str, int]
-    secret: bytes
+    secret: bytes = dataclasses.field(repr=False)
     transport: str
 
 
@@ -36,12 +36,26 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class PickledCall:
+    """A `Call` for a process that was not forked from this one.
+
+    It is unpickled by the rank itself, so that a module that cannot be imported there is told as
+    any other failure of the rank.
+    """
+
+    pickled: bytes
+
+
+Task = Script | Call | PickledCall
+
+
+@dataclasses.dataclass(frozen=True)
 class Assignment:
     """One rank's orders."""
 
     membership: Membership
-    task: Script | Call
-    launcher_pid: int
+    task: Task
+    parent_pid: int  # 0 when nobody knows it
 
 
 @dataclasses.dataclass(frozen=True)

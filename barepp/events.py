@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 
 class EventLog:
-    """Appends events to a file; with None as the path it does nothing."""
+    """Writes a job's events to a new file; with None as the path it does nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+        self._file = path.open("w", encoding="utf-8") if path is not None else None
 
     def write(self, event: str, rank: int, **fields: object) -> None:
-        """Write one event of `rank` with the Unix time in seconds."""
+        """Write one event of `rank` with the Unix time in seconds; never raises."""
         if self._file is not None:
             record = {"time": time.time(), "event": event, "rank": rank, **fields}
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a full disk must not end the job
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()

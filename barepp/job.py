@@ -7,75 +7,45 @@ later ones are consequences. It learns of failures in three ways,
     the end of the process                 a signal or an exit code
     the end of the control connection      neither of the above came
 
-and for one death they come in this order, so it looks for them in this order.
+and judges by these rules:
+
+1. A process that has ended is judged when its control connection has ended too, because the words
+   that explain the end may still be on their way. They are, when the machine is loaded.
+2. A rank that reports only that it lost another one is kept waiting for a moment: the other one's
+   end is the cause, even if its consequence is heard of first.
+3. Nothing here blocks but the wait for the next event, and that has a deadline.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import multiprocessing
 import os
 import pickle
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkContext, ForkServerContext
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from barepp.assignment import Assignment, Call, Membership, Pipes, Script, be_rank
+from barepp.assignment import Assignment, Call, Membership, PickledCall, Pipes, Task, be_rank
+from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.failures import failure_of_exit
+from barepp.member import Options, Outcome, Rank, ResultReader
+from barepp.nursery import Nursery
+from barepp.output import Output
+from barepp.signals import signals_to
 from transport.errors import Failure
 from transport.handshake import new_secret
 from transport.rendezvous import Event, EventKind, RendezvousServer
 
-if TYPE_CHECKING:
-    from barepp.output import Output
-
-LOST_WAIT_S: Final = 0.25  # from the end of a control connection to the end of its process
-_SIGNALLED: Final = object()  # marks the pipe that wakes the loop after a signal
-PRELOAD: Final = ["barepp.worker", "barepp.pipeline", "torch._dynamo"]  # optimizers import the last
+LAST_WORDS_S: Final = 1.0  # from the end of a process to the end of its control connection
+LOST_WAIT_S: Final = 2.0  # from the end of a control connection to the end of its process
+SUSPICION_S: Final = 1.0  # from "rank 2 is lost to me" to somebody's better explanation
+KILL_WAIT_S: Final = 5.0  # from SIGKILL to the end of the process
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a job is run; times are in seconds."""
-
-    world_size: int
-    transport: str = "auto"
-    grace_s: float = 0.5  # between the first failure and the end of who has not ended by itself
-    join_timeout_s: float = 60.0
-
-
-@dataclasses.dataclass
-class Rank:
-    """What the launcher knows of one rank."""
-
-    rank: int
-    process: BaseProcess
-    result: Connection
-    joined: bool = False
-    left: bool = False
-    lost_at: float | None = None
-    exit_code: int | None = None
-    doing: str = ""
-    reported: Failure | None = None
-    killed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a job ended: the first failure, if any, and what the launcher should exit with."""
-
-    exit_code: int
-    failure: Failure | None
-    ranks: list[Rank]
-    results: list[Any]
+class _InterruptedError(Exception):
+    """A signal came while the ranks were being started, which can take seconds."""
 
 
 class Job:
@@ -83,240 +53,243 @@ class Job:
 
     def __init__(
         self,
-        task: Script | Call,
+        task: Task,
         options: Options,
-        output: Output | None = None,
+        output: Output,
         events: EventLog | None = None,
         *,
         fork: bool = False,
     ) -> None:
+        if isinstance(task, Call) and not fork:
+            task = PickledCall(pickle.dumps(task))
         self._task = task
         self._options = options
         self._output = output
         self._events = events or EventLog(None)
-        self._context: ForkContext | ForkServerContext = (
-            multiprocessing.get_context("fork") if fork else _fork_server()
-        )
+        self._fork = fork
         self._secret = new_secret()
         self._ranks: list[Rank] = []
         self._failure: Failure | None = None
+        self._suspicion: tuple[Failure, float] | None = None
         self._kill_at: float | None = None
         self._signal: int | None = None
-        self._results: dict[int, Any] = {}
+        self._starting = False
 
     def run(self) -> Outcome:
         """Start all ranks, wait for their end and return how it went."""
-        self._server = RendezvousServer(
-            self._options.world_size, self._secret, join_timeout_s=self._options.join_timeout_s
-        )
-        self._selector = selectors.DefaultSelector()
-        try:
-            with _signals_to(self._on_signal, self._selector):
-                self._selector.register(self._server.fileno(), selectors.EVENT_READ)
-                for rank in range(self._options.world_size):
-                    self._start(rank)
-                while any(member.exit_code is None for member in self._ranks):
-                    self._turn()
-        finally:
-            for member in self._ranks:
-                if member.exit_code is None:
-                    member.process.kill()
-                    member.process.join()
-                member.result.close()
-            self._server.close()
-            self._selector.close()
-        results = [self._results.get(member.rank) for member in self._ranks]
-        return Outcome(self._exit_code(), self._failure, self._ranks, results)
+        options = self._options
+        with contextlib.ExitStack() as stack:
+            self._selector = stack.enter_context(selectors.DefaultSelector())
+            wakeup = stack.enter_context(signals_to(self._on_signal))
+            self._server = RendezvousServer(
+                options.world_size, self._secret, join_timeout_s=options.join_timeout_s
+            )
+            stack.callback(self._server.close)
+            stack.callback(self._end_all)
+            self._selector.register(wakeup, selectors.EVENT_READ, lambda: os.eventfd_read(wakeup))
+            self._selector.register(self._server.fileno(), selectors.EVENT_READ, lambda: None)
+            self._start_all(stack)
+            while any(rank.exit_code is None for rank in self._ranks):
+                self._turn()
+            if self._suspicion is not None and self._failure is None:
+                self._fail(self._suspicion[0])
+        return Outcome(self._exit_code(), self._failure, self._ranks, self._signal)
 
     # -- starting ---------------------------------------------------------------------------------
 
-    def _start(self, rank: int) -> None:
-        context = self._context
-        readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(3)), strict=True)
-        options = self._options
+    def _start_all(self, stack: contextlib.ExitStack) -> None:
+        self._nursery = Nursery(fork=self._fork)
+        stack.callback(self._nursery.end)
+        try:
+            self._starting = True
+            for rank in range(self._options.world_size if self._signal is None else 0):
+                self._start(rank)
+            self._starting = False
+            self._nursery.remove_folder()
+        except _InterruptedError:
+            pass
+        except OSError as error:
+            text = f"rank {len(self._ranks)} cannot be started: {error.strerror or error}"
+            raise UsageError(f"{text}; a smaller world may work") from error
+        finally:
+            self._starting = False
+        self._fail_by_signal()
+
+    def _start(self, number: int) -> None:
+        nursery, options = self._nursery, self._options
+        readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(3)), strict=True)
         membership = Membership(
-            rank,
-            options.world_size,
-            self._server.address,
-            self._secret,
-            options.transport,
+            number, options.world_size, self._server.address, self._secret, options.transport
         )
-        assignment = Assignment(membership, self._task, os.getpid())
-        process = context.Process(
-            target=be_rank, args=(assignment, Pipes(*writers)), name=f"barepp-rank-{rank}"
+        assignment = Assignment(membership, self._task, nursery.parent_pid)
+        process = nursery.context.Process(
+            target=be_rank, args=(assignment, Pipes(*writers)), name=f"barepp-rank-{number}"
         )
-        process.start()
-        for writer in writers:
-            writer.close()
-        stdout, stderr, result = readers
-        if self._output is not None:
-            self._output.add_rank(rank, os.dup(stdout.fileno()), os.dup(stderr.fileno()))
-        stdout.close()
-        stderr.close()
-        self._ranks.append(Rank(rank, process, result))
-        self._selector.register(process.sentinel, selectors.EVENT_READ)
-        self._selector.register(result, selectors.EVENT_READ, self._ranks[-1])
-        self._events.write("started", rank, pid=process.pid)
+        nursery.start(process)
+        assert process.pid is not None
+        stdout, stderr, result = (os.dup(reader.fileno()) for reader in readers)
+        for connection in (*readers, *writers):
+            connection.close()
+        ended_fd = nursery.end_descriptor(process)
+        rank = Rank(number, process, ended_fd, ResultReader(result), process.pid)
+        self._ranks.append(rank)
+        self._output.add_rank(number, stdout, stderr)
+        self._selector.register(ended_fd, selectors.EVENT_READ, lambda: self._on_end(rank))
+        self._selector.register(result, selectors.EVENT_READ, lambda: self._on_result(rank))
+        self._events.write("started", number, pid=process.pid)
 
     # -- the loop ---------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """Wait until something happens, and act on all of it."""
         for key, _ in self._selector.select(self._seconds_to_deadline()):
-            if isinstance(key.data, Rank):
-                self._take_result(key.data)
-            elif key.data is _SIGNALLED:
-                os.read(key.fd, 64)
-        if self._signal is not None and self._failure is None:
-            name = signal.Signals(self._signal).name
-            message = f"the launcher received {name}"
-            self._fail(Failure(-1, "signal", message, signal=self._signal))
+            key.data()
+        self._fail_by_signal()
         for event in self._server.poll():
-            self._on_event(event)
+            if 0 <= event.rank < len(self._ranks):
+                self._on_event(self._ranks[event.rank], event)
         for rank in self._ranks:
-            if rank.exit_code is None and not rank.process.is_alive():
-                self._on_exit(rank)
+            if rank.status is not None and rank.exit_code is None:
+                self._judge(rank, rank.status)
         self._check_deadlines()
 
     def _seconds_to_deadline(self) -> float | None:
         deadlines = [self._server.next_deadline(), self._kill_at]
-        deadlines += [r.lost_at + LOST_WAIT_S for r in self._ranks if r.lost_at is not None]
+        if self._suspicion is not None and self._failure is None:
+            deadlines.append(self._suspicion[1])
+        for rank in self._ranks:
+            if rank.status is not None and rank.exit_code is None:
+                deadlines.append(rank.ended_at + LAST_WORDS_S)
+            elif rank.lost_at is not None:
+                deadlines.append(rank.lost_at + LOST_WAIT_S)
         left = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return None if left is None else max(0.0, left - time.monotonic())
 
-    def _on_event(self, event: Event) -> None:
-        if event.rank < 0:
-            return
-        rank = self._ranks[event.rank]
+    def _on_event(self, rank: Rank, event: Event) -> None:
         match event.kind:
             case EventKind.JOINED:
-                rank.joined = True
-                self._check_early_leavers()
+                rank.joined, rank.left = True, False
+                self._check_missing()
             case EventKind.LEFT:
                 rank.left = True
             case EventKind.DOING:
                 rank.doing = event.text
-            case EventKind.FAILED:
-                assert event.failure is not None
-                rank.reported = event.failure
+            case EventKind.FAILED if event.failure is not None:
                 self._fail(event.failure)
+            case EventKind.REPORTED if event.failure is not None and rank.reported is None:
+                rank.reported = event.failure
+                if event.failure.cause != "lost" or self._failure is not None:
+                    self._fail(event.failure)
+                elif self._suspicion is None:
+                    self._suspicion = event.failure, time.monotonic() + SUSPICION_S
             case EventKind.LOST:
                 rank.lost_at = time.monotonic()
 
-    def _check_early_leavers(self) -> None:
-        """A rank that ended without ever joining is missed as soon as another rank has joined."""
-        if any(rank.joined for rank in self._ranks):
-            for rank in self._ranks:
-                if rank.exit_code is not None and not rank.joined:
-                    self._fail(failure_of_exit(rank.rank, rank.exit_code))
-
-    def _on_exit(self, rank: Rank) -> None:
-        rank.process.join()
+    def _on_end(self, rank: Rank) -> None:
+        """The process has ended; what it had said may still be on its way."""
+        self._selector.unregister(rank.ended_fd)
+        rank.process.join(KILL_WAIT_S)
         code = rank.process.exitcode
-        rank.exit_code = 1 if code is None else code
-        rank.lost_at = None
-        self._selector.unregister(rank.process.sentinel)
-        self._events.write("ended", rank.rank, exit_code=rank.exit_code)
-        if rank.exit_code != 0 or (rank.joined and not rank.left):
-            if rank.reported is None and not rank.killed:
-                self._fail(failure_of_exit(rank.rank, rank.exit_code, rank.doing))
-        self._check_early_leavers()
+        rank.status = 1 if code is None else code
+        rank.ended_at = time.monotonic()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.pid, signal.SIGKILL)  # what it has started, data loaders for example
+
+    def _judge(self, rank: Rank, status: int) -> None:
+        late = time.monotonic() >= rank.ended_at + LAST_WORDS_S
+        if self._server.connected(rank.rank) and not late:
+            return
+        rank.exit_code, rank.lost_at = status, None
+        told = rank.reported is not None or rank.killed
+        if not told and (status != 0 or (rank.joined and not rank.left)):
+            if self._nursery.died():
+                text = "the process that all ranks were started from has died"
+                self._fail(Failure(-1, "lost", text))
+            self._fail(failure_of_exit(rank.rank, status, rank.doing))
+        self._events.write("ended", rank.rank, exit_code=status)
+        self._check_missing()
+
+    def _check_missing(self) -> None:
+        """A rank that has ended will never join those that wait for it."""
+        missing = self._server.missing() if self._server.joining() else []
+        for number in missing:
+            code = self._ranks[number].exit_code if number < len(self._ranks) else None
+            if code is not None and self._failure is None:
+                self._fail(failure_of_exit(number, code, joined=False))
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._suspicion is not None and self._failure is None and now >= self._suspicion[1]:
+            self._fail(self._suspicion[0])
         for rank in self._ranks:
             if rank.lost_at is not None and now >= rank.lost_at + LOST_WAIT_S:
                 rank.lost_at = None
-                if rank.exit_code is None:
+                if rank.status is None:
                     message = "its control connection ended while its process lives on"
                     self._fail(Failure(rank.rank, "lost", message))
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
-            for rank in self._ranks:
-                if rank.exit_code is None:
-                    rank.killed = True
-                    rank.process.kill()
+            self._kill()
 
     def _fail(self, failure: Failure) -> None:
-        primary = self._failure is None
+        if self._failure is None:
+            self._failure = failure
+            self._kill_at = time.monotonic() + self._options.grace_s
+            self._server.tell_failure(failure)
+            self._write_failure(failure, primary=True)
+            if self._suspicion is not None and self._suspicion[0] is not failure:
+                self._write_failure(self._suspicion[0], primary=False)
+        elif failure.cause not in ("exit", "signal"):  # those are told by the event "ended"
+            self._write_failure(failure, primary=False)
+
+    def _write_failure(self, failure: Failure, *, primary: bool) -> None:
         record = {key: value for key, value in failure.to_record().items() if key != "rank"}
-        if primary or self._ranks_own(failure):
-            self._events.write("failed", failure.rank, primary=primary, **record)
-        if not primary:
-            return
-        self._failure = failure
-        self._kill_at = time.monotonic() + self._options.grace_s
-        self._server.tell_failure(failure)
+        self._events.write("failed", failure.rank, primary=primary, **record)
 
-    def _ranks_own(self, failure: Failure) -> bool:
-        """Whether a later failure is worth an event: not the mere end of a process told before."""
-        return failure.cause not in ("exit", "signal")
-
-    def _take_result(self, rank: Rank) -> None:
-        self._selector.unregister(rank.result)
-        with contextlib.suppress(EOFError, OSError):  # it ended without a result
-            self._results[rank.rank] = pickle.loads(rank.result.recv_bytes())
+    # -- ending -----------------------------------------------------------------------------------
 
     def _on_signal(self, number: int) -> None:
-        if self._signal is not None:  # a second Ctrl-C: do not wait for anyone
-            for rank in self._ranks:
+        """Take note of a signal; runs between any two instructions of the loop."""
+        again = self._signal is not None or self._failure is not None
+        if self._signal is None:
+            self._signal = number
+        if again:  # a second Ctrl-C, or one while ranks are given their grace: wait for nobody
+            self._kill()
+        if self._starting:
+            self._starting = False
+            raise _InterruptedError
+
+    def _fail_by_signal(self) -> None:
+        if self._signal is not None and self._failure is None:
+            message = f"the launcher received {signal.Signals(self._signal).name}"
+            self._fail(Failure(-1, "signal", message, signal=self._signal))
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            if rank.status is None:
                 rank.killed = True
                 rank.process.kill()
-        self._signal = number
+
+    def _end_all(self) -> None:
+        for rank in self._ranks:
+            if rank.status is None:  # an error of our own brought us here
+                rank.process.kill()
+                rank.process.join(KILL_WAIT_S)
+            os.close(rank.ended_fd)
+            rank.result.close()
+            with contextlib.suppress(ValueError):  # it has not ended even now
+                rank.process.close()
+
+    def _on_result(self, rank: Rank) -> None:
+        if not rank.result.read():
+            self._selector.unregister(rank.result.fd)
 
     def _exit_code(self) -> int:
         failure = self._failure
         if failure is None:
             return 0
         if failure.signal is not None:
-            return 128 + failure.signal
+            return (128 + failure.signal) & 0xFF
         if failure.cause == "hang":
             return 124
-        return failure.exit_code or 1
-
-
-def _fork_server() -> ForkServerContext:
-    """Return the context whose server imports torch once, so that ranks start from there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
-def end_fork_server() -> None:
-    """End the fork server now instead of at this process's end; nothing of the job stays behind.
-
-    It would leave by itself when we do, but only after torch's teardown, up to a second later.
-    """
-    server: Any = forkserver._forkserver
-    pid = getattr(server, "_forkserver_pid", None)
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        server._stop()
-
-
-@contextlib.contextmanager
-def _signals_to(handle: Callable[[int], None], selector: selectors.BaseSelector) -> Iterator[None]:
-    """Send SIGINT, SIGTERM and SIGHUP to `handle` and wake the selector, as far as we may."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-
-    def on_signal(number: int, frame: object) -> None:
-        handle(number)
-        with contextlib.suppress(BlockingIOError):
-            os.write(writer, b"!")
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            previous[number] = signal.signal(number, on_signal)
-    selector.register(reader, selectors.EVENT_READ, _SIGNALLED)
-    try:
-        yield
-    finally:
-        selector.unregister(reader)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)
+        return (failure.exit_code or 0) & 0xFF or 1

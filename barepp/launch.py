@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from barepp.assignment import Script
 from barepp.errors import UsageError
 from barepp.events import EventLog
-from barepp.job import Job, Options, end_fork_server
+from barepp.job import Job
+from barepp.member import Options, Outcome
 from barepp.output import Output
 from barepp.report import report
-from transport.errors import TransportError
+from transport.errors import TransportError, printable
 from transport.registry import check_name, transport_names
 
-MAX_WORLD = 1024
+MAX_WORLD: Final = 1024
+MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,19 +34,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(parsed)
         log_dir = _prepared(parsed.log_dir)
+        events = EventLog(log_dir / "events.jsonl" if log_dir is not None else None)
+    except OSError as error:
+        return _refuse(f"the events cannot be written: {error}")
     except (UsageError, TransportError) as error:
-        print(f"barepp.launch: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     options = Options(parsed.world, parsed.transport, parsed.grace, parsed.join_timeout)
-    events = EventLog(log_dir / "events.jsonl" if log_dir is not None else None)
-    with Output(log_dir) as output:
-        outcome = Job(Script(parsed.script, tuple(parsed.args)), options, output, events).run()
-        if outcome.failure is not None:
-            output.say(report(outcome.failure, outcome.ranks))
-            output.write_log(outcome.failure.rank, outcome.failure.traceback)
-        end_fork_server()
-    events.close()
+    task = Script(parsed.script, tuple(parsed.args))
+    try:
+        with Output(log_dir) as output:
+            outcome = Job(task, options, output, events).run()
+            _tell(outcome, output)
+    except UsageError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:  # the job has ended, only its output has not
+        return 130
+    finally:
+        events.close()
     return outcome.exit_code
+
+
+def _refuse(why: object) -> int:
+    print(f"barepp.launch: {why}", file=sys.stderr)
+    return 2
+
+
+def _tell(outcome: Outcome, output: Output) -> None:
+    """Report a failure on the terminal, and in the log of every rank that had one of its own."""
+    for rank in outcome.ranks:
+        if rank.reported is not None:
+            text = f"{rank.reported.headline()}\n{rank.reported.traceback}"
+            output.write_log(rank.rank, printable(text))
+    if outcome.failure is not None:
+        output.say(report(outcome.failure, outcome.ranks))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,14 +113,16 @@ def _check(parsed: argparse.Namespace) -> None:
             "the launcher starts processes"
         )
     for flag, value in (("--grace", parsed.grace), ("--join-timeout", parsed.join_timeout)):
-        if not value >= 0:
-            raise UsageError(f"{flag} is in seconds and not negative, {value} is")
+        if not 0 <= value <= MAX_SECONDS:
+            raise UsageError(f"{flag} is in seconds, from 0 to {MAX_SECONDS:g}, not {value}")
     script = Path(parsed.script)
     if not script.is_file():
         what = "is a directory" if script.is_dir() else "does not exist"
         raise UsageError(f"the script {parsed.script} {what}")
     try:
-        compile(script.read_bytes(), parsed.script, "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the ranks will say it
+            compile(script.read_bytes(), parsed.script, "exec", dont_inherit=True)
     except OSError as error:
         raise UsageError(f"the script {parsed.script} cannot be read: {error.strerror}") from error
     except (SyntaxError, ValueError) as error:

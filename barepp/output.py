@@ -1,18 +1,24 @@
 """What the ranks print, line by line with the rank in front, on a thread of its own.
 
-A terminal may block for ever (Ctrl-S, a full pipe). The launcher's control loop must not: so only
-this thread ever writes to it. When it blocks, the pipes fill and the ranks wait in their own print,
-as any program would; nothing is lost and nothing piles up here.
+1. A terminal may block for ever (Ctrl-S, a full pipe). The launcher's control loop must not: so
+   only this thread ever writes to it. When it blocks, the pipes fill and the ranks wait in their
+   own print, as any program would; nothing is lost and nothing piles up here.
+2. What the launcher itself has to say comes after everything that the ranks have printed so far:
+   the last words of a rank that died stand before the report of its death.
+3. Whatever goes wrong with a terminal or a log file, the pipes are emptied: a rank must not hang
+   because a disk is full.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
@@ -28,12 +34,11 @@ Write = Callable[[int, bytes], None]  # (1 for stdout or 2 for stderr, whole lin
 class _Source:
     """One pipe of one rank."""
 
-    def __init__(self, rank: int, fd: int, target: int, log: BinaryIO | None, prefix: str) -> None:
+    def __init__(self, rank: int, fd: int, target: int) -> None:
         self.rank = rank
         self.fd = fd
         self.target = target  # 1 or 2: where its lines go
-        self.log = log
-        self.prefix = prefix.encode()
+        self.prefix = f"[rank {rank}] ".encode()
         self.partial = b""
 
 
@@ -48,37 +53,33 @@ class Output:
         self._log_dir = log_dir
         self._write = write or write_to_descriptor
         self._logs: dict[int, BinaryIO] = {}
-        self._said: deque[tuple[int, bytes]] = deque()
+        self._later: deque[Callable[[], None]] = deque()  # to be done when all pipes are empty
+        self._new: deque[_Source] = deque()
+        self._finish_by: float | None = None
         self._selector = selectors.DefaultSelector()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wakeup, selectors.EVENT_READ, None)
-        self._new: deque[_Source] = deque()
-        self._finish_by: float | None = None
         self._thread = threading.Thread(target=self._run, name="barepp-output", daemon=True)
         self._thread.start()
 
     def add_rank(self, rank: int, stdout_fd: int, stderr_fd: int) -> None:
-        """Take over the reading ends of a rank's pipes."""
-        log = None
+        """Take over the reading ends of a rank's pipes; OSError when its log cannot be made."""
         if self._log_dir is not None:
-            log = self._logs[rank] = (self._log_dir / f"rank{rank}.log").open("ab")
-        prefix = f"[rank {rank}] "
+            self._logs[rank] = (self._log_dir / f"rank{rank}.log").open("wb", buffering=0)
         for fd, target in ((stdout_fd, 1), (stderr_fd, 2)):
             os.set_blocking(fd, False)
-            self._new.append(_Source(rank, fd, target, log, prefix))
+            self._new.append(_Source(rank, fd, target))
         self._wake()
 
     def say(self, text: str, target: int = 2) -> None:
         """Print the launcher's own text after what the ranks have printed so far; never blocks."""
-        self._said.append((target, text.encode(errors="replace")))
+        self._later.append(partial(self._show, target, text.encode(errors="replace")))
         self._wake()
 
     def write_log(self, rank: int, text: str) -> None:
-        """Append text to a rank's log file, if there is one."""
-        log = self._logs.get(rank)
-        if log is not None:
-            log.write(text.encode(errors="replace"))
-            log.flush()
+        """Append text to a rank's log file, if there is one, after what the rank has printed."""
+        self._later.append(partial(self._log, rank, text.encode(errors="replace")))
+        self._wake()
 
     def __enter__(self) -> Output:
         return self
@@ -102,44 +103,40 @@ class Output:
         os.eventfd_write(self._wakeup, 1)
 
     def _run(self) -> None:
-        sources = 0
         while True:
-            finishing = self._finish_by is not None
-            # When the ranks have ended, their pipes are at their end too, unless a process that a
-            # rank has started still holds one: then nothing new for a moment is the end.
-            ready = self._selector.select(0.1 if finishing else None)
-            for key, _ in ready:
+            waiting = bool(self._later) or self._finish_by is not None
+            busy = False
+            for key, _ in self._selector.select(0 if waiting else None):
                 if key.data is None:
                     os.eventfd_read(self._wakeup)
-                elif not self._read(key.data):
-                    sources -= 1
+                else:
+                    busy |= self._read(key.data)
             while self._new:
                 source = self._new.popleft()
                 self._selector.register(source.fd, selectors.EVENT_READ, source)
-                sources += 1
-            busy = any(key.data is not None for key, _ in ready)
-            if self._said and not (finishing and sources and busy):
-                target, text = self._said.popleft()
-                self._write(target, text)
-                self._wake()
+                busy = True
+            # A process that a rank has started may hold its pipe and print for ever.
             late = self._finish_by is not None and time.monotonic() > self._finish_by
-            if finishing and not self._said and (not sources or not busy or late):
-                self._close_sources()
-                return
+            if waiting and (not busy or late):
+                if self._later:
+                    self._later.popleft()()
+                elif self._finish_by is not None:
+                    self._close_sources()
+                    return
 
     def _read(self, source: _Source) -> bool:
+        """Show what the pipe holds; return whether it held anything."""
         try:
             data = os.read(source.fd, READ_NBYTES)
         except BlockingIOError:
-            return True
-        if source.log is not None and data:
-            source.log.write(data)
-            source.log.flush()
+            return False
+        self._log(source.rank, data)
         *lines, source.partial = (source.partial + data).split(b"\n")
         if source.partial and (not data or len(source.partial) > MAX_LINE_NBYTES):
             lines, source.partial = [*lines, source.partial], b""
         if lines:
-            self._write(source.target, b"".join(source.prefix + line + b"\n" for line in lines))
+            text = b"".join(source.prefix + line + b"\n" for line in lines)
+            self._show(source.target, text)
         if not data:
             self._selector.unregister(source.fd)
             os.close(source.fd)
@@ -147,26 +144,43 @@ class Output:
 
     def _close_sources(self) -> None:
         for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                if key.data.partial:
-                    self._write(key.data.target, key.data.prefix + key.data.partial + b"\n")
-                self._selector.unregister(key.fd)
-                os.close(key.fd)
+            source = key.data
+            if source is not None:
+                if source.partial:
+                    self._show(source.target, source.prefix + source.partial + b"\n")
+                self._selector.unregister(source.fd)
+                os.close(source.fd)
+
+    def _show(self, target: int, text: bytes) -> None:
+        # Whoever replaced the stream (a notebook, a test) may have closed it: then nobody looks.
+        with contextlib.suppress(Exception):
+            self._write(target, text)
+
+    def _log(self, rank: int, data: bytes) -> None:
+        log = self._logs.get(rank)
+        if log is None or not data:
+            return
+        try:
+            _write_all(log.fileno(), data)
+        except OSError as error:
+            log.close()
+            del self._logs[rank]
+            text = f"barepp: rank{rank}.log cannot be written any more: {error.strerror}\n"
+            self._show(2, text.encode())
 
 
 def write_to_descriptor(target: int, data: bytes) -> None:
     """Write all of `data` to descriptor `target`, however long that takes."""
+    with contextlib.suppress(OSError):  # closed: nobody wants to see it any more
+        _write_all(target, data)
+
+
+def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         try:
-            view = view[os.write(target, view) :]
+            view = view[os.write(fd, view) :]
         except BlockingIOError:  # somebody has made our terminal non-blocking
-            _wait_writable(target)
-        except OSError:
-            return  # closed: nobody wants to see it any more
-
-
-def _wait_writable(target: int) -> None:
-    with selectors.DefaultSelector() as selector:
-        selector.register(target, selectors.EVENT_WRITE)
-        selector.select()
+            with selectors.DefaultSelector() as selector:
+                selector.register(fd, selectors.EVENT_WRITE)
+                selector.select()

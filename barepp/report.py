@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from barepp.member import Rank
 from transport.errors import Failure, printable, signal_name
-
-if TYPE_CHECKING:
-    from barepp.job import Rank
 
 
 def report(failure: Failure, ranks: Sequence[Rank]) -> str:
@@ -43,13 +40,14 @@ def _same_failure(reported: Failure | None, failure: Failure) -> bool:
 
 
 def _fate(rank: Rank) -> str:
+    """Return how a rank ended that was not the first to fail."""
     doing = f" while {rank.doing}" if rank.doing else ""
     if rank.killed:
-        return f"did not end by itself{doing} and was killed"
+        return f"was told{doing}, did not end by itself and was killed"
     if rank.reported is not None:
-        return f"failed later{doing}: {rank.reported.message.splitlines()[0]}"
+        return f"failed later{doing}: {rank.reported.message.partition(chr(10))[0]}"
     if rank.exit_code is not None and rank.exit_code < 0:
         return f"was killed by {signal_name(-rank.exit_code)}{doing}"
-    if rank.exit_code == 0:
+    if rank.exit_code == 0 and (rank.left or not rank.joined):
         return "had ended well"
-    return f"was told and ended{doing}"
+    return f"was told{doing}, and ended"

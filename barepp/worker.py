@@ -2,9 +2,11 @@
 
 1. It reports an exception before anything is torn down, so that no exit handler, no thread and no
    destructor delays the news.
-2. After a failure it flushes and leaves by `os._exit`; a healthy end runs its exit handlers.
+2. After a failure it flushes and leaves by `os._exit`; a healthy end waits for the script's threads
+   and runs its exit handlers, as Python does.
 3. It does not outlive the launcher: the kernel kills it with its parent, and the end of the
    control connection ends it as well.
+4. A process that the script forks is no rank: it has no control connection and reports nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -20,45 +23,63 @@ import sys
 import threading
 import warnings
 from multiprocessing import forkserver
-from types import TracebackType
 from typing import Any, Final
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch comes
 
-from barepp import world as worlds  # noqa: E402
-from barepp.assignment import Assignment, Call, Pipes, Script  # noqa: E402
+from barepp import joining  # noqa: E402
+from barepp.assignment import Assignment, Call, PickledCall, Pipes, Script, Task  # noqa: E402
+from barepp.errors import UsageError  # noqa: E402
 from barepp.failures import exit_code_of, failure_of  # noqa: E402
+from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
+from barepp.member import LENGTH  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
 from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
 
-_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _LAST_WORDS_S: Final = 1.0  # between the launcher's end and ours
 
 
 def main(assignment: Assignment, pipes: Pipes) -> None:
     """Be one rank, from the first line of a worker process to its end."""
-    membership, task = assignment.membership, assignment.task
-    _die_with_parent(assignment.launcher_pid)
-    _own_session(pipes)
-    worlds.one_compute_thread()
+    membership = assignment.membership
+    _let_go_of_the_server()
+    die_with_parent(assignment.parent_pid)
+    leave_terminal()
+    _take_streams(pipes)
+    _undo_multiprocessing()
+    joining.one_compute_thread()
     try:
-        control = worlds.connect(membership)
+        control = joining.connect(membership)
     except TransportError as error:  # the launcher has gone, or a stranger sits at its port
         print(f"rank {membership.rank}: {error}", file=sys.stderr)
         _leave(1)
     control.on_failure(_end_with_launcher)
-    worlds.enlist(membership, control)
-    _report_uncaught(membership.rank, control)
+    joining.enlist(membership, control)
+    myself = os.getpid()
+    os.register_at_fork(after_in_child=_be_no_rank)
+    _report_threads(membership.rank, control)
     try:
-        if isinstance(task, Script):
-            _run_script(task)
-        else:
-            pipes.result.send_bytes(pickle.dumps(_run_call(task)))
-        _leave_world_left_open()
+        _run(assignment.task, pipes)
+        if os.getpid() == myself:
+            _join_threads()
+            _leave_world_left_open()
     except BaseException as error:
-        _fail(membership.rank, control, error)
-    control.close()
+        if os.getpid() == myself:
+            _fail(membership.rank, control, error)
+        raise
     atexit._run_exitfuncs()  # the fork server ends its children without them
+    if os.getpid() == myself:
+        control.close()
+    _flush()
+
+
+def _run(task: Task, pipes: Pipes) -> None:
+    if isinstance(task, Script):
+        _run_script(task)
+    else:
+        result = _run_call(pickle.loads(task.pickled) if isinstance(task, PickledCall) else task)
+        with open(pipes.result.fileno(), "wb", closefd=False) as pipe:
+            pipe.write(LENGTH.pack(len(result)) + result)
 
 
 def _run_script(script: Script) -> None:
@@ -68,55 +89,74 @@ def _run_script(script: Script) -> None:
         runpy.run_path(script.path, run_name="__main__")
     except SystemExit as error:
         # Having left the world (or never joined it), a script may end like this as it pleases.
-        if exit_code_of(error) != 0 or worlds.current_world() is not None:
+        if exit_code_of(error) != 0 or joining.current_world() is not None:
             raise
 
 
-def _run_call(call: Call) -> Any:
-    with worlds.init() as world:
-        return call.function(world, *call.args)
+def _run_call(call: Call) -> bytes:
+    with joining.init() as world:
+        result = call.function(world, *call.args)
+        try:
+            return pickle.dumps(result)
+        except Exception as error:
+            what = f"what rank {world.rank} returned, a {type(result).__name__},"
+            raise UsageError(f"{what} cannot be pickled: {error}") from error
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def _join_threads() -> None:
+    """Wait for the script's threads, thread pools included, as Python does when a program ends."""
+    shutdown = getattr(threading, "_shutdown", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def _leave_world_left_open() -> None:
     """A script that called init() without `with` leaves here, if it ended well."""
-    world = worlds.current_world()
+    world = joining.current_world()
     if world is not None:
         world.close()
 
 
 def _fail(rank: int, control: ControlClient, error: BaseException) -> None:
     """Report, unless it only repeats what the launcher has told us; then end at once."""
-    world = worlds.current_world()
+    world = joining.current_world()
+    position = world.position() if world is not None else ""
     if not isinstance(error, JobFailed):
-        control.report(failure_of(rank, error, world.position() if world is not None else ""))
-    elif world is not None:
-        control.say_doing(error.doing or world.position())
+        control.report(failure_of(rank, error, position))
+    elif world is None and error.doing:  # (in a world, it said so when it was told)
+        control.say_doing(error.doing)
     _leave(exit_code_of(error) or 1 if isinstance(error, SystemExit) else 1)
 
 
 def _leave(exit_code: int) -> None:
     """Flush Python's and C's streams and end without any further teardown."""
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        ctypes.CDLL(None).fflush(None)
+    _flush()
     os._exit(exit_code)
 
 
-def _report_uncaught(rank: int, control: ControlClient) -> None:
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the script may have closed or replaced them
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+def _report_threads(rank: int, control: ControlClient) -> None:
     """An exception that ends a background thread is this rank's failure as well."""
+    usual = threading.excepthook
+    myself = os.getpid()
 
     def on_thread(args: threading.ExceptHookArgs) -> None:
-        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        if os.getpid() != myself:
+            usual(args)
+        elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
+            # (A thread that was told of another rank's failure leaves it to the main thread.)
             _fail(rank, control, args.exc_value)
 
-    def on_main(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        _fail(rank, control, error)
-
     threading.excepthook = on_thread
-    sys.excepthook = on_main
 
 
 def _end_with_launcher(failure: Failure) -> None:
@@ -130,24 +170,35 @@ def _end_with_launcher(failure: Failure) -> None:
         timer.start()
 
 
-def _die_with_parent(launcher: int) -> None:
-    # The fork server, our parent, lives as long as somebody holds this descriptor; we inherited it.
-    server: Any = forkserver._forkserver
+def _be_no_rank() -> None:
+    """Run in a child that the script has forked."""
+    joining.disown()
+
+
+# -- the beginning --------------------------------------------------------------------------------
+
+
+def _let_go_of_the_server() -> None:
+    """The fork server, our parent, lives as long as somebody holds this descriptor: not we."""
+    server: Any = getattr(forkserver, "_forkserver", None)
     alive_fd = getattr(server, "_forkserver_alive_fd", None)
     if alive_fd is not None:
         with contextlib.suppress(OSError):
             os.close(alive_fd)
         server._forkserver_alive_fd = None
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        os.kill(launcher, 0)  # it may have ended before the line above
-    except ProcessLookupError:
-        os._exit(1)
 
 
-def _own_session(pipes: Pipes) -> None:
-    """Leave the terminal to the launcher: Ctrl-C reaches it alone, and stdin is at its end."""
-    os.setsid()
+def _undo_multiprocessing() -> None:
+    """Let the script find Python as it would when run by itself."""
+    multiprocessing.set_start_method(None, force=True)  # how data loaders start their workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a forked rank has inherited the launcher's
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _take_streams(pipes: Pipes) -> None:
+    """Put the pipes in the place of stdout and stderr; stdin is at its end."""
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (pipes.stdout.fileno(), 1), (pipes.stderr.fileno(), 2)):
         os.dup2(source, target)
@@ -156,4 +207,4 @@ def _own_session(pipes: Pipes) -> None:
     pipes.stderr.close()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115

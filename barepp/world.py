@@ -5,48 +5,44 @@
 
 1. Leaving the block normally is collective: flush, wait for all, say goodbye.
 2. Leaving it by an exception is this rank's failure and is reported before anything is torn down.
-3. There is one world at a time per process through `init`; over inproc the world is an argument.
+
+How a process gets into its world is in joining.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from barepp.assignment import Membership
 from barepp.errors import UsageError
 from barepp.failures import failure_of
 from transport.collectives import barrier as barrier_over_messages
-from transport.control import ControlClient
 from transport.errors import Failure, JobFailed, TransportClosed
-from transport.inproc import InprocHub, InprocTransport
-from transport.registry import transport_class
-from transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from transport.contract import Transport, Work
     from transport.tensors import Message, TensorSpec
 
-LOST_GRACE_S = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
-LEAVE_TIMEOUT_S = 300.0
+FLUSH_TIMEOUT_S: Final = (
+    300.0  # how long a rank that leaves waits for the others to take its messages
+)
 
 
 class Control(Protocol):
     """The line to whoever is the authority on failures: the launcher, or the in-process runner."""
 
-    def barrier(self, timeout: float | None = None) -> None:
-        """Block until every rank of the world has called."""
+    def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
+        """Block until every rank of the world has called; `last` is for leaving the world."""
 
     def report(self, failure: Failure) -> None:
         """Tell that this rank failed; never raises."""
 
-    def close(self, *, goodbye: bool = True) -> None:
-        """Hang up."""
+    def leave(self) -> None:
+        """Say goodbye."""
 
 
 class World:
@@ -73,10 +69,17 @@ class World:
         self.activity: tuple[object, ...] = ()
         self._control = control
         self._left = False
+        self._failed = False
+        self._pid = os.getpid()
 
     def position(self) -> str:
         """Return what this rank is about, for example "computing 2F3"; empty when unknown."""
         return " ".join(map(str, self.activity))
+
+    @property
+    def left(self) -> bool:
+        """Whether this rank has left in order, so that its process may join the next world."""
+        return self._left
 
     def isend(self, message: Message, dst: int, tag: int = 0) -> Work:
         """Start to send; see `transport.contract.Transport.isend`. Tags are 0 ... 2**62 - 1."""
@@ -97,7 +100,11 @@ class World:
         self, message: Message, dst: int, tag: int = 0, *, timeout: float | None = None
     ) -> None:
         """Send and block until the tensor may be written again; `timeout` is in seconds."""
-        self.transport.send(message, dst, _user_tag(tag), timeout=timeout)
+        self.activity = ("sending to rank", dst, "with tag", tag)
+        try:
+            self.transport.send(message, dst, _user_tag(tag), timeout=timeout)
+        finally:
+            self.activity = ()
 
     def recv(
         self,
@@ -109,49 +116,78 @@ class World:
         timeout: float | None = None,
     ) -> torch.Tensor:
         """Block until one tensor of `src` with `tag` is here; `timeout` is in seconds."""
-        return self.transport.recv(src, _user_tag(tag), into=into, expect=expect, timeout=timeout)
+        self.activity = ("waiting for a message from rank", src, "with tag", tag)
+        try:
+            return self.transport.recv(
+                src, _user_tag(tag), into=into, expect=expect, timeout=timeout
+            )
+        finally:
+            self.activity = ()
 
     def barrier(self, timeout: float | None = None) -> None:
         """Block until every rank has called; `timeout` is in seconds.
 
+        A call that timed out may be repeated: it goes on waiting for the same barrier.
+
         Raises:
             JobFailed: some rank failed and cannot come any more.
             WaitTimeout: the seconds are over.
+            TransportClosed: this rank has left the world.
         """
+        if self._left or self._failed:
+            raise TransportClosed("this rank has left its world: there is no barrier any more")
+        self.activity = ("waiting at a barrier",)
+        try:
+            self._meet(timeout)
+        finally:
+            self.activity = ()
+
+    def _meet(self, timeout: float | None, *, last: bool = False) -> None:
         if self.world_size == 1:
             return
         if self._control is not None:
-            self._control.barrier(timeout)
+            self._control.barrier(timeout, last=last)
         else:
             barrier_over_messages(self.transport, timeout=timeout)
 
-    def close(self, timeout: float | None = LEAVE_TIMEOUT_S) -> None:
-        """Leave: send what is queued, wait for all ranks, say goodbye. A second call does nothing.
+    def close(self, timeout: float | None = None) -> None:
+        """Leave: wait for all ranks, send what is queued, say goodbye. Only the first call counts.
+
+        By default there is no limit to the wait for the others: they may have work left to do.
 
         Raises:
             JobFailed: some rank failed before all had left.
+            WaitTimeout: the others did not come within `timeout` seconds.
         """
-        if self._left:
+        if not self._is_in():
             return
-        self._left = True
         self.activity = ("leaving the world",)
-        self.barrier(timeout)
-        self.transport.close(timeout)
+        try:
+            self._meet(timeout, last=True)
+            self.transport.close(FLUSH_TIMEOUT_S if timeout is None else timeout)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        self._left = True
         if self._control is not None:
-            self._control.close()
-        _forget(self)
+            self._control.leave()
 
     def abandon(self, error: BaseException) -> None:
         """Leave because of an exception: report it, unless it only repeats another rank's."""
-        if self._left:
+        if not self._is_in():
             return
-        self._left = True
+        self._failed = True
         if self._control is None:
             self.transport.abort(TransportClosed(f"this rank failed: {error!r}"))
+            self._left = True
         elif not isinstance(error, JobFailed):
-            # The connections stay open: a peer that saw them end first would not know why.
+            # The connections stay open: a peer that saw them end first would not know why. And the
+            # process stays in this world: its job has failed, there is nothing to join again.
             self._control.report(failure_of(self.rank, error, self.position()))
-        _forget(self)
+
+    def _is_in(self) -> bool:
+        # (A child that the script forks has a copy of this object, but is in no world.)
+        return not self._left and not self._failed and os.getpid() == self._pid
 
     def __enter__(self) -> World:
         return self
@@ -172,97 +208,3 @@ def _user_tag(tag: int) -> int:
     if type(tag) is not int or tag < 0:
         raise UsageError(f"a tag is an integer from 0 to 2**62 - 1, not {tag!r}")
     return tag
-
-
-def connect(membership: Membership) -> ControlClient:
-    """Open the control connection and claim the rank."""
-    return ControlClient(membership.rendezvous, membership.secret, membership.rank)
-
-
-def _join(membership: Membership, control: ControlClient) -> World:
-    """Open the listening sockets, meet the others and return the world."""
-    chosen = transport_class(membership.transport)
-    if not issubclass(chosen, TcpTransport):
-        raise UsageError(f"transport {membership.transport!r} does not connect processes")
-    sockets, address = chosen.listen()
-    try:
-        addresses = control.join(membership.world_size, address)
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    transport = chosen(
-        control.rank,
-        membership.world_size,
-        addresses,
-        sockets,
-        membership.secret,
-        lost_grace_s=LOST_GRACE_S,
-    )
-    world = World(transport, control)
-
-    def on_failure(failure: Failure) -> None:
-        control.say_doing(world.position())
-        transport.abort(JobFailed(failure))
-
-    control.on_failure(on_failure)
-    return world
-
-
-@dataclasses.dataclass
-class _Process:
-    """The one piece of process state: what `init` needs to know. The worker fills it in."""
-
-    membership: Membership | None = None
-    control: ControlClient | None = None
-    world: World | None = None
-
-
-_process = _Process()
-
-
-def enlist(membership: Membership, control: ControlClient) -> None:
-    """Tell `init` which world this process belongs to; called once, by the worker process."""
-    _process.membership, _process.control = membership, control
-
-
-def current_world() -> World | None:
-    """Return the world that `init` made in this process and that has not been left."""
-    return _process.world
-
-
-def one_compute_thread() -> None:
-    """Let torch compute with one thread in the calling thread, unless OMP_NUM_THREADS is set.
-
-    Every thread that computes has to call it. MKL and OpenMP count threads for each calling thread
-    apart, and torch tells them its number only at the first call that asks for it; a matrix product
-    before that uses all cores, and rounds differently.
-    """
-    torch.set_num_threads(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
-
-
-def init() -> World:
-    """Join the world that this process was started in; blocks until all ranks have come.
-
-    Started by `python -m barepp.launch` the process is one rank of many; started by itself it is
-    a world of one rank. PyTorch's compute threads are set to one, unless OMP_NUM_THREADS is set:
-    more would make ranks fight for cores, and one thread is what makes results bit-identical.
-
-    Raises:
-        UsageError: this process is in a world already.
-        RendezvousError: another world size, or a rank that did not come in time.
-        JobFailed: another rank failed meanwhile.
-    """
-    if _process.world is not None:
-        raise UsageError("this process is in a world already: leave it before the next init()")
-    one_compute_thread()
-    if _process.membership is None or _process.control is None:
-        _process.world = World(InprocTransport(InprocHub(1), 0))
-    else:
-        _process.world = _join(_process.membership, _process.control)
-    return _process.world
-
-
-def _forget(world: World) -> None:
-    if _process.world is world:
-        _process.world = None

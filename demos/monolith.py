@@ -2,9 +2,9 @@
 
     python demos/monolith.py
 
-prints a line every 46 steps and ends, some seconds later, with
+ends with
 
-    test accuracy   0.9722
+    test accuracy   0.9778
 
 The net is 16 layers of Linear(128) + ReLU and a head; it learns to name handwritten digits of 8×8
 pixels. Each batch of 64 rows is cut into 8 microbatches of 8, as a pipeline will need it: the

@@ -30,7 +30,7 @@ class Loop:
         self.pipes = [os.pipe() for _ in range(pipes)]
         self.works = [self.new_work() for _ in self.pipes]
         self.threads: list[str] = []  # who handled what
-        with self.progress:
+        with self.progress.lock, self.progress.guard:
             for i, (reading, _) in enumerate(self.pipes):
                 self.progress.register(reading, select.EPOLLIN, lambda _, i=i: self.on_byte(i))  # type: ignore[misc]
 
@@ -47,13 +47,13 @@ class Loop:
         os.write(self.pipes[i][1], b"!")
 
     def close(self) -> None:
-        with self.progress:
+        with self.progress.lock, self.progress.guard:
             for work in self.works:
                 work.complete()
             self.progress.wake()
         self.progress.stop()
         self.progress.stop()
-        with self.progress:
+        with self.progress.lock, self.progress.guard:
             self.progress.wake()  # too late, and harmless
         for pipe in self.pipes:
             for fd in pipe:
@@ -73,12 +73,16 @@ def loop() -> Iterator[Loop]:
 
 def test_a_waiting_thread_handles_what_it_waits_for_itself(loop: Loop) -> None:
     """No hand-off between threads: that is what makes a small message fast."""
-    name = threading.current_thread().name
+
+    def write_while_one_waits(i: int) -> None:
+        eventually(lambda: loop.progress._driver is not None)
+        loop.write(i)
+
     for i in range(8):
-        timer = threading.Timer(0.005, lambda i=i: loop.write(i))  # type: ignore[misc]
-        timer.start()
+        writing = start(lambda i=i: write_while_one_waits(i))  # type: ignore[misc]
         assert loop.progress.run_until(loop.works[i], SOON_S)
-        timer.join()
+        writing.result(SOON_S)
+    name = threading.current_thread().name
     assert loop.threads == [name] * 8
 
 
@@ -124,7 +128,7 @@ def test_timers_fire_whoever_polls(loop: Loop, driven: bool) -> None:
         else:
             loop.works[0].complete()
 
-    with loop.progress:
+    with loop.progress.lock, loop.progress.guard:
         loop.progress.call_at(begin + 0.02, again)
     if driven:
         assert loop.progress.run_until(loop.works[0], SOON_S)
@@ -144,9 +148,9 @@ def test_a_timer_set_while_one_drives_is_kept_when_that_one_leaves(loop: Loop) -
         loop.works[0].complete()
 
     driver = start(lambda: loop.progress.run_until(loop.works[0], SOON_S))
-    eventually(lambda: loop.progress._driving)
+    eventually(lambda: loop.progress._driver is not None)
     time.sleep(0.01)
-    with loop.progress:
+    with loop.progress.lock, loop.progress.guard:
         loop.progress.call_at(0.0, on_first)
     assert driver.result(SOON_S)
     assert fired.wait(SOON_S)
@@ -155,7 +159,7 @@ def test_a_timer_set_while_one_drives_is_kept_when_that_one_leaves(loop: Loop) -
 def test_a_distant_timer_does_not_wake_the_background_thread_after_each_wait(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with loop.progress:
+    with loop.progress.lock, loop.progress.guard:
         loop.progress.call_at(time.monotonic() + 60, lambda: None)
     loop.write(0)
     assert loop.progress.run_until(loop.works[0], SOON_S)
@@ -175,7 +179,7 @@ def test_a_handler_may_close_what_comes_next_in_the_same_round(loop: Loop) -> No
             loop.progress.unregister(reading)
         loop.works[0].complete()
 
-    with loop.progress:
+    with loop.progress.lock, loop.progress.guard:
         for i, (reading, _) in enumerate(loop.pipes):
             loop.progress.unregister(reading)
             loop.progress.register(reading, select.EPOLLIN, closes_all)
@@ -194,7 +198,7 @@ def test_stop_while_a_driver_sleeps() -> None:
             for work in loop.works[: rng.randrange(1, 4)]
         ]
         if rng.random() < 0.8:
-            eventually(lambda: loop.progress._driving)  # noqa: B023
+            eventually(lambda: loop.progress._driver is not None)  # noqa: B023
         if rng.random() < 0.5:
             time.sleep(rng.random() * 0.002)
         closing = start(loop.close)
@@ -207,20 +211,20 @@ def test_a_handler_that_raises_is_reported_and_kills_no_thread(loop: Loop) -> No
         os.read(loop.pipes[0][0], 1)
         raise KeyError("a bug")
 
-    with loop.progress:
+    with loop.progress.lock, loop.progress.guard:
         loop.progress.unregister(loop.pipes[0][0])
         loop.progress.register(loop.pipes[0][0], select.EPOLLIN, broken)
     loop.write(0)
     eventually(lambda: len(loop.crashes) == 1)
     waiting = start(lambda: loop.progress.run_until(loop.works[1], SOON_S))
-    eventually(lambda: loop.progress._driving)
+    eventually(lambda: loop.progress._driver is not None)
     loop.write(0)
     eventually(lambda: len(loop.crashes) == 2)
     loop.write(1)
     assert waiting.result(SOON_S)
-    with pytest.raises(ZeroDivisionError), loop.progress:
+    with pytest.raises(ZeroDivisionError), loop.progress.guard:
         raise ZeroDivisionError
-    with pytest.raises(TransportError), loop.progress:
+    with pytest.raises(TransportError), loop.progress.guard:
         raise PeerLost("an ordinary end is no crash")
     assert [type(crash) for crash in loop.crashes] == [KeyError, KeyError, ZeroDivisionError]
     loop.write(2)
@@ -247,13 +251,13 @@ def test_an_interrupted_wait_leaves_everything_in_order(loop: Loop, driving: boo
     other = None
     if not driving:
         other = start(lambda: loop.progress.run_until(loop.works[7], SOON_S))
-        eventually(lambda: loop.progress._driving)
+        eventually(lambda: loop.progress._driver is not None)
     for i in range(20):
-        threading.Timer(0.002 + 0.0002 * i, os.kill, (os.getpid(), signal.SIGUSR1)).start()
         with pytest.raises(Interrupt):
+            threading.Timer(0.002 + 0.0002 * i, os.kill, (os.getpid(), signal.SIGUSR1)).start()
             loop.progress.run_until(loop.works[0], SOON_S)
         assert loop.progress._followers == 0
-        assert loop.progress._driving is not driving
+        assert (loop.progress._driver is None) is driving
     loop.write(0)
     assert loop.progress.run_until(loop.works[0], SOON_S)
     if other is not None:

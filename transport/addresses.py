@@ -17,6 +17,7 @@ from transport.errors import ProtocolError
 
 UNIX_BUFFER_NBYTES: Final = 4 * 1024 * 1024  # the kernel cuts it down to net.core.wmem_max
 BACKLOG: Final = 1024
+_OWN_NAME: Final = secrets.token_hex(16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,11 @@ class Address:
 
 def host_key() -> str:
     """Return a name that two processes share exactly when an abstract Unix name connects them."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/net')}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/net')}"
+    except OSError:  # a sandbox that hides /proc: this process shares its name with nobody
+        return _OWN_NAME
 
 
 def listen(*, unix: bool, bind: str = "127.0.0.1") -> tuple[list[socket.socket], Address]:
@@ -59,9 +63,9 @@ def listen(*, unix: bool, bind: str = "127.0.0.1") -> tuple[list[socket.socket],
     if unix:
         name = f"barepp-{secrets.token_hex(16)}"
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sockets.append(local)
         local.bind("\0" + name)
         local.listen(BACKLOG)
-        sockets.append(local)
     host, port = tcp.getsockname()[:2]
     return sockets, Address(host_key(), name, (host, port))
 

@@ -152,8 +152,6 @@ class Connection:
     def _on_events(self, mask: int) -> None:
         if mask & select.EPOLLOUT:
             self._flush()
-        if mask & (select.EPOLLHUP | select.EPOLLERR) and self.paused:
-            self._read_to_the_end()  # these two cannot be masked and would come again for ever
         if mask & ~select.EPOLLOUT and self.socket is not None and not self.paused:
             self._read()
 
@@ -188,14 +186,11 @@ class Connection:
         except ConnectionError:
             # The peer is gone, but what it sent before, perhaps a goodbye, can still be read. So
             # reading finds the end and says how it came; what the kernel holds is not much.
-            self._read_to_the_end()
+            self.ending = True
+            self.resume()
         except OSError as error:
             self._end(error)
         self._watch()
-
-    def _read_to_the_end(self) -> None:
-        self.ending = True
-        self.resume()
 
     def _sent(self, nbytes: int) -> None:
         while self._queue:

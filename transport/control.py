@@ -10,8 +10,9 @@ import contextlib
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from transport.addresses import Address
 from transport.contract import deadline_after, remaining
@@ -25,7 +26,10 @@ from transport.errors import (
     WaitTimeout,
 )
 from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
-from transport.rendezvous import RecordStream
+from transport.records import RecordStream
+
+KNOCK_AGAIN_S: Final = 3.0  # how long to try again when the rendezvous hangs up on us
+RETRY_S: Final = 0.02  # between two attempts
 
 
 class ControlClient:
@@ -43,7 +47,7 @@ class ControlClient:
     ) -> None:
         self.rank = rank
         self.failure: Failure | None = None
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards what follows, and is told of every change
         self._callbacks: list[Callable[[Failure], None]] = []
         self._refused: str | None = None
         self._addresses: dict[int, Address] | None = None
@@ -51,10 +55,16 @@ class ControlClient:
         self._releases = 0
         self._attached = False
         self._closed = False
-        self._stream = RecordStream(_connect(address, secret, rank, timeout))
+        self._sending = threading.Lock()
+        deadline = time.monotonic() + timeout
+        self._stream = RecordStream(_connect(address, secret, rank, deadline))
         self._thread = threading.Thread(target=self._listen, name="barepp-control", daemon=True)
         self._thread.start()
-        self._wait(lambda: self._attached, timeout, "waiting for a rank")
+        try:
+            self._wait(lambda: self._attached, remaining(deadline), "waiting for a rank")
+        except BaseException:
+            self.close(goodbye=False)
+            raise
 
     def on_failure(self, callback: Callable[[Failure], None]) -> None:
         """Call back, in the control thread, with the first cause; at once if it is known."""
@@ -73,60 +83,89 @@ class ControlClient:
             RendezvousError: another world size, or some rank did not come.
             JobFailed: some rank failed meanwhile.
         """
+        self._addresses = None
         self._send({"record": "join", "world_size": world_size, "address": address.to_record()})
         self._wait(lambda: self._addresses is not None, timeout, "waiting for all ranks to join")
         assert self._addresses is not None
         return self._addresses
 
-    def barrier(self, timeout: float | None = None) -> None:
+    def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
         """Block until every rank of the world has called.
+
+        A call that timed out has not been taken back: the next one goes on waiting for the same
+        barrier. `last` is for the one with which a rank leaves: it waits for such a barrier first,
+        then for its own.
 
         Raises:
             JobFailed: some rank failed, so that it cannot come any more.
             WaitTimeout: it took longer than `timeout` seconds.
         """
-        self._barriers += 1
+        deadline = deadline_after(timeout)
+        with self._changed:
+            begun = self._barriers > self._releases
+        if last and begun:
+            self._wait_for_release(deadline, timeout)
+        if last or not begun:
+            with self._changed:
+                self._barriers += 1
+            self._send({"record": "barrier"})
+        self._wait_for_release(deadline, timeout)
+
+    def _wait_for_release(self, deadline: float | None, timeout: float | None) -> None:
         due = self._barriers
-        self._send({"record": "barrier"})
-        self._wait(lambda: self._releases >= due, timeout, "waiting at a barrier")
+        try:
+            self._wait(lambda: self._releases >= due, remaining(deadline), "waiting at a barrier")
+        except WaitTimeout:
+            raise WaitTimeout(f"rank {self.rank}: nothing after {timeout} s at a barrier") from None
 
     def report(self, failure: Failure) -> None:
-        """Tell the launcher that this rank failed; does not wait and never raises."""
-        with contextlib.suppress(OSError, TransportClosed, JobFailed):
+        """Tell the launcher that this rank failed; never raises."""
+        with contextlib.suppress(TransportClosed):
             self._send({"record": "failed", "failure": failure.to_record()})
 
     def say_doing(self, doing: str) -> None:
         """Tell the launcher what this rank was about when the failure reached it; never raises."""
-        with contextlib.suppress(OSError, TransportClosed, JobFailed):
+        with contextlib.suppress(TransportClosed):
             self._send({"record": "doing", "doing": doing})
+
+    def leave(self) -> None:
+        """Say goodbye: from here on this rank may end, or join again."""
+        with contextlib.suppress(TransportClosed):
+            self._send({"record": "goodbye"})
 
     def close(self, *, goodbye: bool = True) -> None:
         """Hang up; without a goodbye the launcher takes it for this rank's loss."""
+        if goodbye:
+            self.leave()
         with self._changed:
             if self._closed:
                 return
-        if goodbye:
-            with contextlib.suppress(OSError, TransportClosed, JobFailed):
-                self._send({"record": "goodbye"})
-        with self._changed:
             self._closed = True
+            self._changed.notify_all()
         with contextlib.suppress(OSError):
             self._stream.socket.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._stream.socket.close()
 
+    def disown(self) -> None:
+        """Let go of the connection in a forked child: it stays the parent's, and stays open.
+
+        The locks are made anew, because at the fork a thread that the child lacks may hold them.
+        """
+        self._changed, self._sending = threading.Condition(), threading.Lock()
+        self._closed = True
+        self._stream.socket.close()
+
     def _send(self, record: dict[str, Any]) -> None:
-        with self._changed:
+        with self._sending:
             if self._closed:
                 raise TransportClosed("this rank has hung up on the rendezvous")
-            try:
+            with contextlib.suppress(OSError):  # the reader finds the end and tells everyone
                 self._stream.send(record)
-            except OSError:
-                return  # the reader finds the end of the stream and tells everyone
-            while self._stream.unsent:
-                select.select([], [self._stream.socket], [], 1.0)
-                self._stream.flush()
+                while self._stream.unsent:
+                    _await(self._stream.socket, select.POLLOUT)
+                    self._stream.flush()
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None, doing: str) -> None:
         deadline = deadline_after(timeout)
@@ -145,13 +184,16 @@ class ControlClient:
     def _listen(self) -> None:
         goes_on = True
         while goes_on:
-            select.select([self._stream.socket], [], [])
+            _await(self._stream.socket, select.POLLIN)
+            records, goes_on = self._stream.receive()
+            nonsense = self._stream.error
             try:
-                records, goes_on = self._stream.receive()
                 for record in records:
                     self._handle(record)
             except ProtocolError as error:
-                self._fail(Failure(-1, "lost", f"the rendezvous sent nonsense: {error}"))
+                nonsense = error
+            if nonsense is not None:
+                self._fail(Failure(-1, "lost", f"the rendezvous sent nonsense: {nonsense}"))
                 return
         with self._changed:
             closed = self._closed or self._refused is not None
@@ -186,12 +228,44 @@ class ControlClient:
             callback(failure)
 
 
-def _connect(address: tuple[str, int], secret: bytes, rank: int, timeout: float) -> socket.socket:
-    """Connect and authenticate, blocking; return the socket, non-blocking from here on."""
+def _await(sock: socket.socket, events: int) -> None:
+    """Sleep until the socket is ready, broken or closed."""
+    fd = sock.fileno()
+    if fd >= 0:
+        poll = select.poll()  # select() cannot name a descriptor over 1023
+        poll.register(fd, events)
+        poll.poll()
+
+
+def _connect(address: tuple[str, int], secret: bytes, rank: int, deadline: float) -> socket.socket:
+    """Connect and authenticate; return the socket, non-blocking from here on.
+
+    Being hung up on is no answer yet: when strangers crowd the door of the rendezvous the oldest
+    caller has to give way, and that may be this one.
+    """
+    knock_until = min(deadline, time.monotonic() + KNOCK_AGAIN_S)
+    while True:
+        try:
+            return _shake_hands(address, secret, rank, deadline)
+        except _HungUpError as error:
+            if time.monotonic() >= knock_until:
+                where = f"the rendezvous at {address[0]}:{address[1]}"
+                text = f"{where} keeps hanging up: does it serve another job?"
+                raise AuthenticationError(text) from error
+        time.sleep(RETRY_S)
+
+
+class _HungUpError(Exception):
+    """The rendezvous ended the connection in the midst of the handshake."""
+
+
+def _shake_hands(
+    address: tuple[str, int], secret: bytes, rank: int, deadline: float
+) -> socket.socket:
     initiator = Initiator(secret, Hello(Role.CONTROL, rank, ANY_RANK))
     where = f"the rendezvous at {address[0]}:{address[1]}"
     try:
-        sock = socket.create_connection(address, timeout)
+        sock = socket.create_connection(address, _seconds_until(deadline))
     except OSError as error:
         raise RendezvousError(f"{where} cannot be reached: {error.strerror or error}") from error
     try:
@@ -199,19 +273,27 @@ def _connect(address: tuple[str, int], secret: bytes, rank: int, timeout: float)
         while initiator.verdict is None:
             data = b""
             while len(data) < initiator.needed:
+                sock.settimeout(_seconds_until(deadline))
                 more = sock.recv(initiator.needed - len(data))
                 if not more:
-                    raise AuthenticationError(f"{where} hung up: does it serve another job?")
+                    raise _HungUpError
                 data += more
             sock.sendall(initiator.receive(data))
         if initiator.verdict is not Verdict.ACCEPTED:
             raise RendezvousError(f"{where} refused rank {rank}")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+    except (ConnectionResetError, BrokenPipeError) as error:
+        sock.close()
+        raise _HungUpError from error
     except OSError as error:
         sock.close()
         raise RendezvousError(f"{where} did not finish the handshake: {error}") from error
-    except (AuthenticationError, RendezvousError):
+    except BaseException:
         sock.close()
         raise
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setblocking(False)
     return sock
+
+
+def _seconds_until(deadline: float) -> float:
+    return max(0.001, deadline - time.monotonic())  # 0 would make the socket non-blocking

@@ -18,6 +18,7 @@ import signal as signals
 from typing import Any, TypeVar
 
 RECORD_TEXT_LIMIT = 64 * 1024  # characters of a failure's message or traceback, each
+_CUT_NOTE_LENGTH = 60  # "... 123456 characters left out ...", at most
 CAUSES = ("exception", "signal", "exit", "hang", "lost", "rendezvous")
 
 
@@ -88,10 +89,21 @@ def printable(text: str, limit: int = RECORD_TEXT_LIMIT) -> str:
 
     A remote text goes to a terminal; an escape sequence in it could repaint what was said before.
     """
-    if len(text) > limit:
-        half = limit // 2
-        text = f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
-    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = _cut(text, limit)
+    # Escaping makes it longer, up to tenfold: hence the second cut.
+    return _cut("".join(c if c in "\n\t" or c.isprintable() else _escaped(c) for c in text), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = max(0, limit - _CUT_NOTE_LENGTH) // 2
+    note = f"\n... {len(text) - 2 * half} characters left out ...\n"
+    return f"{text[:half]}{note}{text[len(text) - half :]}"
+
+
+def _escaped(character: str) -> str:
+    return ascii(character)[1:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +129,9 @@ class Failure:
     doing: str = ""
 
     def to_record(self) -> dict[str, Any]:
-        """Return the failure as a plain map that msgpack takes; None and empty are left out."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+        """Return the failure as a bounded map that msgpack takes; None and empty are left out."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+        return {k: printable(v) if isinstance(v, str) else v for k, v in fields.items()}
 
     @classmethod
     def from_record(cls, record: object) -> Failure:

@@ -37,20 +37,40 @@ DRIVER_GRACE_S: Final = 0.01  # timers that are due are the driver's while there
 Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
 
 
+class Guard:
+    """A `with` block's end by anything but a `TransportError` is reported as a crash."""
+
+    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
+        self._on_crash = on_crash
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, TransportError):
+            self._on_crash(error)
+
+
 class Progress:
     """The event loop of one rank's transport.
 
-    `with progress:` holds the lock; so it is entered to change anything that handlers use.
+    Whoever changes anything that handlers use does it within `with progress.lock, progress.guard:`.
     """
 
     def __init__(self, name: str, on_crash: Callable[[BaseException], None]) -> None:
         self.lock = threading.Lock()
+        self.guard = Guard(on_crash)
         self._on_crash = on_crash  # called under the lock
         self._changed = threading.Condition(self.lock)
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
-        self._driving = False
+        self._driver: int | None = None  # the thread that polls for itself now
         self._followers = 0
         self._sleeps_until = math.inf  # when the background thread, if asleep, wakes by itself
         self._stopped = False
@@ -61,21 +81,6 @@ class Progress:
         self.register(self._wakeup, select.EPOLLIN, self._on_wakeup)
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if error is not None and not isinstance(error, TransportError):
-                self._on_crash(error)
-        finally:
-            self.lock.release()
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` under the lock whenever one of the epoll `events` is there."""
@@ -107,18 +112,13 @@ class Progress:
     def run_until(self, work: Work, timeout: float | None) -> bool:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
         deadline = deadline_after(timeout)
-        with self.lock:
-            while not work.done:
-                if remaining(deadline) == 0.0:
-                    return False
-                if self._driving:
-                    self._followers += 1
-                    try:
-                        self._changed.wait(remaining(deadline))
-                    finally:
-                        self._followers -= 1
-                else:
-                    self._drive(work, deadline)
+        while not work.done:
+            if remaining(deadline) == 0.0:
+                return False
+            try:
+                self._follow_or_drive(work, deadline)
+            finally:
+                self._leave()
         return True
 
     def stop(self) -> None:
@@ -131,43 +131,50 @@ class Progress:
             self.wake()
         self._thread.join()
         with self.lock:
-            while self._driving:  # it was woken, and leaves because its work is done
+            while self._driver is not None:  # it was woken, and leaves because its work is done
                 self._changed.wait()
             if not self._inner.closed:
                 self._outer.close()
                 self._inner.close()
                 os.close(self._wakeup)
 
-    def _drive(self, work: Work, deadline: float | None) -> None:
-        self._driving = True
-        self._outer.modify(self._inner.fileno(), 0)
-        try:
-            while not work.done:
-                left = self._until_next_timer(remaining(deadline))
+    def _follow_or_drive(self, work: Work, deadline: float | None) -> None:
+        # The lock is taken by `with` alone: an interrupt (Ctrl-C) strikes between any two other
+        # steps, and would leave it locked, or release it in another thread's hands.
+        with self.lock:
+            if self._driver is not None:
+                self._followers += 1
                 try:
-                    self.lock.release()
-                    events = self._inner.poll(left)
+                    if not work.done:
+                        self._changed.wait(remaining(deadline))
                 finally:
-                    self._relock()
+                    self._followers -= 1
+                return
+            self._driver = threading.get_ident()
+            self._outer.modify(self._inner.fileno(), 0)
+            left = self._until_next_timer(remaining(deadline))
+        while not work.done:
+            events = self._inner.poll(left)
+            with self.lock:
                 self._handle(events)
-                if remaining(deadline) == 0.0:
-                    return
-        finally:
-            self._driving = False
-            self._outer.modify(self._inner.fileno(), select.EPOLLIN)
-            if self._followers or self._stopped:
-                self._changed.notify_all()
-            # The background thread may have to leave (this thread has read its wake-up call), or
-            # sleep for longer than the next timer allows.
-            if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
-                self.wake()
+                left = self._until_next_timer(remaining(deadline))
+            if remaining(deadline) == 0.0:
+                return
 
-    def _relock(self) -> None:
-        """Take the lock, and only then let out an interrupt (Ctrl-C) that came meanwhile."""
+    def _leave(self) -> None:
+        """Give up driving, if this thread drives."""
         try:
-            self.lock.acquire()
+            if self._driver == threading.get_ident():
+                with self.lock:
+                    self._outer.modify(self._inner.fileno(), select.EPOLLIN)
+                    # The background thread may have to end (this thread has read its wake-up
+                    # call), or sleep for longer than the next timer allows.
+                    if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
+                        self.wake()
+                    self._changed.notify_all()  # a follower takes over; `stop` goes on
+                    self._driver = None
         except BaseException:
-            self._relock()
+            self._leave()  # an interrupt came meanwhile: nobody else could drive any more
             raise
 
     def _background(self) -> None:
@@ -177,11 +184,12 @@ class Progress:
                     return
                 now = time.monotonic()
                 due = self._timers[0][0] if self._timers else math.inf
-                self._sleeps_until = max(due, now + DRIVER_GRACE_S) if self._driving else due
+                grace = 0.0 if self._driver is None else DRIVER_GRACE_S
+                self._sleeps_until = max(due, now + grace)
                 timeout = max(0.0, self._sleeps_until - now)
             self._outer.poll(None if math.isinf(timeout) else timeout)
             with self.lock:
-                if not self._driving and not self._stopped:
+                if self._driver is None and not self._stopped:
                     self._handle(self._inner.poll(0))
 
     def _handle(self, events: list[tuple[int, int]]) -> None:

@@ -21,7 +21,6 @@ _CLASSES: Final = {
 AUTO: Final = ("unix", "tcp")  # what "auto" tries, the fastest first
 
 
-
 def transport_names() -> list[str]:
     """Return every name that `--transport` takes."""
     return ["auto", *_CLASSES]

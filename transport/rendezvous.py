@@ -10,7 +10,8 @@ Every rank keeps one control connection to it for its whole life. Records (one m
     doing {doing}                             (what a rank was about when it was told)
     goodbye                                   (then the rank may hang up)
 
-1. A rank is claimed once, for the whole life of the job.
+1. A rank is claimed once, for the whole life of the job. Having said goodbye it may join again;
+   worlds come one after the other, and each is complete when all ranks have joined it.
 2. The server only takes note and tells its owner by `Event`; the owner decides what a failure is,
    because it may know more (the launcher sees by which signal a process died).
 3. Nothing here blocks, so the owner can serve it from its own loop: poll `fileno()`, call `poll`.
@@ -18,20 +19,21 @@ Every rank keeps one control connection to it for its whole life. Records (one m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import select
 import socket
 import time
-from typing import Any
+from typing import Any, Final
 
 from transport.addresses import Address
-from transport.errors import Failure, ProtocolError
+from transport.errors import Failure, ProtocolError, printable
 from transport.handshake import ANY_RANK, Hello, Role, Verdict
 from transport.listener import BACKLOG, Listener
-from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+from transport.records import RecordStream
 
-RECORD_LIMITS = Limits(meta_nbytes=4 * 1024 * 1024, payload_nbytes=0)
+DOING_LIMIT: Final = 200  # characters of what a rank says it is about
 
 
 class EventKind(enum.Enum):
@@ -40,7 +42,8 @@ class EventKind(enum.Enum):
     ATTACHED = enum.auto()  # the rank has connected
     JOINED = enum.auto()  # the rank has called init()
     COMPLETE = enum.auto()  # all ranks have joined (rank is -1)
-    FAILED = enum.auto()  # the rank reports, or the server found, the failure in `failure`
+    REPORTED = enum.auto()  # the rank reports the failure in `failure`
+    FAILED = enum.auto()  # the server itself found the failure in `failure`
     DOING = enum.auto()  # the rank says in `text` what it was about when it was told of a failure
     LEFT = enum.auto()  # the rank said goodbye
     LOST = enum.auto()  # its control connection ended without a goodbye
@@ -56,70 +59,12 @@ class Event:
     text: str = ""
 
 
-class RecordStream:
-    """Records over one non-blocking socket; both ends of a control connection use it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self._decoder = Decoder(RECORD_LIMITS)
-        self._sequence = 0
-        self._unsent = bytearray()
-
-    @property
-    def unsent(self) -> bool:
-        """Whether bytes wait for room in the kernel's buffer."""
-        return bool(self._unsent)
-
-    def send(self, record: dict[str, Any]) -> None:
-        """Queue a record and send what the kernel takes; OSError means the other side is gone."""
-        self._unsent += encode(FrameKind.RECORD, self._sequence, record)
-        self._sequence += 1
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what is queued as far as the kernel takes it."""
-        try:
-            while self._unsent:
-                del self._unsent[: self.socket.send(self._unsent)]
-        except BlockingIOError:
-            pass
-
-    def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the records that are here, and whether the stream goes on.
-
-        Raises:
-            ProtocolError: the other side sent nonsense.
-        """
-        records: list[dict[str, Any]] = []
-        try:
-            while True:
-                nbytes = self.socket.recv_into(self._decoder.buffer())
-                if nbytes == 0:
-                    return records, False
-                self._decoder.received(nbytes)
-                while (event := self._decoder.next_event()) is not None:
-                    if isinstance(event, Frame):
-                        records.append(_checked_record(event))
-        except BlockingIOError:
-            return records, True
-        except OSError:
-            return records, False
-
-
-def _checked_record(frame: Frame) -> dict[str, Any]:
-    meta = frame.meta
-    if frame.kind is not FrameKind.RECORD or not isinstance(meta, dict):
-        raise ProtocolError("only records travel on a control connection")
-    if not isinstance(meta.get("record"), str):
-        raise ProtocolError("a record without a name")
-    return meta
-
-
 @dataclasses.dataclass
 class _Member:
     rank: int
     stream: RecordStream
-    address: Address | None = None  # set once it has joined
+    address: Address | None = None  # where it listens, since it joined for the last time
+    joins: int = 0
     barriers: int = 0
     left: bool = False
 
@@ -146,7 +91,8 @@ class RendezvousServer:
         self.world_size = world_size
         self._join_timeout_s = join_timeout_s
         self._join_deadline: float | None = None
-        self._complete = False
+        self._worlds = 0  # how many have been complete
+        self._failure: Failure | None = None
         self._members: dict[int, _Member] = {}  # by descriptor
         self._claimed: set[int] = set()
         self._released = 0
@@ -167,16 +113,22 @@ class RendezvousServer:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def missing(self) -> list[int]:
-        """Return the ranks that have not joined."""
-        joined = {m.rank for m in self._members.values() if m.address is not None}
+        """Return the ranks that have not joined the world that is being put together."""
+        joined = {m.rank for m in self._members.values() if m.joins > self._worlds}
         return sorted(set(range(self.world_size)) - joined)
+
+    def joining(self) -> bool:
+        """Whether a rank waits for the missing ones."""
+        return any(member.joins > self._worlds for member in self._members.values())
+
+    def connected(self, rank: int) -> bool:
+        """Whether the rank's control connection is open: if so, it may still have said more."""
+        return any(member.rank == rank for member in self._members.values())
 
     def poll(self) -> list[Event]:
         """Serve whoever has something to say, without blocking; return what happened."""
         events: list[Event] = []
         for fd, mask in self._epoll.poll(0):
-            if fd == self._listener.fileno():
-                continue
             member = self._members.get(fd)
             if member is not None:
                 self._serve(member, mask, events)
@@ -186,7 +138,8 @@ class RendezvousServer:
         return events
 
     def tell_failure(self, failure: Failure) -> None:
-        """Tell every rank the first cause."""
+        """Tell every rank the first cause, and those that are still to come as well."""
+        self._failure = failure
         self._broadcast({"record": "failure", "failure": failure.to_record()})
 
     def close(self) -> None:
@@ -203,19 +156,20 @@ class RendezvousServer:
         stream = RecordStream(sock)
         try:
             sock.send(bytes([Verdict.ACCEPTED]))
-            if rank in free:
-                stream.send({"record": "attached", "rank": rank})
-            else:
+            if rank not in free:
                 stream.send({"record": "refused", "message": self._refusal(rank)})
+                sock.close()
+                return
+            stream.send({"record": "attached", "rank": rank})
+            if self._failure is not None:
+                stream.send({"record": "failure", "failure": self._failure.to_record()})
         except OSError:
             sock.close()
             return
-        if rank not in free:
-            sock.close()
-            return
         self._claimed.add(rank)
-        self._members[sock.fileno()] = _Member(rank, stream)
+        member = self._members[sock.fileno()] = _Member(rank, stream)
         self._epoll.register(sock, select.EPOLLIN)
+        self._watch(member)
         events.append(Event(EventKind.ATTACHED, rank))
 
     def _refusal(self, rank: int) -> str:
@@ -224,17 +178,20 @@ class RendezvousServer:
         return f"rank {rank} does not exist, or no rank is free, in a world of {self.world_size}"
 
     def _serve(self, member: _Member, mask: int, events: list[Event]) -> None:
-        try:
-            if mask & select.EPOLLOUT:
+        if mask & select.EPOLLOUT:
+            with contextlib.suppress(OSError):  # it is gone, but its last words are still to read
                 member.stream.flush()
-            records, goes_on = member.stream.receive()
+        records, goes_on = member.stream.receive()
+        nonsense = member.stream.error
+        try:
             for record in records:
                 self._handle(member, record, events)
         except ProtocolError as error:
-            failure = Failure(member.rank, "lost", f"its control connection sent nonsense: {error}")
+            nonsense = error
+        if nonsense is not None:
+            message = f"its control connection sent nonsense: {printable(str(nonsense), 1000)}"
+            failure = Failure(member.rank, "lost", message)
             events.append(Event(EventKind.FAILED, member.rank, failure))
-            goes_on = False
-        except OSError:
             goes_on = False
         if goes_on:
             self._watch(member)
@@ -255,16 +212,19 @@ class RendezvousServer:
                 self._join(member, record, events)
             case "barrier":
                 member.barriers += 1
-                self._release()
+                self._release(events)
             case "failed":
                 failure = Failure.from_record(record.get("failure"))
-                events.append(Event(EventKind.FAILED, member.rank, failure))
+                # Whoever it names: a rank speaks for itself alone.
+                failure = dataclasses.replace(failure, rank=member.rank)
+                events.append(Event(EventKind.REPORTED, member.rank, failure))
             case "doing":
-                text = str(record.get("doing", ""))[:200]
-                events.append(Event(EventKind.DOING, member.rank, text=text))
+                words = printable(str(record.get("doing", "")), DOING_LIMIT).split()
+                events.append(Event(EventKind.DOING, member.rank, text=" ".join(words)))
             case "goodbye":
                 member.left = True
                 events.append(Event(EventKind.LEFT, member.rank))
+                self._release(events)
             case other:
                 raise ProtocolError(f"there is no record {other!r:.50}")
 
@@ -274,15 +234,19 @@ class RendezvousServer:
                 f"rank {member.rank} wants a world of {record.get('world_size')!r:.20} ranks, "
                 f"this one has {self.world_size}"
             )
-            member.stream.send({"record": "refused", "message": message})
+            self._send(member, {"record": "refused", "message": message})
             return
+        if member.joins > self._worlds:
+            raise ProtocolError("it joins a world that it has joined already")
         member.address = Address.from_record(record.get("address"))
+        member.joins += 1
+        member.left = False
         events.append(Event(EventKind.JOINED, member.rank))
         if self._join_deadline is None:
             self._join_deadline = time.monotonic() + self._join_timeout_s
         if not self.missing():
             self._join_deadline = None
-            self._complete = True
+            self._worlds += 1
             joined = sorted(self._members.values(), key=lambda m: m.rank)
             addresses = [m.address.to_record() for m in joined if m.address is not None]
             self._broadcast({"record": "world", "addresses": addresses})
@@ -301,20 +265,29 @@ class RendezvousServer:
         failure = Failure(missing[0], "rendezvous", message)
         events.append(Event(EventKind.FAILED, missing[0], failure))
 
-    def _release(self) -> None:
-        """End the barrier that every rank has reached."""
-        everyone = self._complete and len(self._members) == self.world_size
-        while everyone and min(m.barriers for m in self._members.values()) > self._released:
+    def _release(self, events: list[Event]) -> None:
+        """End the barrier that every rank has reached; find the one that some never will."""
+        members = self._members.values()
+        if self._worlds == 0 or len(members) < self.world_size:
+            return
+        while min(member.barriers for member in members) > self._released:
             self._released += 1
             self._broadcast({"record": "release"})
+        waiting = sorted(m.rank for m in members if m.barriers > self._released and not m.left)
+        gone = sorted(m.rank for m in members if m.barriers == self._released and m.left)
+        if waiting and gone:
+            message = f"it waits at a barrier, but rank {gone[0]} has left the world without it"
+            failure = Failure(waiting[0], "hang", message)
+            events.append(Event(EventKind.FAILED, waiting[0], failure))
 
     def _broadcast(self, record: dict[str, Any]) -> None:
         for member in self._members.values():
-            try:
-                member.stream.send(record)
-            except OSError:
-                continue  # it is gone; its end of stream is handled by the next poll
-            self._watch(member)
+            self._send(member, record)
+
+    def _send(self, member: _Member, record: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it is gone: the next poll finds the end of its stream
+            member.stream.send(record)
+        self._watch(member)
 
     def _watch(self, member: _Member) -> None:
         events = select.EPOLLIN | (select.EPOLLOUT if member.stream.unsent else 0)

@@ -106,7 +106,8 @@ class TcpTransport(Transport):
         self._ended: TransportError | None = None
         self._listener = Listener(secret, Role.DATA, rank, listening)
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
-        with self._progress:
+        self._lock, self._guard = self._progress.lock, self._progress.guard
+        with self._lock, self._guard:
             self._progress.register(self._listener.fileno(), select.EPOLLIN, self._on_callers)
 
     @staticmethod
@@ -125,7 +126,7 @@ class TcpTransport(Transport):
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
         work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
-        with self._progress:
+        with self._lock, self._guard:
             self._raise_if_ended()
             peer = self._peer(dst)
             if peer.ended is not None:
@@ -135,7 +136,7 @@ class TcpTransport(Transport):
 
     def post_receive(self, receive: Receive) -> None:
         """Match the receive with what is here already, or let it wait."""
-        with self._progress:
+        with self._lock, self._guard:
             self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._peer(receive.src)
@@ -147,19 +148,19 @@ class TcpTransport(Transport):
         """Move bytes on all connections until the work is done; False when time ran out."""
         if not work.is_receive:
             return self._progress.run_until(work, timeout)
-        with self._progress:
+        with self._lock, self._guard:
             self._waiting_receives += 1
             for peer in list(self._peers.values()):
                 peer.connection.resume()
         try:
             return self._progress.run_until(work, timeout)
         finally:
-            with self._progress:
+            with self._lock, self._guard:
                 self._waiting_receives -= 1
 
     def close(self, timeout: float | None = None) -> None:
         """Send what is queued, say goodbye to every peer and end."""
-        with self._progress:
+        with self._lock, self._guard:
             if self._farewell is not None:
                 return
             farewell = self._farewell = Work(self, "saying goodbye", is_receive=False)
@@ -180,7 +181,7 @@ class TcpTransport(Transport):
 
     def abort(self, error: TransportError) -> None:
         """Fail everything that waits, close every socket and stop."""
-        with self._progress:
+        with self._lock, self._guard:
             self._end(error)
         self._progress.stop()
 

@@ -1,0 +1,99 @@
+"""What the launcher is asked for, what it knows of each rank, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from multiprocessing.process import BaseProcess
+from typing import Final
+
+from transport.errors import Failure
+
+LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
+READ_NBYTES: Final = 1024 * 1024
+
+
+class ResultReader:
+    """Reads one result as it comes; never blocks, however slowly the rank writes it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._data = bytearray()
+        self._ended = False
+        os.set_blocking(fd, False)
+
+    def read(self) -> bool:
+        """Take what is there; return whether more can come."""
+        while not self._ended:
+            try:
+                data = os.read(self.fd, READ_NBYTES)
+            except BlockingIOError:
+                return True
+            self._data += data
+            self._ended = not data
+        return False
+
+    def result(self) -> memoryview | None:
+        """Return the pickled result, or None when it is not there in full."""
+        if len(self._data) < LENGTH.size:
+            return None
+        (nbytes,) = LENGTH.unpack_from(self._data)
+        whole = len(self._data) == LENGTH.size + nbytes
+        return memoryview(self._data)[LENGTH.size :] if whole else None
+
+    def close(self) -> None:
+        """Take what nobody has read yet, then close the pipe."""
+        self.read()
+        os.close(self.fd)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a job is run; times are in seconds."""
+
+    world_size: int
+    transport: str = "auto"
+    grace_s: float = 0.5  # between the first failure and the end of who has not ended by itself
+    join_timeout_s: float = 60.0
+
+
+@dataclasses.dataclass
+class Rank:
+    """What the launcher knows of one rank.
+
+    Attributes:
+        ended_fd: is readable once the process has ended.
+        joined, left: whether it is, or has been, in the world, and whether it left in order.
+        status: what the process ended with, as soon as that is known.
+        ended_at, lost_at: when its process and when its control connection ended.
+        exit_code: the same as `status`, once all that the rank had said has been heard.
+        reported: the failure that the rank itself told.
+        doing: what it was about when it was told of another rank's failure.
+        killed: whether the launcher killed it.
+    """
+
+    rank: int
+    process: BaseProcess
+    ended_fd: int
+    result: ResultReader
+    pid: int
+    joined: bool = False
+    left: bool = False
+    status: int | None = None
+    ended_at: float = 0.0
+    lost_at: float | None = None
+    exit_code: int | None = None
+    reported: Failure | None = None
+    doing: str = ""
+    killed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the first failure, if any, and what the launcher should exit with."""
+
+    exit_code: int
+    failure: Failure | None
+    ranks: list[Rank]
+    signal: int | None = None  # which one the launcher itself was sent

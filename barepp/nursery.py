@@ -1,0 +1,129 @@
+"""Where the ranks' processes come from: a fork server that imports torch once, or this process.
+
+multiprocessing has a fork server but only one a program, which cannot be ended. A job wants one of
+its own: it must not disturb another job, nor the program that calls `barepp.run`. So this file,
+and no other, reaches for parts of multiprocessing that are not documented:
+
+    forkserver.ForkServer               one server; multiprocessing makes a single one of them
+    forkserver.connect_to_new_process   through which `Process.start` asks for a child
+    current_process()._config           names the folder in which the server's socket is made
+
+They are the same in Python 3.10 to 3.14. Where one is missing, multiprocessing's own server is used
+as it is; then it outlives the job, until the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkContext, ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Final
+
+PRELOAD: Final = ["barepp.preload"]
+
+_connecting = threading.Lock()  # held while `forkserver.connect_to_new_process` is replaced
+
+
+class Nursery:
+    """Makes and starts the processes of one job; `end` leaves nothing of it behind."""
+
+    def __init__(self, *, fork: bool) -> None:
+        self._fork = fork
+        self._server: Any = None
+        self._folder: str | None = None
+        self.context: ForkContext | ForkServerContext
+        if fork:
+            self.context = multiprocessing.get_context("fork")
+            return
+        self.context = multiprocessing.get_context("forkserver")
+        if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
+            self._server = forkserver.ForkServer()
+            self._server.set_forkserver_preload(PRELOAD)
+            with self._own_folder():
+                self._server.ensure_running()
+        else:
+            self.context.set_forkserver_preload(PRELOAD)
+
+    @property
+    def parent_pid(self) -> int:
+        """The process id of the ranks' parent; 0 when nobody knows it."""
+        return os.getpid() if self._fork else getattr(self._server, "_forkserver_pid", None) or 0
+
+    def start(self, process: BaseProcess) -> None:
+        """Start a process that was made with `context`; the first one waits for torch's import."""
+        if self._server is None:
+            process.start()
+            return
+        with _connecting:
+            usual = forkserver.connect_to_new_process
+            forkserver.connect_to_new_process = self._server.connect_to_new_process
+            try:
+                process.start()
+            finally:
+                forkserver.connect_to_new_process = usual
+
+    def end_descriptor(self, process: BaseProcess) -> int:
+        """Return a new descriptor that is readable once the process has ended.
+
+        A forked process's own sentinel is held open by whatever the rank has forked in turn.
+        """
+        if self._fork and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # a kernel without it
+                assert process.pid is not None
+                return os.pidfd_open(process.pid)
+        return os.dup(process.sentinel)
+
+    def remove_folder(self) -> None:
+        """Remove the server's socket from the disk; no process can be started any more."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def died(self) -> bool:
+        """Whether the fork server has died, and all ranks with it."""
+        pid = getattr(self._server, "_forkserver_pid", None)
+        if pid is None:
+            return False
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return ended is not None
+
+    def end(self) -> None:
+        """End the fork server now.
+
+        It would leave by itself when we do, but only after torch's teardown, up to a second later.
+        """
+        pid = getattr(self._server, "_forkserver_pid", None)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # its socket's file is gone already
+                self._server._stop()
+        self.remove_folder()
+
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Have the server's socket made in a folder that we can remove before the job ends.
+
+        multiprocessing removes its own at the end of the program, which a killed one never has.
+        """
+        config = getattr(multiprocessing.current_process(), "_config", None)
+        if not isinstance(config, dict):
+            yield
+            return
+        usual = config.get("tempdir")
+        self._folder = config["tempdir"] = tempfile.mkdtemp(prefix="pymp-barepp-")
+        try:
+            yield
+        finally:
+            config["tempdir"] = usual

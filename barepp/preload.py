@@ -1,0 +1,17 @@
+"""Imported by the fork server and by nobody else: what it does once, so that no rank has to.
+
+While it imports torch, Ctrl-C would make it print a traceback, and the launcher's death would go
+unnoticed. So those two come first.
+"""
+
+import warnings
+
+from barepp.lifeline import die_with_parent, leave_terminal
+
+leave_terminal()
+die_with_parent()
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # ranks inherit it
+
+import barepp.pipeline  # noqa: E402
+import barepp.worker  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (optimizers import it: a second for every rank)

@@ -1,0 +1,128 @@
+"""Ranks as threads of one process: the launcher's part of `barepp.run(..., transport="inproc")`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from barepp.failures import failure_of
+from barepp.joining import one_compute_thread
+from barepp.world import World
+from transport.errors import Failure, JobFailed, WaitTimeout
+from transport.inproc import InprocHub
+
+
+class Crew:
+    """What the launcher is to processes: ends barriers, hears the first failure, tells everyone."""
+
+    def __init__(self, world_size: int) -> None:
+        self.transports = InprocHub(world_size).transports()
+        self.worlds: list[World] = []
+        self.changed = threading.Condition()
+        self.failure: Failure | None = None
+        self.barriers = [0] * world_size
+        self.released = 0
+        self.running = world_size
+
+    def fail(self, failure: Failure) -> None:
+        """Take the first failure as the cause and tell everyone."""
+        with self.changed:
+            if self.failure is not None:
+                return
+            self.failure = failure
+            self.changed.notify_all()
+        for world in self.worlds:
+            world.transport.abort(JobFailed(failure, world.position()))
+
+
+class ThreadControl:
+    """One rank's line to the crew; see `world.Control`."""
+
+    def __init__(self, crew: Crew, rank: int) -> None:
+        self._crew = crew
+        self._rank = rank
+
+    def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
+        """Block until every rank has called; one that timed out is waited for again."""
+        crew = self._crew
+        with crew.changed:
+            if last and crew.barriers[self._rank] > crew.released:
+                self._wait(timeout)
+            if crew.barriers[self._rank] == crew.released:
+                crew.barriers[self._rank] += 1
+                crew.released = min(crew.barriers)
+                crew.changed.notify_all()
+            self._wait(timeout)
+
+    def _wait(self, timeout: float | None) -> None:
+        crew = self._crew
+        due = crew.barriers[self._rank]
+        crew.changed.wait_for(lambda: crew.released >= due or crew.failure is not None, timeout)
+        if crew.released >= due:
+            return
+        if crew.failure is not None:
+            raise JobFailed(crew.failure, "waiting at a barrier")
+        raise WaitTimeout(f"rank {self._rank}: nothing after {timeout} s at a barrier")
+
+    def report(self, failure: Failure) -> None:
+        """Tell that this rank failed."""
+        self._crew.fail(failure)
+
+    def leave(self) -> None:
+        """Nobody needs to hear it."""
+
+
+def run_threads(
+    function: Callable[..., Any], world_size: int, args: tuple[Any, ...], grace_s: float
+) -> list[Any]:
+    """Call `function(world, *args)` in a thread a rank; see `run.run`."""
+    crew = Crew(world_size)
+    random_lock = threading.Lock()
+    results: list[Any] = [None] * world_size
+    crew.worlds = [
+        World(transport, ThreadControl(crew, rank), random_lock)
+        for rank, transport in enumerate(crew.transports)
+    ]
+
+    def be_rank(world: World) -> None:
+        one_compute_thread()
+        try:
+            with world:
+                results[world.rank] = function(world, *args)
+        except BaseException as error:
+            if not isinstance(error, JobFailed):
+                crew.fail(failure_of(world.rank, error, world.position()))
+        finally:
+            with crew.changed:
+                crew.running -= 1
+                crew.changed.notify_all()
+
+    threads = [
+        threading.Thread(
+            target=be_rank, args=(world,), name=f"barepp-rank-{world.rank}", daemon=True
+        )
+        for world in crew.worlds
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        _wait_for(threads, crew, grace_s)
+    except BaseException as error:  # Ctrl-C
+        crew.fail(Failure(-1, "signal", f"the caller was interrupted by {type(error).__name__}"))
+        _wait_for(threads, crew, grace_s)
+        raise
+    if crew.failure is not None:
+        raise JobFailed(crew.failure)
+    return results
+
+
+def _wait_for(threads: list[threading.Thread], crew: Crew, grace_s: float) -> None:
+    """Wait until all threads have ended, or `grace_s` seconds after a failure."""
+    with crew.changed:
+        crew.changed.wait_for(lambda: crew.running == 0 or crew.failure is not None)
+        crew.changed.wait_for(lambda: crew.running == 0, grace_s)
+        ended = crew.running == 0
+    if ended:
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,253 @@
+"""Jobs for tests: scripts as text, run by the real launcher, and a count of what they leave behind.
+
+launch(...)    the command line, as a person types it: three seconds, for torch's import
+run_job(...)   the same `Job` in this process, its ranks forked from here: a tenth of a second
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from barepp.assignment import Script
+from barepp.events import EventLog
+from barepp.job import Job
+from barepp.member import Options, Outcome
+from barepp.output import Output
+from barepp.report import report
+
+ROOT = Path(__file__).parent.parent
+MARK = "BAREPP_TEST_MARK"  # an environment variable that a job's processes inherit
+LIMIT_S = 60.0  # of anything that should take a few seconds, on a machine that is loaded
+
+
+@dataclasses.dataclass
+class Finished:
+    """A job that has ended."""
+
+    code: int
+    out: str
+    err: str
+    log_dir: Path
+    seconds: float
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        text = (self.log_dir / "events.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def failed(self) -> dict[str, Any]:
+        """The one primary failure."""
+        (event,) = (e for e in self.events if e["event"] == "failed" and e["primary"])
+        return event
+
+    def log(self, rank: int) -> str:
+        return (self.log_dir / f"rank{rank}.log").read_text(errors="replace")
+
+    def said(self, rank: int) -> list[str]:
+        """What a rank printed to stdout, without the prefix."""
+        prefix = f"[rank {rank}] "
+        return [line[len(prefix) :] for line in self.out.splitlines() if line.startswith(prefix)]
+
+    @property
+    def report(self) -> str:
+        """What the launcher itself said, from its first word on."""
+        start = self.err.find("barepp: ")
+        return self.err[start:] if start >= 0 else ""
+
+
+def write_script(folder: Path, text: str, name: str = "script.py") -> Path:
+    path = folder / name
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def run_job(folder: Path, text: str, world_size: int = 2, **options: Any) -> Finished:
+    """Run a script's text on ranks that are forked from this process."""
+    shown: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+    log_dir = folder / "log"
+    log_dir.mkdir(exist_ok=True)
+    script = Script(str(write_script(folder, text)))
+    events = EventLog(log_dir / "events.jsonl")
+    began = time.monotonic()
+    with Output(log_dir, write=lambda target, data: shown[target].extend(data)) as output:
+        outcome: Outcome = Job(
+            script, Options(world_size, **options), output, events, fork=True
+        ).run()
+        seconds = time.monotonic() - began
+        if outcome.failure is not None:
+            output.say(report(outcome.failure, outcome.ranks))
+    events.close()
+    out, err = (shown[target].decode(errors="replace") for target in (1, 2))
+    return Finished(outcome.exit_code, out, err, log_dir, seconds)
+
+
+@dataclasses.dataclass
+class Running:
+    """A launcher that runs; its process is the leader of a group of its own."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    folder: Path
+    began: float
+
+    def finish(self, timeout: float = LIMIT_S) -> Finished:
+        out, err = self.process.communicate(timeout=timeout)
+        seconds = time.monotonic() - self.began
+        text = [data.decode(errors="replace") if data else "" for data in (out, err)]
+        return Finished(self.process.returncode, text[0], text[1], self.folder / "log", seconds)
+
+    def wait_for_line(self, words: str, count: int = 1) -> list[str]:
+        """Read the launcher's stdout until `count` lines contained `words`; return those."""
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(LIMIT_S, self.process.kill)
+        watchdog.start()
+        found = []
+        try:
+            while len(found) < count:
+                line = self.process.stdout.readline().decode(errors="replace")
+                assert line, f"the launcher ended before {words!r} came {count} times: {found}"
+                if words in line:
+                    found.append(line.rstrip("\n"))
+        finally:
+            watchdog.cancel()
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the launcher and all that it has started, whoever their parent is by now."""
+        return marked(self.mark)
+
+
+@contextlib.contextmanager
+def launching(folder: Path, script: str | Path, *flags: str, **popen: Any) -> Iterator[Running]:
+    """Start the command line; at the end of the block whatever is left of it is killed."""
+    if isinstance(script, str):
+        script = write_script(folder, script)
+    mark = uuid.uuid4().hex
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        MARK: mark,
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": str(ROOT),
+        **popen.pop("env", {}),
+    }
+    command = [sys.executable, "-m", "barepp.launch", *flags]
+    arguments = popen.pop("arguments", [])
+    process = subprocess.Popen(
+        [*command, "--log-dir", str(folder / "log"), str(script), *arguments],
+        env=environment,
+        cwd=popen.pop("cwd", folder),
+        **{
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "start_new_session": True,
+            **popen,
+        },
+    )
+    running = Running(process, mark, folder, time.monotonic())
+    try:
+        yield running
+    finally:
+        for left in marked(mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(10)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def launch(folder: Path, script: str | Path, *flags: str, **popen: Any) -> Finished:
+    """Run the command line to its end, and check that nothing of it is left."""
+    with launching(folder, script, *flags, **popen) as running:
+        finished = running.finish()
+        assert_nothing_left(running)
+        return finished
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def assert_nothing_left(running: Running, within_s: float = 2.0) -> None:
+    """No process of the job, whoever its parent is; no file or socket in its temporary folder."""
+    deadline = time.monotonic() + within_s
+    while (left := running.processes()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left, [(p.pid, p.name(), p.cmdline()) for p in left]
+    assert list((running.folder / "tmp").iterdir()) == []
+
+
+def descriptors() -> dict[int, str]:
+    """Return what this process has open."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Check that a block leaves no thread, descriptor, child or shared memory in this process.
+
+    multiprocessing's resource tracker stays for the life of a program, so it is started before.
+    """
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()
+    before = _census()
+    yield
+    deadline = time.monotonic() + 2.0
+    while (after := _census()) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert after == before
+
+
+def _census() -> tuple[set[str], int, set[int], set[str]]:
+    threads = {thread.name for thread in threading.enumerate()}
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    own = {
+        name
+        for name in os.listdir("/dev/shm")
+        if name.startswith(("barepp", f"torch_{os.getpid()}"))
+    }
+    return threads, len(descriptors()), children, own
+
+
+@contextlib.contextmanager
+def loaded_machine(count: int = 2) -> Iterator[None]:
+    """Keep all cores busy with somebody else's work, as on a machine that is shared."""
+    loops = [
+        subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"])
+        for _ in range(count)
+    ]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.send_signal(signal.SIGKILL)
+            loop.wait(10)

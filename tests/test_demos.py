@@ -1,0 +1,276 @@
+"""The course: each demo does what its docstring says, and all of them learn the same net."""
+
+import gzip
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from barepp.plan import main as plan
+
+DEMOS = ROOT / "demos"
+PIPELINES = {"naive": "naive", "gpipe": "gpipe", "one_f_one_b": "1f1b"}
+COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES]
+ODD = ["--steps", "3", "--batch", "21", "--microbatches", "4"]  # 6, 5, 5, 5 rows
+KEYS = {
+    "schedule",
+    "world_size",
+    "microbatches",
+    "steps",
+    "losses",
+    "test_accuracy",
+    "parameters_sha256",
+    "step_ms",
+    "bubble_measured",
+    "bubble_predicted",
+    "peak_in_flight",
+}
+
+
+def python(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    quiet = ["-W", "ignore:Failed to initialize NumPy"]
+    return subprocess.run(
+        [sys.executable, *quiet, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def launch(world_size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "barepp.launch", "--world", str(world_size), *arguments)
+
+
+@pytest.fixture
+def alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a demo in this process, as `python demos/NAME.py` does but without a process's start.
+
+    Returns the exit code, and what went to stdout and stderr.
+    """
+
+    def run(demo: str, *flags: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"demos/{demo}.py", *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(DEMOS / f"{demo}.py"), run_name="__main__")
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def docstring(demo: str) -> str:
+    return (DEMOS / f"{demo}.py").read_text().split('"""')[1]
+
+
+def the_command(demo: str) -> list[str]:
+    """Return the arguments of the command in the docstring, without the leading `python`."""
+    [command] = re.findall(r"^    python (.*)$", docstring(demo), re.MULTILINE)
+    return command.split()
+
+
+def promised_lines(demo: str) -> list[str]:
+    """Return the lines that the docstring says the demo ends with."""
+    text = docstring(demo)
+    return text[text.index("ends with") :].split("\n\n")[1].splitlines()
+
+
+def as_pattern(line: str) -> re.Pattern[str]:
+    """Match a line of the docstring up to its "…"; a measured number may be another one."""
+    start = line.strip().split("…")[0].strip()
+    return re.compile(re.sub(r"\d+\\.\d+", r"\\d+\\.\\d+", re.escape(start)))
+
+
+def assert_keeps_its_promise(demo: str, output: str) -> None:
+    for line in promised_lines(demo):
+        assert as_pattern(line).search(output), f"{demo}: no line {line.strip()!r} in:\n{output}"
+
+
+def results(path: Path) -> dict:
+    found = json.loads(path.read_text())
+    assert found.keys() >= KEYS
+    assert len(found["losses"]) == found["steps"]
+    assert len(found["peak_in_flight"]) == found["world_size"]
+    assert found["step_ms"] > 0
+    return found
+
+
+# -- the main promise -----------------------------------------------------------------------------
+
+
+def test_four_processes_learn_the_digits(tmp_path: Path) -> None:
+    path = tmp_path / "gpipe.json"
+    run = python(*the_command("gpipe"), "--json", path)
+    assert run.returncode == 0, run.stderr
+    assert_keeps_its_promise("gpipe", run.stdout)
+    found = results(path)
+    assert found["test_accuracy"] >= 0.95
+    assert found["bubble_predicted"] == pytest.approx(3 / 11)
+    assert found["bubble_predicted"] < found["bubble_measured"] < 1
+    assert found["peak_in_flight"] == [8, 8, 8, 8]
+
+
+# -- the course, in order -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def monolith(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    path = tmp_path_factory.mktemp("monolith") / "results.json"
+    run = python(*the_command("monolith"), *ODD, "--json", path)
+    assert run.returncode == 0, run.stderr
+    assert_keeps_its_promise("monolith", run.stdout)
+    return results(path)
+
+
+def test_the_monolith_is_the_pipeline_of_one_process(monolith: dict) -> None:
+    assert monolith["schedule"] == "monolith"
+    assert monolith["bubble_predicted"] == monolith["bubble_measured"] == 0
+    assert monolith["peak_in_flight"] == [1]
+
+
+def test_manual_split() -> None:
+    run = python(*the_command("manual_split"))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.endswith("34 of 34 gradients are those of the whole net, bit for bit\n")
+    assert_keeps_its_promise("manual_split", run.stdout)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ping_pong(world_size: int) -> None:
+    command = [str(world_size) if word == "2" else word for word in the_command("ping_pong")]
+    run = python(*command)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert_keeps_its_promise("ping_pong", run.stdout)
+
+
+def test_ping_pong_alone_says_what_it_needs(alone: Callable) -> None:
+    sentence = "ping-pong needs two players: python -m barepp.launch --world 2 demos/ping_pong.py"
+    assert alone("ping_pong") == (0, sentence + "\n", "")
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("demo", PIPELINES)
+def test_a_pipeline_learns_what_the_monolith_learns(
+    demo: str, world_size: int, monolith: dict, tmp_path: Path, alone: Callable
+) -> None:
+    path, trace = tmp_path / "results.json", tmp_path / "trace.json"
+    flags = [*ODD, "--json", path, "--trace", trace]
+    if world_size == 1:
+        assert alone(demo, *flags)[0] == 0
+    else:
+        run = python(*the_command(demo), *flags)
+        assert run.returncode == 0, run.stderr
+        assert "[rank 1]" not in run.stdout  # one rank speaks for all
+    found = results(path)
+    for key in ("losses", "parameters_sha256", "test_accuracy", "steps", "microbatches"):
+        assert found[key] == monolith[key], key
+    assert found["schedule"] == PIPELINES[demo]
+    assert found["world_size"] == world_size
+    peaks = {
+        "naive": [1] * world_size,
+        "gpipe": [4] * world_size,
+        "one_f_one_b": [world_size - rank for rank in range(world_size)],
+    }
+    assert found["peak_in_flight"] == peaks[demo]
+    events = json.loads(trace.read_text())["traceEvents"]
+    actions = [event["name"] for event in events if event.get("cat") in ("F", "B")]
+    assert len(actions) == world_size * 3 * 4 * 2  # steps, microbatches, forward and backward
+    assert len(set(actions)) == world_size * 4 * 2
+
+
+@pytest.mark.parametrize("demo", COURSE)
+def test_the_manual_is_complete(demo: str) -> None:
+    assert the_command(demo)[-1] == f"demos/{demo}.py"
+    assert promised_lines(demo)
+
+
+@pytest.mark.parametrize("demo", PIPELINES)
+def test_the_picture_in_the_manual_is_what_plan_draws(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [arguments] = re.findall(r"`python -m barepp\.plan (.*)`", docstring(demo))
+    assert plan(arguments.split()) == 0
+    drawn = capsys.readouterr().out.split("\n\n")[1]
+    indented = "\n".join("    " + line for line in drawn.splitlines())
+    assert indented in docstring(demo)
+
+
+# -- wrong input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--microbatches", "0"], "--microbatches is 0; it must be at least 1"),
+        (["--steps", "-3"], "--steps is -3; it must be at least 1"),
+        (["--lr", "nan"], "--lr is nan; it must be a positive number"),
+        (["--hidden", "wide"], "argument --hidden: invalid int value: 'wide'"),
+        (["--json", "nowhere/x"], "--json nowhere/x cannot be written: No such file or directory"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_input_gets_one_sentence(flags: list[str], sentence: str, alone: Callable) -> None:
+    assert alone("gpipe", *flags) == (2, "", f"gpipe.py: {sentence}\n")
+
+
+def test_wrong_input_to_four_ranks_gets_one_sentence() -> None:
+    run = launch(4, "demos/gpipe.py", "--layers", "2")
+    sentence = "2 layers and the head are 3 to share, too few for 4 ranks: 2 layers allow 3 ranks\n"
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("barepp: ranks 0-3 failed: ")
+    assert run.stderr.endswith(sentence)
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_result_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    run = launch(2, "demos/gpipe.py", "--json", tmp_path)
+    assert run.returncode == 2
+    assert f"--json {tmp_path} cannot be written: Is a directory" in run.stderr
+    assert run.stdout == ""
+
+
+def test_a_path_is_tried_and_left_as_it_was(tmp_path: Path, alone: Callable) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("mine")
+    for path in (old, new):
+        code, _, error = alone("gpipe", "--json", path, "--trace", tmp_path)
+        assert code == 2
+        assert error == f"gpipe.py: --trace {tmp_path} cannot be written: Is a directory\n"
+    assert old.read_text() == "mine"
+    assert not new.exists()
+
+
+def test_the_monolith_declines_to_be_many() -> None:
+    run = launch(2, "demos/monolith.py")
+    assert run.returncode == 2
+    assert "this demo is one process by itself: python demos/monolith.py" in run.stderr
+
+
+def test_damaged_data_gets_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(DEMOS, tmp_path / "demos", ignore=shutil.ignore_patterns("__pycache__"))
+    data = tmp_path / "demos" / "data" / "digits.csv.gz"
+    data.write_bytes(gzip.compress(gzip.decompress(data.read_bytes())[:5000]))
+    run = python(tmp_path / "demos" / "gpipe.py")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"gpipe.py: {data}")
+    assert run.stderr.count("\n") == 1
+
+
+def test_help_is_the_manual_and_is_told_once() -> None:
+    run = launch(2, "demos/one_f_one_b.py", "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.count("Step 6 of the course") == 1
+    assert "--microbatches N" in run.stdout

@@ -1,0 +1,220 @@
+"""Exactness is the specification: schedule and number of ranks change no bit of what is learnt.
+
+Over inproc, where the ranks are threads, the whole grid takes seconds; tests/test_demos.py repeats
+a part of it over processes.
+"""
+
+import hashlib
+from functools import lru_cache, partial
+
+import monolith
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from zoo import ZOO, Model, linear
+
+import barepp
+from barepp.seeding import derive_seed
+
+SEED = 3
+LAYERS, HIDDEN = 16, 24  # and the head: 17 layers, so at most 17 ranks
+WORLDS = [1, 2, 3, 4, 5, 17]
+SCHEDULES = ["naive", "gpipe", "1f1b"]
+ROWS = [20, 13, 20]  # a smaller batch, and a larger one after it
+MICROBATCHES = [1, 2, 3, 8, 30]  # 30: more than any batch has rows
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def data(model: Model, rows: list[int]) -> Batches:
+    batches = []
+    for step, count in enumerate(rows):
+        generator = torch.Generator().manual_seed(derive_seed(1, "data", step=step))
+        shape = (count, *model.row_shape)
+        inputs = (
+            torch.randint(0, 11, shape, generator=generator)
+            if model.integers
+            else torch.randn(shape, generator=generator)
+        )
+        batches.append((inputs, torch.randint(0, model.num_classes, (count,), generator=generator)))
+    return batches
+
+
+MLP = Model(barepp.mlp(LAYERS, HIDDEN), (64,), num_classes=10)
+
+
+# -- the reference: a dozen lines of plain torch ---------------------------------------------------
+
+
+@lru_cache
+def plain_torch(num_microbatches: int) -> tuple[list[float], str]:
+    model = nn.Sequential()
+    for index, builder in enumerate(MLP.layers):
+        torch.manual_seed(derive_seed(SEED, "init", index))
+        model.append(builder())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for inputs, targets in data(MLP, ROWS):
+        optimizer.zero_grad()
+        count = min(num_microbatches, len(inputs))
+        total = torch.zeros(())
+        for x, y in zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True):
+            loss = functional.cross_entropy(model(x), y) * (len(y) / len(targets))
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        losses.append(total.item())
+    return losses, sha256(model.parameters())
+
+
+def sha256(parameters) -> str:
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(as_bytes(parameter))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+# -- what is compared with it ----------------------------------------------------------------------
+
+
+def train(
+    world: barepp.World,
+    model: Model,
+    schedule: str,
+    num_microbatches: int,
+    partition: str | list[int] = "uniform",
+) -> tuple[list[float], str, int, dict[str, bytes]]:
+    pipe = barepp.Pipeline(
+        world,
+        model.layers,
+        functional.cross_entropy,
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        partition=partition,
+        seed=SEED,
+    )
+    parameters = list(pipe.parameters())
+    # AdamW with decay tells a weight without a gradient from one with zeros; the MLP has Adam,
+    # as the reference has. A stage of layers without weights has nothing to optimise.
+    kind = torch.optim.Adam if model is MLP else partial(torch.optim.AdamW, weight_decay=1)
+    optimizer = kind(parameters, lr=0.01) if parameters else None
+    losses = []
+    for inputs, targets in data(model, ROWS):
+        pipe.zero_grad()
+        first, last = world.rank == 0, world.rank == world.world_size - 1
+        loss = pipe.step(inputs if first else None, targets if last else None)
+        if optimizer is not None:
+            optimizer.step()
+        losses.append(loss.item())
+    state = {name: as_bytes(tensor) for name, tensor in pipe.state_dict().items()}
+    return losses, pipe.parameters_sha256(), pipe.peak_in_flight, state
+
+
+@pytest.mark.parametrize("num_microbatches", MICROBATCHES)
+def test_the_monolith_gives_the_bits_of_plain_torch(num_microbatches: int) -> None:
+    model = monolith.build(LAYERS, HIDDEN, SEED)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for inputs, targets in data(MLP, ROWS):
+        optimizer.zero_grad()
+        losses.append(monolith.step(model, inputs, targets, num_microbatches).item())
+        optimizer.step()
+    expected = plain_torch(num_microbatches)
+    assert losses == expected[0]
+    assert sha256(model.parameters()) == monolith.parameters_sha256(model) == expected[1]
+
+
+@pytest.mark.parametrize("num_microbatches", MICROBATCHES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_schedule_on_any_number_of_ranks_gives_the_bits_of_plain_torch(
+    world_size: int, schedule: str, num_microbatches: int
+) -> None:
+    results = barepp.run(train, world_size, MLP, schedule, num_microbatches, transport="inproc")
+    for rank, (losses, parameters_sha256, peak_in_flight, _) in enumerate(results):
+        assert (losses, parameters_sha256) == plain_torch(num_microbatches), f"rank {rank}"
+        most = min(num_microbatches, max(ROWS))
+        expected = {"naive": 1, "gpipe": most, "1f1b": min(most, world_size - rank)}
+        assert peak_in_flight == expected[schedule], f"rank {rank}"
+
+
+@pytest.mark.parametrize("partition", [[14, 1, 2], [1, 1, 15], [3, 13, 1]])
+def test_any_partition_gives_the_bits_of_plain_torch(partition: list[int]) -> None:
+    results = barepp.run(train, 3, MLP, "1f1b", 8, partition, transport="inproc")
+    assert [result[:2] for result in results] == [plain_torch(8)] * 3
+
+
+# -- one step's gradients are those of the batch ---------------------------------------------------
+
+
+def gradients_of_one_step(
+    world: barepp.World, schedule: str, num_microbatches: int, batch: tuple
+) -> dict[str, torch.Tensor]:
+    pipe = barepp.Pipeline(
+        world,
+        barepp.mlp(),
+        functional.cross_entropy,
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        seed=SEED,
+    )
+    pipe.step(*batch)
+    return {name: parameter.grad for name, parameter in pipe.named_parameters()}
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3, 8, 30])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_steps_gradients_are_those_of_the_whole_batch(
+    schedule: str, num_microbatches: int
+) -> None:
+    inputs, targets = batch = data(MLP, [20])[0]
+    model = monolith.build(16, 128, SEED)
+    functional.cross_entropy(model(inputs), targets).backward()
+    parts = barepp.run(
+        gradients_of_one_step, 4, schedule, num_microbatches, batch, transport="inproc"
+    )
+    found = {name: gradient for part in parts for name, gradient in part.items()}
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for name, parameter in model.named_parameters():
+        error = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+# -- models that draw random numbers, and all others that are hard to cut -------------------------
+
+NORM_AND_DROPOUT = Model(
+    [
+        linear(12, 20),
+        partial(nn.LayerNorm, 20),
+        partial(nn.Dropout, 0.3),
+        nn.GELU,
+        linear(20, 20),
+        partial(nn.LayerNorm, 20),
+        partial(nn.Dropout, 0.5),
+        linear(20, 5),
+    ],
+    (12,),
+)
+HARD = {"norm and dropout": NORM_AND_DROPOUT, **ZOO}
+
+
+@lru_cache
+def one_rank(name: str) -> tuple[list[float], str, dict[str, bytes]]:
+    [result] = barepp.run(train, 1, HARD[name], "naive", 3, transport="inproc")
+    return result[0], result[1], result[3]
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_model_that_is_hard_to_cut_gives_the_bits_of_one_rank(name: str, schedule: str) -> None:
+    model = HARD[name]
+    for world_size in {2, 3, len(model.layers)}:
+        results = barepp.run(train, world_size, model, schedule, 3, transport="inproc")
+        state = {key: value for result in results for key, value in result[3].items()}
+        for losses, parameters_sha256, _, _ in results:
+            assert (losses, parameters_sha256, state) == one_rank(name), f"{world_size} ranks"

@@ -1,0 +1,535 @@
+"""Every way for a rank to end a job: the cause, who is told what, the exit code, nothing left.
+
+The launcher's own `Job` runs here with ranks forked from this process, which takes a tenth of a
+second; the command line around it is tested in test_launch.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from jobs import Finished, loaded_machine, nothing_left, run_job
+
+from barepp.failures import failure_of
+from transport.errors import RECORD_TEXT_LIMIT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+# What survivors do: wait for rank 1 in one way or another, and show what they are told.
+SURVIVE = """
+    import barepp, os, signal, sys, threading, time, torch
+    def fault(world):
+        {fault}
+    with barepp.init() as world:
+        if world.rank == 1:
+            fault(world)
+        try:
+            if world.rank == 0:
+                world.recv(1, tag=7)
+            else:
+                world.barrier()
+        except barepp.JobFailed as error:
+            print("told at", time.time(), "cause", error.failure.cause, "by", error.failure.rank)
+            print(str(error))
+            raise
+"""
+
+FAULTS = {
+    # fault: (code, cause, what the message says)
+    "raise ValueError('boom')": (1, "exception", "ValueError: boom"),
+    "sys.exit(3)": (3, "exit", "it called sys.exit(3)"),
+    "sys.exit(0)": (1, "exit", "it called sys.exit(0) before it had left the world"),
+    "sys.exit()": (1, "exit", "it called sys.exit(None) before it had left the world"),
+    "sys.exit('my last words')": (1, "exit", "it called sys.exit('my last words')"),
+    "sys.exit(256 + 9)": (9, "exit", "it called sys.exit(265)"),
+    "sys.exit(-1)": (255, "exit", "it called sys.exit(-1)"),
+    "os._exit(7)": (7, "exit", "its process ended with exit code 7"),
+    "os._exit(0)": (1, "exit", "exit code 0 before it had left the world"),
+    "os.kill(os.getpid(), signal.SIGKILL)": (137, "signal", "it was killed by SIGKILL"),
+    "os.kill(os.getpid(), signal.SIGTERM)": (143, "signal", "it was killed by SIGTERM"),
+    "os.kill(os.getpid(), signal.SIGABRT)": (134, "signal", "it was killed by SIGABRT"),
+    "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)": (1, "exception", "KeyboardInterrupt"),
+    "raise MemoryError": (1, "exception", "MemoryError"),
+    "raise KeyboardInterrupt": (1, "exception", "KeyboardInterrupt"),
+    "threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)": (
+        1,
+        "exception",
+        "ZeroDivisionError: division by zero",
+    ),
+    "world.recv(1)": (1, "exception", "rank 1 of 3 cannot receive from rank 1"),
+    "world.recv(0, timeout=0.01)": (1, "exception", "WaitTimeout: nothing after 0.01 s of"),
+    "world.close = None; return": (1, "exception", "TypeError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_cause_told_to_everyone(fault: str, tmp_path: Path) -> None:
+    code, cause, message = FAULTS[fault]
+    with nothing_left():
+        job = run_job(tmp_path, SURVIVE.format(fault=fault), 3)
+    assert job.code == code
+    assert (job.failed["rank"], job.failed["cause"]) == (1, cause)
+    assert message in job.failed["message"]
+    # The launcher says it once, first, and then one line a rank.
+    first, *rest = job.report.splitlines()
+    assert first.startswith("barepp: rank 1 failed") and message in first
+    assert job.err.count(message) <= 2  # the headline, and the last line of the traceback
+    assert [line for line in rest if line.startswith("barepp: rank")] == [
+        "barepp: rank 0 was told while waiting for a message from rank 1 with tag 7, and ended",
+        "barepp: rank 2 was told while waiting at a barrier, and ended",
+    ]
+    # Every survivor raised one error that names rank and cause, and what it was about itself.
+    for rank, doing in ((0, "waiting for a message from rank 1"), (2, "waiting at a barrier")):
+        said = "\n".join(job.said(rank))
+        assert f"cause {cause} by 1" in said
+        assert message in said and doing in said
+    assert "JobFailed" not in job.err  # no survivor's traceback
+    check_events(job, 3)
+
+
+def check_events(job: Finished, world_size: int) -> None:
+    events = job.events
+    assert all({"time", "event", "rank"} <= event.keys() for event in events)
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    started = {event["rank"]: event["pid"] for event in events if event["event"] == "started"}
+    assert sorted(started) == list(range(world_size)) and len(set(started.values())) == world_size
+    ended = {event["rank"]: event["exit_code"] for event in events if event["event"] == "ended"}
+    assert sorted(ended) == list(range(world_size))
+    assert sum(event["event"] == "failed" and event["primary"] for event in events) <= 1
+    for pid in started.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# -- whose traceback ------------------------------------------------------------------------------
+
+
+def test_the_report_shows_the_scripts_own_lines_and_none_of_ours(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        def deeper(): raise RuntimeError("in the script")
+        with barepp.init() as world:
+            if world.rank == 0:
+                deeper()
+            world.barrier()
+    """
+    job = run_job(tmp_path, text)
+    frames = [line.strip() for line in job.report.splitlines() if "File " in line]
+    assert [frame.split(", ")[1:] for frame in frames] == [
+        ["line 6", "in <module>"],
+        ["line 3", "in deeper"],
+    ]
+    assert "Traceback (most recent call last)" in job.log(0)
+    assert "Traceback" not in job.log(1)
+
+
+USAGE = {
+    "world.send(torch.ones(1), 9)": "cannot send to rank 9: there is no such rank",
+    "world.recv(0, tag=-1)": "a tag is an integer from 0 to 2**62 - 1, not -1",
+    "barepp.make_schedule('zigzag', 2, 2)": "zigzag",
+    "barepp.init()": "this process is in a world already",
+}
+
+
+@pytest.mark.parametrize("call", USAGE)
+def test_a_wrong_call_is_answered_by_a_sentence_and_its_place(call: str, tmp_path: Path) -> None:
+    text = f"""
+        import barepp, torch
+        with barepp.init() as world:
+            if world.rank == 1:
+                {call}
+            world.barrier()
+    """
+    job = run_job(tmp_path, text)
+    assert job.code == 1
+    first = job.report.splitlines()[0]
+    assert USAGE[call] in first
+    assert first.endswith(f"({tmp_path}/script.py, line 5)")
+    assert "Traceback" not in job.report and "transport/" not in job.report
+
+
+def test_an_error_of_ours_is_shown_from_the_scripts_side(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        with barepp.init() as world:
+            world.barrier(timeout=0.05) if world.rank == 0 else world.recv(0)
+    """
+    job = run_job(tmp_path, text)
+    assert job.failed["message"] == "WaitTimeout: rank 0: nothing after 0.05 s at a barrier"
+    assert job.report.count("File ") == 1 and "script.py" in job.report
+
+
+def test_the_same_error_on_every_rank_is_printed_once(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        with barepp.init() as world:
+            world.barrier()
+            raise FileNotFoundError("no data here")
+    """
+    job = run_job(tmp_path, text, 4, grace_s=20.0)
+    assert job.code == 1
+    assert job.report.startswith("barepp: ranks 0-3 failed: FileNotFoundError: no data here\n")
+    assert job.report.count("no data here") == 3  # headline, source line, last line of traceback
+    assert job.report.count("barepp: ") == 1
+    assert all("no data here" in job.log(rank) for rank in range(4))
+
+
+def test_a_failure_before_init_is_the_cause_for_those_who_wait(tmp_path: Path) -> None:
+    text = """
+        import barepp, os
+        if __import__("multiprocessing").current_process().name.endswith("-2"):
+            raise ImportError("no module named numpy")
+        try:
+            barepp.init()
+        except barepp.JobFailed as error:
+            print("told", error)
+            raise
+    """
+    job = run_job(tmp_path, text, 3)
+    assert job.code == 1
+    assert job.failed["rank"] == 2 and "no module named numpy" in job.failed["message"]
+    assert "ImportError: no module named numpy" in job.out  # the others were told
+    assert "waiting for all ranks to join" in job.err
+
+
+@pytest.mark.parametrize("ending", ["pass", "import sys; sys.exit(0)", "import os; os._exit(0)"])
+def test_a_rank_that_never_calls_init_is_missed_at_once(ending: str, tmp_path: Path) -> None:
+    text = f"""
+        import barepp, multiprocessing
+        if multiprocessing.current_process().name.endswith("-1"):
+            {ending}
+        else:
+            barepp.init()
+    """
+    job = run_job(tmp_path, text, 3)
+    assert job.code == 1 and job.seconds < 10.0
+    assert job.failed["rank"] == 1
+    assert "exit code 0 without having joined the others" in job.failed["message"]
+
+
+def test_scripts_that_never_call_init_end_well(tmp_path: Path) -> None:
+    job = run_job(tmp_path, "print('no world for me')", 3)
+    assert job.code == 0
+    assert job.out.count("no world for me") == 3
+
+
+def test_a_rank_that_returns_early_waits_for_the_others(tmp_path: Path) -> None:
+    text = """
+        import barepp, torch, time
+        with barepp.init() as world:
+            if world.rank == 0:
+                world.isend(torch.ones(1_000_000), 1)   # and leaves: the message still arrives
+            elif world.rank == 1:
+                time.sleep(0.2)   # it has work left to do
+                print(world.recv(0).sum().item())
+    """
+    job = run_job(tmp_path, text, 3)
+    assert (job.code, job.said(1)) == (0, ["1000000.0"])
+
+
+def test_a_world_left_open_is_left_at_the_end_of_the_script(tmp_path: Path) -> None:
+    text = """
+        import atexit, barepp, threading, time
+        world = barepp.init()
+        atexit.register(print, "exit handler")
+        threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+    """
+    job = run_job(tmp_path, text)
+    assert job.code == 0
+    assert job.said(0) == job.said(1) == ["thread", "exit handler"]
+
+
+def test_a_world_can_be_left_and_joined_again(tmp_path: Path) -> None:
+    text = """
+        import barepp, torch
+        for number in range(3):
+            with barepp.init() as world:
+                if world.rank == 0:
+                    world.send(torch.tensor(number), 1)
+                else:
+                    print(world.recv(0).item())
+    """
+    job = run_job(tmp_path, text)
+    assert (job.code, job.said(1)) == (0, ["0", "1", "2"])
+
+
+def test_exit_codes_after_the_world_are_the_scripts_own(tmp_path: Path) -> None:
+    text = """
+        import barepp, sys
+        with barepp.init() as world:
+            rank = world.rank
+        sys.exit({code} if rank == 1 else 0)
+    """
+    assert run_job(tmp_path, text.format(code=0)).code == 0
+    job = run_job(tmp_path, text.format(code=5))
+    assert job.code == 5 and job.failed["message"] == "it called sys.exit(5)"
+
+
+def test_a_crash_in_an_exit_handler_is_a_failure(tmp_path: Path) -> None:
+    text = """
+        import atexit, barepp, os, signal
+        with barepp.init() as world:
+            if world.rank == 1:
+                atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
+    """
+    job = run_job(tmp_path, text)
+    assert (job.code, job.failed["signal"]) == (139, signal.SIGSEGV)
+
+
+# -- who does not listen --------------------------------------------------------------------------
+
+
+def test_a_busy_rank_is_ended_after_the_grace_with_what_it_was_about(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, time
+        with barepp.init() as world:
+            world.barrier()
+            if world.rank == 1:
+                os._exit(9)
+            if world.rank == 0:
+                world.activity = ("computing", "2F3")
+                while True: pass
+            world.recv(0)
+    """
+    with nothing_left():
+        job = run_job(tmp_path, text, 3, grace_s=0.2)
+    assert job.code == 9 and job.seconds < 10.0
+    assert "rank 0 was told while computing 2F3, did not end by itself and was killed" in job.report
+
+
+def test_a_stopped_rank_is_ended_after_the_grace(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, signal
+        with barepp.init() as world:
+            if world.rank == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            world.send(__import__("torch").ones(1), 2) if world.rank == 1 else None
+            if world.rank == 2:
+                world.recv(1)
+                raise ValueError("boom")
+            world.barrier()
+    """
+    with nothing_left():
+        job = run_job(tmp_path, text, 3)
+    assert job.code == 1 and job.failed["rank"] == 2
+
+
+def test_a_survivor_that_swallows_the_error_changes_nothing(tmp_path: Path) -> None:
+    text = """
+        import barepp, sys
+        try:
+            with barepp.init() as world:
+                if world.rank == 1: sys.exit(4)
+                while True:
+                    try:
+                        world.recv(1)
+                    except barepp.JobFailed:
+                        break
+        except barepp.JobFailed as error:
+            print("leaving failed too:", error.failure.message)
+    """
+    job = run_job(tmp_path, text, 2)
+    assert job.code == 4
+    assert job.said(0) == ["leaving failed too: it called sys.exit(4)"]
+
+
+def test_a_rank_that_fails_later_is_shown_in_one_line(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        with barepp.init() as world:
+            if world.rank == 1: raise ValueError("the cause")
+            try:
+                world.recv(1)
+            except barepp.JobFailed:
+                raise OSError("a consequence\\nwith a second line")
+    """
+    job = run_job(tmp_path, text, 2)
+    assert job.report.splitlines()[-1] == "barepp: rank 0 failed later: OSError: a consequence"
+    assert [event["primary"] for event in job.events if event["event"] == "failed"] == [True, False]
+    assert "a consequence" not in job.report.splitlines()[0]
+
+
+# -- what a script forks --------------------------------------------------------------------------
+
+
+def test_a_process_that_the_script_forks_is_no_rank(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, sys, threading
+        with barepp.init() as world:
+            for ending in ("exit", "raise", "return", "thread"):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        world.barrier(timeout=0.2)
+                    except Exception as error:
+                        print("child:", type(error).__name__)
+                    if ending == "exit": sys.exit(3)
+                    if ending == "raise": raise ValueError("the child's own affair")
+                    if ending == "thread":
+                        thread = threading.Thread(target=lambda: 1 / 0)
+                        thread.start()
+                        thread.join()
+                    break
+                os.waitpid(child, 0)
+            else:
+                world.barrier()
+                print("still a rank")
+    """
+    with nothing_left():
+        job = run_job(tmp_path, text, 2)
+    assert job.code == 0, job.err
+    for rank in range(2):
+        assert job.said(rank).count("child: TransportClosed") == 4
+        assert job.said(rank).count("still a rank") == 1
+
+
+def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, subprocess, sys, time
+        with barepp.init() as world:
+            subprocess.Popen(["sleep", "1000"])
+            if os.fork() == 0:
+                time.sleep(1000)   # it holds the rank's sockets and pipes open
+            world.barrier()
+            if world.rank == 1: os._exit(5)
+            world.recv(1)
+    """
+    with nothing_left():
+        job = run_job(tmp_path, text, 3)
+    assert job.code == 5 and job.seconds < 10.0
+
+
+# -- strange texts --------------------------------------------------------------------------------
+
+
+def test_an_exception_that_cannot_be_shown_is_still_reported(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        class Nasty(Exception):
+            def __str__(self): raise RuntimeError("no text for you")
+        with barepp.init() as world:
+            if world.rank == 1: raise Nasty
+            world.recv(1)
+    """
+    job = run_job(tmp_path, text)
+    assert job.failed["message"] == "Nasty: (its text cannot be shown: RuntimeError)"
+
+
+def test_a_huge_and_evil_message_is_bounded_and_escaped(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        with barepp.init() as world:
+            if world.rank == 1: raise ValueError("\\x1b[2J\\udcff" + "x" * 20_000_000)
+            world.recv(1)
+    """
+    job = run_job(tmp_path, text)
+    assert job.code == 1
+    assert len(job.failed["message"]) <= RECORD_TEXT_LIMIT
+    assert len(job.report) <= 2 * RECORD_TEXT_LIMIT
+    assert "\x1b" not in job.report and "\\x1b[2J\\udcff" in job.report
+
+
+# -- decisions under load -------------------------------------------------------------------------
+
+RACES = {
+    "raise ValueError('boom')": ("exception", 1),
+    "os.kill(os.getpid(), 9)": ("signal", 137),
+    "os._exit(6)": ("exit", 6),
+    "sys.exit(0)": ("exit", 1),
+}
+
+
+def test_the_decision_is_right_every_time_on_a_loaded_machine(tmp_path: Path) -> None:
+    """A rank's words, its end and its peers' complaints race each other to the launcher."""
+    text = """
+        import barepp, os, sys, torch
+        with barepp.init() as world:
+            world.barrier()
+            if world.rank == 2:
+                {fault}
+            world.isend(torch.ones(100_000), 2)
+            world.recv(2)
+    """
+    with loaded_machine():
+        for number in range(12):
+            fault = list(RACES)[number % len(RACES)]
+            cause, code = RACES[fault]
+            job = run_job(tmp_path, text.format(fault=fault), 4, grace_s=10.0)
+            assert (job.code, job.failed["rank"], job.failed["cause"]) == (code, 2, cause), job.err
+            for rank in (0, 1, 3):
+                assert f"rank {rank} was told while waiting for a message from rank 2" in job.err
+
+
+def test_healthy_ends_are_right_every_time_on_a_loaded_machine(tmp_path: Path) -> None:
+    text = """
+        import barepp
+        with barepp.init() as world:
+            world.barrier()
+    """
+    with loaded_machine():
+        for _ in range(6):
+            job = run_job(tmp_path, text, 4)
+            assert job.code == 0, job.err
+
+
+def test_a_late_launcher_still_finds_the_first_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher is held up for a second: by then a survivor has complained of its lost peer."""
+    from barepp.job import Job
+
+    turn = Job._turn
+
+    def slow_turn(self: Job) -> None:
+        if all(rank.joined for rank in self._ranks) and not hasattr(self, "held_up"):
+            self.held_up = True  # type: ignore[attr-defined]
+            time.sleep(1.2)
+        turn(self)
+
+    monkeypatch.setattr(Job, "_turn", slow_turn)
+    text = """
+        import barepp, os, time
+        with barepp.init() as world:
+            if world.rank == 2: os.kill(os.getpid(), 9)
+            world.recv(2)
+    """
+    job = run_job(tmp_path, text, 3)
+    assert (job.code, job.failed["rank"], job.failed["cause"]) == (137, 2, "signal")
+    later = [e for e in job.events if e["event"] == "failed" and not e["primary"]]
+    assert later and all(event["cause"] == "lost" for event in later)
+
+
+def test_a_loss_that_nobody_explains_is_reported_itself(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, time
+        with barepp.init() as world:
+            world.barrier()
+            if world.rank == 1:
+                for peer in world.transport._peers.values():   # the network breaks, nobody dies
+                    peer.connection.socket.shutdown(2)
+                time.sleep(30)
+            world.send(__import__("torch").ones(1), 1)
+            world.recv(1)
+    """
+    text = text.replace(
+        "world.barrier()",
+        "world.recv(0) if world.rank else world.send(__import__('torch').ones(1), 1)",
+    )
+    job = run_job(tmp_path, text, 2)
+    assert job.code == 1
+    assert (job.failed["rank"], job.failed["cause"]) == (0, "lost")
+    assert "rank 1" in job.failed["message"]
+
+
+# -- the pure part --------------------------------------------------------------------------------
+
+
+def test_a_usage_error_raised_outside_of_any_script_has_no_place() -> None:
+    from barepp.errors import UsageError
+
+    failure = failure_of(2, UsageError("no ranks"))
+    assert (failure.message, failure.traceback, failure.exit_code) == ("no ranks", "", 1)

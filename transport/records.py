@@ -1,0 +1,78 @@
+"""Records over one non-blocking socket: what a control connection carries, in both directions.
+
+A record is a msgpack map with a name under "record", in a frame of its own (see wire.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any, Final
+
+from transport.errors import ProtocolError
+from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+
+RECORD_LIMITS: Final = Limits(meta_nbytes=4 * 1024 * 1024, payload_nbytes=0)
+READS_AT_ONCE: Final = 16  # of one stream, so that one rank that floods does not starve the others
+
+
+class RecordStream:
+    """Records over one non-blocking socket; both ends of a control connection use it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.error: ProtocolError | None = None  # what nonsense ended the stream
+        self._decoder = Decoder(RECORD_LIMITS)
+        self._sequence = 0
+        self._unsent = bytearray()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether bytes wait for room in the kernel's buffer."""
+        return bool(self._unsent)
+
+    def send(self, record: dict[str, Any]) -> None:
+        """Queue a record and send what the kernel takes; OSError means the other side is gone."""
+        self._unsent += encode(FrameKind.RECORD, self._sequence, record)
+        self._sequence += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued as far as the kernel takes it."""
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                del self._unsent[: self.socket.send(self._unsent)]
+
+    def receive(self) -> tuple[list[dict[str, Any]], bool]:
+        """Return some of the records that are here, and whether the stream goes on.
+
+        After nonsense it does not: `error` says why, and what came before it is still returned,
+        because the last valid record of a rank may be the one that explains its end.
+        """
+        records: list[dict[str, Any]] = []
+        try:
+            for _ in range(READS_AT_ONCE):
+                nbytes = self.socket.recv_into(self._decoder.buffer())
+                if nbytes == 0:
+                    return records, False
+                self._decoder.received(nbytes)
+                while (event := self._decoder.next_event()) is not None:
+                    if isinstance(event, Frame):
+                        records.append(_checked_record(event))
+        except BlockingIOError:
+            pass
+        except ProtocolError as error:
+            self.error = error
+            return records, False
+        except OSError:
+            return records, False
+        return records, True
+
+
+def _checked_record(frame: Frame) -> dict[str, Any]:
+    meta = frame.meta
+    if frame.kind is not FrameKind.RECORD or not isinstance(meta, dict):
+        raise ProtocolError("only records travel on a control connection")
+    if not isinstance(meta.get("record"), str):
+        raise ProtocolError("a record without a name")
+    return meta
