@@ -173,7 +173,7 @@ class Job:
             case EventKind.LEFT:
                 rank.left = True
             case EventKind.DOING:
-                rank.doing = event.text
+                rank.doing = rank.doing or event.text
             case EventKind.FAILED if event.failure is not None:
                 self._fail(event.failure)
             case EventKind.REPORTED if event.failure is not None and rank.reported is None:
@@ -188,12 +188,11 @@ class Job:
     def _on_end(self, rank: Rank) -> None:
         """The process has ended; what it had said may still be on its way."""
         self._selector.unregister(rank.ended_fd)
-        rank.process.join(KILL_WAIT_S)
+        self._kill_started(rank)
+        rank.process.is_alive()  # (collects the exit code, and unlike `join` cannot wait)
         code = rank.process.exitcode
         rank.status = 1 if code is None else code
         rank.ended_at = time.monotonic()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(rank.pid, signal.SIGKILL)  # what it has started, data loaders for example
 
     def _judge(self, rank: Rank, status: int) -> None:
         late = time.monotonic() >= rank.ended_at + LAST_WORDS_S
@@ -270,10 +269,16 @@ class Job:
                 rank.killed = True
                 rank.process.kill()
 
+    def _kill_started(self, rank: Rank) -> None:
+        """End what a rank that has ended had started: data loaders, for example."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.pid, signal.SIGKILL)  # it led a process group of its own
+
     def _end_all(self) -> None:
         for rank in self._ranks:
             if rank.status is None:  # an error of our own brought us here
                 rank.process.kill()
+                self._kill_started(rank)
                 rank.process.join(KILL_WAIT_S)
             os.close(rank.ended_fd)
             rank.result.close()

@@ -18,10 +18,10 @@ from barepp.assignment import Script
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.job import Job
-from barepp.member import Options, Outcome
+from barepp.member import Options
 from barepp.output import Output
-from barepp.report import report
-from transport.errors import TransportError, printable
+from barepp.report import tell
+from transport.errors import TransportError
 from transport.registry import check_name, transport_names
 
 MAX_WORLD: Final = 1024
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Output(log_dir) as output:
             outcome = Job(task, options, output, events).run()
-            _tell(outcome, output)
+            tell(outcome, output)
     except UsageError as error:
         return _refuse(error)
     except KeyboardInterrupt:  # the job has ended, only its output has not
@@ -57,16 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(why: object) -> int:
     print(f"barepp.launch: {why}", file=sys.stderr)
     return 2
-
-
-def _tell(outcome: Outcome, output: Output) -> None:
-    """Report a failure on the terminal, and in the log of every rank that had one of its own."""
-    for rank in outcome.ranks:
-        if rank.reported is not None:
-            text = f"{rank.reported.headline()}\n{rank.reported.traceback}"
-            output.write_log(rank.rank, printable(text))
-    if outcome.failure is not None:
-        output.say(report(outcome.failure, outcome.ranks))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from barepp.member import Rank
+from barepp.member import Outcome, Rank
+from barepp.output import Output
 from transport.errors import Failure, printable, signal_name
+
+
+def tell(outcome: Outcome, output: Output) -> None:
+    """Show how a job failed, and write into each rank's log what the rank itself had reported."""
+    for rank in outcome.ranks:
+        if rank.reported is not None:
+            text = f"{rank.reported.headline()}\n{rank.reported.traceback}"
+            output.write_log(rank.rank, printable(text).rstrip() + "\n")
+    if outcome.failure is not None:
+        output.say(report(outcome.failure, outcome.ranks))
 
 
 def report(failure: Failure, ranks: Sequence[Rank]) -> str:
@@ -45,7 +56,8 @@ def _fate(rank: Rank) -> str:
     if rank.killed:
         return f"was told{doing}, did not end by itself and was killed"
     if rank.reported is not None:
-        return f"failed later{doing}: {rank.reported.message.partition(chr(10))[0]}"
+        told = f"was told{doing}, then " if doing else ""
+        return f"{told}failed as well: {rank.reported.message.partition(chr(10))[0]}"
     if rank.exit_code is not None and rank.exit_code < 0:
         return f"was killed by {signal_name(-rank.exit_code)}{doing}"
     if rank.exit_code == 0 and (rank.left or not rank.joined):

@@ -122,12 +122,11 @@ def _leave_world_left_open() -> None:
 
 def _fail(rank: int, control: ControlClient, error: BaseException) -> None:
     """Report, unless it only repeats what the launcher has told us; then end at once."""
-    world = joining.current_world()
-    position = world.position() if world is not None else ""
-    if not isinstance(error, JobFailed):
-        control.report(failure_of(rank, error, position))
-    elif world is None and error.doing:  # (in a world, it said so when it was told)
+    if isinstance(error, JobFailed):
         control.say_doing(error.doing)
+    else:
+        world = joining.current_world()
+        control.report(failure_of(rank, error, world.position() if world is not None else ""))
     _leave(exit_code_of(error) or 1 if isinstance(error, SystemExit) else 1)
 
 

@@ -28,7 +28,7 @@ from barepp.events import EventLog
 from barepp.job import Job
 from barepp.member import Options, Outcome
 from barepp.output import Output
-from barepp.report import report
+from barepp.report import tell
 
 ROOT = Path(__file__).parent.parent
 MARK = "BAREPP_TEST_MARK"  # an environment variable that a job's processes inherit
@@ -90,8 +90,7 @@ def run_job(folder: Path, text: str, world_size: int = 2, **options: Any) -> Fin
             script, Options(world_size, **options), output, events, fork=True
         ).run()
         seconds = time.monotonic() - began
-        if outcome.failure is not None:
-            output.say(report(outcome.failure, outcome.ranks))
+        tell(outcome, output)
     events.close()
     out, err = (shown[target].decode(errors="replace") for target in (1, 2))
     return Finished(outcome.exit_code, out, err, log_dir, seconds)

@@ -29,7 +29,7 @@ class AcknowledgedWork(Work):
     """A receive that tells its sender once the message has been taken."""
 
     def __init__(self, inner: Work, transport: InprocTransport, src: int) -> None:
-        super().__init__(transport, inner.description, is_receive=True)
+        super().__init__(transport, src, inner.description, is_receive=True)
         self._inner, self._sender = inner, (transport, src)
 
     def wait(self, timeout=None):

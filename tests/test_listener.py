@@ -183,7 +183,7 @@ def test_no_free_descriptor_drops_the_oldest(door: Door, monkeypatch: pytest.Mon
 
 
 def port_of(transport: Any) -> tuple[str, int]:
-    address: tuple[str, int] = transport._addresses[transport.rank].tcp
+    address: tuple[str, int] = transport._contacts.place.addresses[transport.rank].tcp
     return address
 
 
@@ -250,7 +250,9 @@ def test_timers_do_not_pile_up_with_callers(monkeypatch: pytest.MonkeyPatch) -> 
             socks.append(socket.create_connection(port_of(ranks[0])))
             time.sleep(0.001)
         assert len(ranks[0]._progress._timers) <= 2
-        eventually(lambda: ranks[0]._listener.strangers == 100)  # and all are thrown out in time
+        eventually(
+            lambda: ranks[0]._contacts.listener.strangers == 100
+        )  # and all are thrown out in time
         for sock in socks:
             sock.close()
 
@@ -375,7 +377,7 @@ def test_a_rank_is_claimed_once() -> None:
         assert int(ranks[0].recv(1, timeout=SOON_S)) == 1
         for claimed in (0, 1, 2, -5):
             sock = socket.create_connection(port_of(ranks[0]), timeout=SOON_S)
-            initiator = Initiator(ranks[0]._secret, Hello(Role.DATA, claimed, 0))
+            initiator = Initiator(ranks[0]._contacts.place.secret, Hello(Role.DATA, claimed, 0))
             sock.sendall(initiator.hello)
             while initiator.needed:
                 data = sock.recv(initiator.needed, socket.MSG_WAITALL)

@@ -36,7 +36,7 @@ class Loop:
 
     @staticmethod
     def new_work() -> Work:
-        return Work(None, "a byte", is_receive=True)  # type: ignore[arg-type]
+        return Work(None, 1, "a byte", is_receive=True)  # type: ignore[arg-type]
 
     def on_byte(self, i: int) -> None:
         os.read(self.pipes[i][0], 1)

@@ -87,7 +87,9 @@ class _GlooLink:
     def __init__(self, rank: int, port: int) -> None:
         import torch.distributed as dist
 
-        store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, 2, is_master=rank == 0
+        )
         dist.init_process_group(GLOO, store=store, rank=rank, world_size=2)
         self._dist, self._peer = dist, 1 - rank
 
@@ -120,9 +122,7 @@ class Settings:
     gloo_port: int
 
 
-def _ping_pong(
-    link: Link, rank: int, nbytes: int, repeats: int, *, fresh: bool
-) -> list[float]:
+def _ping_pong(link: Link, rank: int, nbytes: int, repeats: int, *, fresh: bool) -> list[float]:
     """Return the half round trips in seconds, as rank 0 sees them."""
     import torch
 
@@ -240,12 +240,11 @@ def _row(name: str, nbytes: int, columns: dict[str, list[float]]) -> dict[str, A
 
 def _line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     low, high = row["half_round_trip_us_quartiles"]
-    line = (
+    return (
         f"{row['nbytes']:>9}  {row['transport']:<6} {row['half_round_trip_us']:>10.1f} "
         f"[{low:>9.1f} {high:>9.1f}] {row['fresh_us']:>10.1f} "
         f"{row['one_way_gb_per_s']:>8.2f} {row['both_ways_gb_per_s']:>8.2f}"
     )
-    return line
 
 
 HEADING: Final = (

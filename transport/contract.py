@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import abc
+import threading
 import time
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,10 +46,11 @@ DEFAULT_UNEXPECTED_LIMIT = 64 * 1024 * 1024
 class Work:
     """A send or a receive on its way. `wait` ends when it is complete or has failed."""
 
-    __slots__ = ("_error", "_result", "_transport", "description", "done", "is_receive")
+    __slots__ = ("_error", "_result", "_transport", "description", "done", "is_receive", "peer")
 
-    def __init__(self, transport: Transport, description: str, is_receive: bool) -> None:
+    def __init__(self, transport: Transport, peer: int, description: str, is_receive: bool) -> None:
         self._transport = transport
+        self.peer = peer
         self._result: Message | None = None
         self._error: TransportError | None = None
         self.done = False
@@ -73,12 +75,19 @@ class Work:
             TransportClosed: this rank closed or aborted its transport.
             InternalError: the transport itself broke.
         """
-        if not self.done and not self._transport.progress_until(self, timeout):
-            raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
+        if not self.done:
+            waits, me = self._transport.traffic.waits, threading.get_ident()
+            waits[me] = None if timeout is not None else self.peer
+            try:
+                in_time = self._transport.progress_until(self, timeout)
+            finally:
+                del waits[me]
+            if not in_time:
+                raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
         if self._error is not None:
             error = fresh(self._error)
             if isinstance(error, JobFailed):
-                error.doing = self.description
+                error.doing = error.doing or self.description
             raise error
         return self._result
 
@@ -106,19 +115,39 @@ class Receive(Work):
         into: Message | None,
         expected: MessageSpec | None,
     ) -> None:
-        super().__init__(transport, f"waiting for a message from rank {src} (tag {tag})", True)
+        what = f"waiting for a message from rank {src} (tag {tag})"
+        super().__init__(transport, src, what, is_receive=True)
         self.src = src
         self.tag = tag
         self.into = into
         self.expected = expected
 
 
+class Traffic:
+    """What one rank has sent, received and waits for: enough to prove that nothing moves any more.
+
+    Attributes:
+        sent: messages handed to the transport, by receiver.
+        received: messages whose last byte is here, by sender, asked for or not.
+        waits: for each thread inside a wait the peer that it waits for; None when its wait has a
+            limit, so that it will go on by itself.
+    """
+
+    def __init__(self) -> None:
+        self.sent: dict[int, int] = {}
+        self.received: dict[int, int] = {}
+        self.waits: dict[int, int | None] = {}
+
+
 class Transport(abc.ABC):
     """Point-to-point messages between the ranks of one world; the rules are at the file's top."""
 
     name: ClassVar[str]
-    rank: int
-    world_size: int
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.traffic = Traffic()
 
     @staticmethod
     def viable() -> str | None:
@@ -239,6 +268,11 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def abort(self, error: TransportError) -> None:
         """End now: every pending and later call raises `error`. The first error given stays."""
+
+
+def count(counter: dict[int, int], rank: int) -> None:
+    """Add one to a rank's count."""
+    counter[rank] = counter.get(rank, 0) + 1
 
 
 def deadline_after(timeout: float | None) -> float | None:

@@ -124,7 +124,10 @@ class ControlClient:
             self._send({"record": "failed", "failure": failure.to_record()})
 
     def say_doing(self, doing: str) -> None:
-        """Tell the launcher what this rank was about when the failure reached it; never raises."""
+        """Tell the launcher what this rank was about when the failure reached it; never raises.
+
+        The first words count: what it says later, it has come to after it was told.
+        """
         with contextlib.suppress(TransportClosed):
             self._send({"record": "doing", "doing": doing})
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from transport.contract import Receive, Transport, Work, deadline_after, remaining
+from transport.contract import Receive, Transport, Work, count, deadline_after, remaining
 from transport.errors import (
     InvalidArgument,
     JobFailed,
@@ -48,8 +48,7 @@ class InprocTransport(Transport):
     name: ClassVar[str] = "inproc"
 
     def __init__(self, hub: InprocHub, rank: int) -> None:
-        self.rank = rank
-        self.world_size = hub.world_size
+        super().__init__(rank, hub.world_size)
         self._hub = hub
         self._mailbox = Mailbox()
         self._ended: TransportError | None = None  # what every later call raises
@@ -61,7 +60,7 @@ class InprocTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Copy the message into the receiver's mailbox; the work is complete at once."""
         spec, tensors = prepare(message)
-        work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        work = Work(self, dst, f"sending to rank {dst} (tag {tag})", is_receive=False)
         with self._hub.changed:
             self._raise_if_ended()
             if dst in self._hub.gone:
@@ -75,6 +74,8 @@ class InprocTransport(Transport):
                 for target, tensor in zip(arrival.tensors, tensors, strict=True):
                     target.copy_(tensor)
             peer._mailbox.complete(arrival)
+            count(self.traffic.sent, dst)
+            count(peer.traffic.received, self.rank)
             self._hub.changed.notify_all()
         work.complete()
         return work

@@ -6,8 +6,6 @@ The transport named "tcp" uses TCP everywhere; "unix" is this file with both fam
 
 from __future__ import annotations
 
-import contextlib
-import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,51 +13,32 @@ from typing import ClassVar, Final
 
 import torch
 
-from transport.addresses import Address, listen, tune
-from transport.call import CALL_TIMEOUT_S, Call
+from transport.addresses import Address, listen
 from transport.connection import Connection
 from transport.contract import (
     DEFAULT_UNEXPECTED_LIMIT,
     Receive,
     Transport,
     Work,
+    count,
 )
 from transport.errors import (
     InternalError,
     PeerLeft,
-    PeerLost,
     ProtocolError,
     TransportClosed,
     TransportError,
     WaitTimeout,
     fresh,
 )
-from transport.handshake import Hello, Role, Verdict
-from transport.listener import Listener
 from transport.mailbox import Arrival, Mailbox
+from transport.peers import Peer, Peers, Place
 from transport.progress import Progress
 from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import Frame, FrameKind, Limits
 
 CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
-
-
-class Peer:
-    """What this rank knows of another one."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.call: Call | None = None  # our own attempt to connect, while it runs
-        self.arrival: Arrival | None = None  # the message whose payload is coming in
-        self.left = False  # it said goodbye
-        self.lost = False  # its stream broke, or it could not be reached
-        self.ended: TransportError | None = None  # why nothing can be sent or received any more
-
-    @property
-    def flushed(self) -> bool:
-        """Whether it needs no more waiting for what is queued for this peer."""
-        return self.lost or self.ended is not None or self.connection.flushed
 
 
 class TcpTransport(Transport):
@@ -91,24 +70,20 @@ class TcpTransport(Transport):
         unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
         limits: Limits | None = None,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self._addresses = addresses
-        self._secret = secret
+        super().__init__(rank, world_size)
         self._lost_grace_s = lost_grace_s
         self._unexpected_limit = unexpected_limit
         self._limits = limits or Limits()
         self._mailbox = Mailbox()
-        self._peers: dict[int, Peer] = {}
         self._waiting_receives = 0  # threads that wait for a receive: while there are, read on
-        self._callers_due: float | None = None  # when `_expire_callers` is called next
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
-        self._listener = Listener(secret, Role.DATA, rank, listening)
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
         self._lock, self._guard = self._progress.lock, self._progress.guard
         with self._lock, self._guard:
-            self._progress.register(self._listener.fileno(), select.EPOLLIN, self._on_callers)
+            place = Place(rank, world_size, addresses, listening, secret, self.unix)
+            self._contacts = Peers(self._progress, place, self._connect, self._lose)
+        self._peers = self._contacts.known
 
     @staticmethod
     def viable() -> str | None:
@@ -125,13 +100,14 @@ class TcpTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
-        work = Work(self, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        work = Work(self, dst, f"sending to rank {dst} (tag {tag})", is_receive=False)
         with self._lock, self._guard:
             self._raise_if_ended()
-            peer = self._peer(dst)
+            peer = self._contacts.get(dst)
             if peer.ended is not None:
                 raise fresh(peer.ended)
             peer.connection.queue(FrameKind.MESSAGE, spec.to_meta(tag), tensors, work)
+            count(self.traffic.sent, dst)
         return work
 
     def post_receive(self, receive: Receive) -> None:
@@ -139,7 +115,7 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             self._raise_if_ended()
             self._mailbox.post(receive)
-            peer = self._peer(receive.src)
+            peer = self._contacts.get(receive.src)
             peer.connection.resume()
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.src)
@@ -163,7 +139,7 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             if self._farewell is not None:
                 return
-            farewell = self._farewell = Work(self, "saying goodbye", is_receive=False)
+            farewell = self._farewell = Work(self, self.rank, "saying goodbye", is_receive=False)
             if self._ended is None:
                 for peer in list(self._peers.values()):
                     if peer.ended is None and not peer.lost:
@@ -189,8 +165,7 @@ class TcpTransport(Transport):
         if self._ended is not None:
             return
         self._ended = error
-        self._progress.unregister(self._listener.fileno())
-        self._listener.close()
+        self._contacts.close()
         self._mailbox.fail(error)
         for peer in self._peers.values():
             self._end_peer(peer, error)
@@ -219,80 +194,10 @@ class TcpTransport(Transport):
         else:
             self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
 
-    # -- peers and their connections --------------------------------------------------------------
+    # -- a peer's beginning and end ---------------------------------------------------------------
 
-    def _peer(self, rank: int) -> Peer:
-        """Return the peer, and start to connect at first use."""
-        peer = self._peers.get(rank)
-        if peer is None:
-            peer = Peer(Connection(self._progress, self, rank, self._limits))
-            self._peers[rank] = peer
-            self._call(peer)
-        return peer
-
-    def _call(self, peer: Peer) -> None:
-        def finish(sock: socket.socket | None, error: TransportError | None) -> None:
-            peer.call = None
-            if sock is not None:
-                peer.connection.attach(sock)
-            elif error is not None:
-                self._lose(peer, error)
-            else:
-                self._progress.call_at(time.monotonic() + CALL_TIMEOUT_S, check_called)
-
-        def check_called() -> None:
-            if peer.connection.socket is None:
-                self._lose(peer, PeerLost(f"rank {rank} did not call within {CALL_TIMEOUT_S} s"))
-
-        rank = peer.connection.peer
-        peer.call = Call(
-            self._progress,
-            self._addresses[rank],
-            (self.rank, rank),
-            self._secret,
-            unix=self.unix,
-            finish=finish,
-        )
-
-    def _on_callers(self, mask: int) -> None:
-        for sock, hello in self._listener.poll():
-            verdict = self._judge(hello)
-            with contextlib.suppress(OSError):  # a caller that is gone shows when it is read
-                sock.send(bytes([verdict]))
-            if verdict is not Verdict.ACCEPTED:
-                sock.close()
-                continue
-            tune(sock)
-            peer = self._peers.get(hello.rank)
-            if peer is None:
-                peer = Peer(Connection(self._progress, self, hello.rank, self._limits))
-                self._peers[hello.rank] = peer
-            elif peer.call is not None:
-                peer.call.cancel()
-                peer.call = None
-            peer.connection.attach(sock)
-        deadline = self._listener.next_deadline()
-        if deadline is not None and self._callers_due is None:  # one timer at a time
-            self._callers_due = deadline
-            self._progress.call_at(deadline, self._expire_callers)
-
-    def _expire_callers(self) -> None:
-        self._callers_due = None
-        if self._ended is None:
-            self._on_callers(0)
-
-    def _judge(self, hello: Hello) -> Verdict:
-        peer = self._peers.get(hello.rank)
-        if hello.rank == self.rank or not 0 <= hello.rank < self.world_size:
-            return Verdict.TAKEN
-        if peer is None:
-            return Verdict.ACCEPTED
-        if peer.connection.socket is not None or peer.lost or peer.ended is not None:
-            return Verdict.TAKEN
-        # Both called at once: the lower rank's call goes ahead, on both sides by the same rule.
-        if peer.call is not None and self.rank < hello.rank:
-            return Verdict.YIELD
-        return Verdict.ACCEPTED
+    def _connect(self, rank: int) -> Connection:
+        return Connection(self._progress, self, rank, self._limits)
 
     def _lose(self, peer: Peer, error: TransportError) -> None:
         """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
@@ -352,6 +257,7 @@ class TcpTransport(Transport):
             return
         assert peer.arrival is not None
         arrival, peer.arrival = peer.arrival, None
+        count(self.traffic.received, connection.peer)
         self._mailbox.complete(arrival)
 
     def on_end(self, connection: Connection, error: TransportError) -> None:
