@@ -119,8 +119,8 @@ class Mailbox:
             receive.complete(arrival.spec.pack(arrival.tensors))
             return
         into = receive.into if isinstance(receive.into, tuple) else (receive.into,)
-        with torch.inference_mode():  # outside of it a target made inside could not be written
-            for target, tensor in zip(into, arrival.tensors, strict=True):
-                if target is not tensor:  # it arrived before it was asked for
+        if into and into[0] is not arrival.tensors[0]:  # it arrived before it was asked for
+            with torch.inference_mode():  # outside of it a target made inside cannot be written
+                for target, tensor in zip(into, arrival.tensors, strict=True):
                     target.copy_(tensor)
         receive.complete(receive.into)
