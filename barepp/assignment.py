@@ -65,6 +65,7 @@ class Pipes:
     stdout: Connection
     stderr: Connection
     result: Connection
+    stacks: Connection
 
 
 def be_rank(assignment: Assignment, pipes: Pipes) -> None:

@@ -31,7 +31,7 @@ _PACKAGES: Final = tuple(
     str(Path(home).resolve().parent) + os.sep for home in (__file__, str(transport.__file__))
 )
 _CALLERS: Final = (
-    *(str(Path(_PACKAGES[0]) / name) for name in ("worker.py", "run.py", "world.py")),
+    *(str(Path(_PACKAGES[0]) / name) for name in ("worker.py", "threads.py")),
     runpy.run_path.__code__.co_filename,
 )
 _SENTENCES: Final = (BareppError, InvalidArgument, RendezvousError)

@@ -27,6 +27,7 @@ import time
 from typing import Final
 
 from barepp.assignment import Assignment, Call, Membership, PickledCall, Pipes, Task, be_rank
+from barepp.beats import Beat
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.failures import failure_of_exit
@@ -34,6 +35,8 @@ from barepp.member import Options, Outcome, Rank, ResultReader
 from barepp.nursery import Nursery
 from barepp.output import Output
 from barepp.signals import signals_to
+from barepp.stacks import STACKS_SIGNAL, process_state, read_stacks
+from barepp.watch import Watch
 from transport.errors import Failure
 from transport.handshake import new_secret
 from transport.rendezvous import Event, EventKind, RendezvousServer
@@ -74,6 +77,8 @@ class Job:
         self._kill_at: float | None = None
         self._signal: int | None = None
         self._starting = False
+        world = range(options.world_size)
+        self._watch = Watch(world, options.heartbeat_s, options.timeout_s, self._state_of)
 
     def run(self) -> Outcome:
         """Start all ranks, wait for their end and return how it went."""
@@ -117,7 +122,7 @@ class Job:
 
     def _start(self, number: int) -> None:
         nursery, options = self._nursery, self._options
-        readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(3)), strict=True)
+        readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(4)), strict=True)
         membership = Membership(
             number, options.world_size, self._server.address, self._secret, options.transport
         )
@@ -127,11 +132,11 @@ class Job:
         )
         nursery.start(process)
         assert process.pid is not None
-        stdout, stderr, result = (os.dup(reader.fileno()) for reader in readers)
+        stdout, stderr, result, stacks = (os.dup(reader.fileno()) for reader in readers)
         for connection in (*readers, *writers):
             connection.close()
         ended_fd = nursery.end_descriptor(process)
-        rank = Rank(number, process, ended_fd, ResultReader(result), process.pid)
+        rank = Rank(number, process, ended_fd, ResultReader(result), stacks, process.pid)
         self._ranks.append(rank)
         self._output.add_rank(number, stdout, stderr)
         self._selector.register(ended_fd, selectors.EVENT_READ, lambda: self._on_end(rank))
@@ -155,6 +160,8 @@ class Job:
 
     def _seconds_to_deadline(self) -> float | None:
         deadlines = [self._server.next_deadline(), self._kill_at]
+        if self._failure is None:
+            deadlines.append(self._watch.next_deadline())
         if self._suspicion is not None and self._failure is None:
             deadlines.append(self._suspicion[1])
         for rank in self._ranks:
@@ -170,6 +177,8 @@ class Job:
             case EventKind.JOINED:
                 rank.joined, rank.left = True, False
                 self._check_missing()
+            case EventKind.BEAT:
+                self._watch.beat(rank.rank, Beat.from_record(event.state), time.monotonic())
             case EventKind.LEFT:
                 rank.left = True
             case EventKind.DOING:
@@ -199,6 +208,7 @@ class Job:
         if self._server.connected(rank.rank) and not late:
             return
         rank.exit_code, rank.lost_at = status, None
+        self._watch.ended(rank.rank)
         told = rank.reported is not None or rank.killed
         if not told and (status != 0 or (rank.joined and not rank.left)):
             if self._nursery.died():
@@ -220,6 +230,11 @@ class Job:
         now = time.monotonic()
         if self._suspicion is not None and self._failure is None and now >= self._suspicion[1]:
             self._fail(self._suspicion[0])
+        hang = self._watch.check(now) if self._failure is None else None
+        if hang is not None:
+            for rank in self._ranks:
+                self._ask_for_stacks(rank)
+            self._fail(hang)
         for rank in self._ranks:
             if rank.lost_at is not None and now >= rank.lost_at + LOST_WAIT_S:
                 rank.lost_at = None
@@ -244,6 +259,15 @@ class Job:
     def _write_failure(self, failure: Failure, *, primary: bool) -> None:
         record = {key: value for key, value in failure.to_record().items() if key != "rank"}
         self._events.write("failed", failure.rank, primary=primary, **record)
+
+    def _state_of(self, rank: int) -> str:
+        return process_state(self._ranks[rank].pid)
+
+    def _ask_for_stacks(self, rank: Rank) -> None:
+        """Let a rank write its Python stack, before the news of the failure unwinds it."""
+        if rank.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, STACKS_SIGNAL)
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -282,6 +306,7 @@ class Job:
                 rank.process.join(KILL_WAIT_S)
             os.close(rank.ended_fd)
             rank.result.close()
+            rank.stacks = read_stacks(rank.stacks_fd)
             with contextlib.suppress(ValueError):  # it has not ended even now
                 rank.process.close()
 

@@ -35,7 +35,9 @@ def _join(membership: Membership, control: ControlClient) -> World:
     chosen = transport_class(membership.transport)
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
-        return World(InprocTransport(InprocHub(1), 0), control)
+        alone = World(InprocTransport(InprocHub(1), 0), control)
+        control.beat_with(alone.beat)
+        return alone
     if not issubclass(chosen, TcpTransport):
         raise UsageError(f"transport {membership.transport!r} does not connect processes")
     sockets, address = chosen.listen()
@@ -54,6 +56,7 @@ def _join(membership: Membership, control: ControlClient) -> World:
         lost_grace_s=LOST_GRACE_S,
     )
     world = World(transport, control)
+    control.beat_with(world.beat)
 
     def on_failure(failure: Failure) -> None:
         if not world.left:

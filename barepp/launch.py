@@ -1,8 +1,8 @@
 """`python -m barepp.launch --world 4 script.py`: runs a script on several ranks of this machine.
 
 Exit code: 0 when every rank ended well; else the failing script's own (an exception is 1),
-128 + signal for a rank killed by a signal, 130, 143 or 129 when the launcher itself was sent
-SIGINT, SIGTERM or SIGHUP, and 2 for wrong usage.
+128 + signal for a rank killed by a signal, 124 for a job that hung, 130, 143 or 129 when the
+launcher itself was sent SIGINT, SIGTERM or SIGHUP, and 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from transport.registry import check_name, transport_names
 MAX_WORLD: Final = 1024
 MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
 
+_LIMITS: Final = (
+    ("--heartbeat", 10.0, "that a rank may give no sign of life; 0 for ever"),
+    ("--timeout", 300.0, "that ranks may wait while nothing moves anywhere; 0 for ever"),
+    ("--grace", 0.5, "between the first failure and the end of ranks that are still busy"),
+    ("--join-timeout", 60.0, "between the first rank's init() and the last one's"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -39,7 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"the events cannot be written: {error}")
     except (UsageError, TransportError) as error:
         return _refuse(error)
-    options = Options(parsed.world, parsed.transport, parsed.grace, parsed.join_timeout)
+    options = Options(
+        parsed.world,
+        parsed.transport,
+        parsed.grace,
+        parsed.join_timeout,
+        parsed.heartbeat,
+        parsed.timeout,
+    )
     task = Script(parsed.script, tuple(parsed.args))
     try:
         with Output(log_dir) as output:
@@ -74,20 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write rank0.log ... and events.jsonl there"
     )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="seconds between the first failure and the end of ranks that are still busy (0.5)",
-    )
-    parser.add_argument(
-        "--join-timeout",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="seconds between the first rank's init() and the last one's (60)",
-    )
+    for flag, default, what in _LIMITS:
+        parser.add_argument(
+            flag, type=float, default=default, metavar="S", help=f"seconds {what} ({default:g})"
+        )
     parser.add_argument("script", help="the Python file that every rank runs")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
@@ -102,7 +106,8 @@ def _check(parsed: argparse.Namespace) -> None:
             "--transport inproc is for ranks that are threads of one process (barepp.run); "
             "the launcher starts processes"
         )
-    for flag, value in (("--grace", parsed.grace), ("--join-timeout", parsed.join_timeout)):
+    for flag, _, _ in _LIMITS:
+        value = getattr(parsed, flag.lstrip("-").replace("-", "_"))
         if not 0 <= value <= MAX_SECONDS:
             raise UsageError(f"{flag} is in seconds, from 0 to {MAX_SECONDS:g}, not {value}")
     script = Path(parsed.script)

@@ -8,6 +8,7 @@ import os
 import signal
 from typing import Final
 
+PARENT_PID: Final = "BAREPP_PARENT_PID"  # tells the fork server who starts it
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 

@@ -56,6 +56,8 @@ class Options:
     transport: str = "auto"
     grace_s: float = 0.5  # between the first failure and the end of who has not ended by itself
     join_timeout_s: float = 60.0
+    heartbeat_s: float = 10.0  # how long a rank may give no sign of life
+    timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
 
 
 @dataclasses.dataclass
@@ -63,6 +65,7 @@ class Rank:
     """What the launcher knows of one rank.
 
     Attributes:
+        stacks_fd: where it writes its Python stacks when it is asked to; `stacks` once read.
         ended_fd: is readable once the process has ended.
         joined, left: whether it is, or has been, in the world, and whether it left in order.
         status: what the process ended with, as soon as that is known.
@@ -77,6 +80,7 @@ class Rank:
     process: BaseProcess
     ended_fd: int
     result: ResultReader
+    stacks_fd: int
     pid: int
     joined: bool = False
     left: bool = False
@@ -86,6 +90,7 @@ class Rank:
     exit_code: int | None = None
     reported: Failure | None = None
     doing: str = ""
+    stacks: str = ""
     killed: bool = False
 
 

@@ -27,9 +27,11 @@ from multiprocessing.context import ForkContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
+from barepp.lifeline import PARENT_PID
+
 PRELOAD: Final = ["barepp.preload"]
 
-_connecting = threading.Lock()  # held while `forkserver.connect_to_new_process` is replaced
+_borrowing = threading.Lock()  # held while something that all jobs share is replaced
 
 
 class Nursery:
@@ -47,7 +49,7 @@ class Nursery:
         if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
             self._server = forkserver.ForkServer()
             self._server.set_forkserver_preload(PRELOAD)
-            with self._own_folder():
+            with _borrowing, self._own_folder(), _own_pid_in_environment():
                 self._server.ensure_running()
         else:
             self.context.set_forkserver_preload(PRELOAD)
@@ -62,7 +64,7 @@ class Nursery:
         if self._server is None:
             process.start()
             return
-        with _connecting:
+        with _borrowing:
             usual = forkserver.connect_to_new_process
             forkserver.connect_to_new_process = self._server.connect_to_new_process
             try:
@@ -127,3 +129,12 @@ class Nursery:
             yield
         finally:
             config["tempdir"] = usual
+
+
+@contextlib.contextmanager
+def _own_pid_in_environment() -> Iterator[None]:
+    os.environ[PARENT_PID] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT_PID, None)

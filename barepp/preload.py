@@ -4,14 +4,13 @@ While it imports torch, Ctrl-C would make it print a traceback, and the launcher
 unnoticed. So those two come first.
 """
 
+import os
 import warnings
 
-from barepp.lifeline import die_with_parent, leave_terminal
+from barepp.lifeline import PARENT_PID, die_with_parent, leave_terminal
 
 leave_terminal()
-die_with_parent()
+die_with_parent(int(os.environ.pop(PARENT_PID, "0")))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # ranks inherit it
 
-import barepp.pipeline  # noqa: E402
-import barepp.worker  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (optimizers import it: a second for every rank)

@@ -27,10 +27,22 @@ def report(failure: Failure, ranks: Sequence[Rank]) -> str:
     lines = [f"barepp: {who} failed{doing}: {failure.message}"]
     if failure.traceback:
         lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
+    if failure.cause == "hang":
+        lines += _stacks(ranks)
     for rank in ranks:
         if rank.rank != failure.rank and rank.rank not in same:
             lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")
     return printable("\n".join(lines)) + "\n"
+
+
+def _stacks(ranks: Sequence[Rank]) -> list[str]:
+    """Return where each rank was in Python when the hang was found."""
+    lines = []
+    for rank in ranks:
+        told = rank.stacks or "(it could not tell: it is stopped, or had ended)"
+        lines.append(f"barepp: the Python stack of rank {rank.rank}:")
+        lines += ["    " + line for line in told.splitlines()]
+    return lines
 
 
 def rank_names(ranks: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ class Crew:
         self.failure: Failure | None = None
         self.barriers = [0] * world_size
         self.released = 0
-        self.running = world_size
+        self.running = 0
 
     def fail(self, failure: Failure) -> None:
         """Take the first failure as the cause and tell everyone."""
@@ -65,6 +65,10 @@ class ThreadControl:
             raise JobFailed(crew.failure, "waiting at a barrier")
         raise WaitTimeout(f"rank {self._rank}: nothing after {timeout} s at a barrier")
 
+    def at_barrier(self) -> bool:
+        """Whether a barrier that this rank has called is not over: asked for by nobody here."""
+        return False
+
     def report(self, failure: Failure) -> None:
         """Tell that this rank failed."""
         self._crew.fail(failure)
@@ -104,9 +108,11 @@ def run_threads(
         )
         for world in crew.worlds
     ]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            with crew.changed:
+                crew.running += 1
+            thread.start()
         _wait_for(threads, crew, grace_s)
     except BaseException as error:  # Ctrl-C
         crew.fail(Failure(-1, "signal", f"the caller was interrupted by {type(error).__name__}"))
@@ -125,4 +131,5 @@ def _wait_for(threads: list[threading.Thread], crew: Crew, grace_s: float) -> No
         ended = crew.running == 0
     if ended:
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # Ctrl-C came before it was started
+                thread.join()

@@ -33,6 +33,7 @@ from barepp.errors import UsageError  # noqa: E402
 from barepp.failures import exit_code_of, failure_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import LENGTH  # noqa: E402
+from barepp.stacks import write_stacks_to  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
 from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
 
@@ -46,6 +47,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     die_with_parent(assignment.parent_pid)
     leave_terminal()
     _take_streams(pipes)
+    write_stacks_to(pipes.stacks.fileno())
     _undo_multiprocessing()
     joining.one_compute_thread()
     try:

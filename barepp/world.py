@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from barepp.beats import AT_BARRIER, beat_of
 from barepp.errors import UsageError
 from barepp.failures import failure_of
 from transport.collectives import barrier as barrier_over_messages
@@ -37,6 +38,9 @@ class Control(Protocol):
 
     def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
         """Block until every rank of the world has called; `last` is for leaving the world."""
+
+    def at_barrier(self) -> bool:
+        """Whether a barrier that this rank has called is not over."""
 
     def report(self, failure: Failure) -> None:
         """Tell that this rank failed; never raises."""
@@ -70,7 +74,23 @@ class World:
         self._control = control
         self._left = False
         self._failed = False
+        self._at_barrier: int | None = None  # the thread that waits there without a limit
         self._pid = os.getpid()
+
+    def beat(self) -> dict[str, object] | None:
+        """Return what this rank says of itself to its launcher; None once it has left."""
+        if self._left or self._failed:
+            return None
+        return beat_of(self.position(), self._waits_for, self.transport.traffic).to_record()
+
+    def _waits_for(self) -> dict[int, int]:
+        """Return for each thread that waits without a limit the rank that it waits for."""
+        waits = dict(self.transport.traffic.waits)
+        found = {t: work.peer for t, work in waits.items() if work is not None and not work.done}
+        thread, control = self._at_barrier, self._control
+        if thread is not None and control is not None and control.at_barrier():
+            found[thread] = AT_BARRIER
+        return found
 
     def position(self) -> str:
         """Return what this rank is about, for example "computing 2F3"; empty when unknown."""
@@ -146,7 +166,11 @@ class World:
         if self.world_size == 1:
             return
         if self._control is not None:
-            self._control.barrier(timeout, last=last)
+            self._at_barrier = threading.get_ident() if timeout is None else None
+            try:
+                self._control.barrier(timeout, last=last)
+            finally:
+                self._at_barrier = None
         else:
             barrier_over_messages(self.transport, timeout=timeout)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("jobs")  # its assertions explain themselves as well
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 

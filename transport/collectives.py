@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from transport.contract import deadline_after, remaining
-from transport.errors import InvalidArgument
+from transport.errors import InvalidArgument, WaitTimeout
 
 if TYPE_CHECKING:
     from transport.contract import Transport
@@ -41,16 +42,16 @@ def broadcast(
     rank, last = transport.rank, transport.world_size - 1
     if not 0 <= root <= last:
         raise InvalidArgument(f"rank {root} cannot be a root in a world of {last + 1}")
-    deadline = deadline_after(timeout)
-    if rank != root:
-        source = rank + 1 if rank < root else rank - 1
-        message = transport.irecv(source, BROADCAST_TAG).wait(remaining(deadline))
-    if message is None:
-        raise InvalidArgument(f"rank {rank} is the root of this broadcast and has no message")
-    onward = [rank - 1] if rank <= root and rank > 0 else []
-    onward += [rank + 1] if rank >= root and rank < last else []
-    for work in [transport.isend(message, dst, BROADCAST_TAG) for dst in onward]:
-        work.wait(remaining(deadline))
+    with _limit(timeout, f"a broadcast from rank {root}") as deadline:
+        if rank != root:
+            source = rank + 1 if rank < root else rank - 1
+            message = transport.irecv(source, BROADCAST_TAG).wait(remaining(deadline))
+        if message is None:
+            raise InvalidArgument(f"rank {rank} is the root of this broadcast and has no message")
+        onward = [rank - 1] if rank <= root and rank > 0 else []
+        onward += [rank + 1] if rank >= root and rank < last else []
+        for work in [transport.isend(message, dst, BROADCAST_TAG) for dst in onward]:
+            work.wait(remaining(deadline))
     return message
 
 
@@ -67,19 +68,29 @@ def all_reduce(
     is here, and raises what `Work.wait` raises.
     """
     rank, last = transport.rank, transport.world_size - 1
-    deadline = deadline_after(timeout)
-    if rank > 0:
-        so_far = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        transport.irecv(rank - 1, REDUCE_TAG, into=so_far).wait(remaining(deadline))
-        tensor = combine(so_far, tensor)
-    if rank < last:
-        transport.send(tensor, rank + 1, REDUCE_TAG, timeout=remaining(deadline))
-    whole = tensor.detach().clone() if rank == last else None
-    reduced = broadcast(transport, whole, last, timeout=remaining(deadline))
+    with _limit(timeout, "an all-reduce") as deadline:
+        if rank > 0:
+            so_far = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            transport.irecv(rank - 1, REDUCE_TAG, into=so_far).wait(remaining(deadline))
+            tensor = combine(so_far, tensor)
+        if rank < last:
+            transport.send(tensor, rank + 1, REDUCE_TAG, timeout=remaining(deadline))
+        whole = tensor.detach().clone() if rank == last else None
+        reduced = broadcast(transport, whole, last, timeout=remaining(deadline))
     assert isinstance(reduced, torch.Tensor)
     return reduced
 
 
 def barrier(transport: Transport, *, timeout: float | None = None) -> None:
     """Return when every rank has called; raises what `Work.wait` raises."""
-    all_reduce(transport, torch.empty(0), timeout=timeout)
+    with _limit(timeout, "a barrier") as deadline:
+        all_reduce(transport, torch.empty(0), timeout=remaining(deadline))
+
+
+@contextlib.contextmanager
+def _limit(timeout: float | None, what: str) -> Iterator[float | None]:
+    """Yield the deadline of a whole collective; say its own seconds when they are over."""
+    try:
+        yield deadline_after(timeout)
+    except WaitTimeout:
+        raise WaitTimeout(f"nothing after {timeout} s of waiting for {what}") from None

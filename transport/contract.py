@@ -77,7 +77,7 @@ class Work:
         """
         if not self.done:
             waits, me = self._transport.traffic.waits, threading.get_ident()
-            waits[me] = None if timeout is not None else self.peer
+            waits[me] = self if timeout is None and self.is_receive else None
             try:
                 in_time = self._transport.progress_until(self, timeout)
             finally:
@@ -129,14 +129,14 @@ class Traffic:
     Attributes:
         sent: messages handed to the transport, by receiver.
         received: messages whose last byte is here, by sender, asked for or not.
-        waits: for each thread inside a wait the peer that it waits for; None when its wait has a
-            limit, so that it will go on by itself.
+        waits: for each thread inside a wait the receive that it waits for without a limit; None
+            for every other wait, out of which it may come by itself.
     """
 
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
-        self.waits: dict[int, int | None] = {}
+        self.waits: dict[int, Work | None] = {}
 
 
 class Transport(abc.ABC):

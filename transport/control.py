@@ -28,6 +28,7 @@ from transport.errors import (
 from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
 from transport.records import RecordStream
 
+BEAT_S: Final = 0.5  # between two signs of life
 KNOCK_AGAIN_S: Final = 3.0  # how long to try again when the rendezvous hangs up on us
 RETRY_S: Final = 0.02  # between two attempts
 
@@ -55,6 +56,7 @@ class ControlClient:
         self._releases = 0
         self._attached = False
         self._closed = False
+        self._state: Callable[[], dict[str, Any] | None] = lambda: None
         self._sending = threading.Lock()
         deadline = time.monotonic() + timeout
         self._stream = RecordStream(_connect(address, secret, rank, deadline))
@@ -65,6 +67,10 @@ class ControlClient:
         except BaseException:
             self.close(goodbye=False)
             raise
+
+    def beat_with(self, state: Callable[[], dict[str, Any] | None]) -> None:
+        """Say `state()` with every sign of life from now on; until then they say nothing more."""
+        self._state = state
 
     def on_failure(self, callback: Callable[[Failure], None]) -> None:
         """Call back, in the control thread, with the first cause; at once if it is known."""
@@ -110,6 +116,10 @@ class ControlClient:
                 self._barriers += 1
             self._send({"record": "barrier"})
         self._wait_for_release(deadline, timeout)
+
+    def at_barrier(self) -> bool:
+        """Whether a barrier that this rank has called is not over."""
+        return self._barriers > self._releases
 
     def _wait_for_release(self, deadline: float | None, timeout: float | None) -> None:
         due = self._barriers
@@ -186,8 +196,12 @@ class ControlClient:
 
     def _listen(self) -> None:
         goes_on = True
+        beat_at = 0.0
         while goes_on:
-            _await(self._stream.socket, select.POLLIN)
+            if time.monotonic() >= beat_at:
+                beat_at = time.monotonic() + BEAT_S
+                self._beat()
+            _await(self._stream.socket, select.POLLIN, _seconds_until(beat_at))
             records, goes_on = self._stream.receive()
             nonsense = self._stream.error
             try:
@@ -202,6 +216,10 @@ class ControlClient:
             closed = self._closed or self._refused is not None
         if not closed:
             self._fail(Failure(-1, "lost", "the launcher, which served the rendezvous, is gone"))
+
+    def _beat(self) -> None:
+        with contextlib.suppress(TransportClosed):
+            self._send({"record": "beat", "state": self._state()})
 
     def _handle(self, record: dict[str, Any]) -> None:
         match record:
@@ -231,13 +249,13 @@ class ControlClient:
             callback(failure)
 
 
-def _await(sock: socket.socket, events: int) -> None:
-    """Sleep until the socket is ready, broken or closed."""
+def _await(sock: socket.socket, events: int, timeout: float | None = None) -> None:
+    """Sleep until the socket is ready, broken or closed, or `timeout` seconds are over."""
     fd = sock.fileno()
     if fd >= 0:
         poll = select.poll()  # select() cannot name a descriptor over 1023
         poll.register(fd, events)
-        poll.poll()
+        poll.poll(None if timeout is None else timeout * 1e3)
 
 
 def _connect(address: tuple[str, int], secret: bytes, rank: int, deadline: float) -> socket.socket:

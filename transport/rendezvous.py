@@ -5,6 +5,7 @@ Every rank keeps one control connection to it for its whole life. Records (one m
     rank -> rendezvous                        rendezvous -> rank
                                               attached {rank}    or    refused {message}
     join {world_size, address}                world {addresses}  to all, once all have joined
+    beat {state}, twice a second
     barrier                                   release            to all, once all have called
     failed {failure}                          failure {failure}  to all, the first cause
     doing {doing}                             (what a rank was about when it was told)
@@ -45,6 +46,7 @@ class EventKind(enum.Enum):
     REPORTED = enum.auto()  # the rank reports the failure in `failure`
     FAILED = enum.auto()  # the server itself found the failure in `failure`
     DOING = enum.auto()  # the rank says in `text` what it was about when it was told of a failure
+    BEAT = enum.auto()  # the rank lives; `state` is what it says of itself, unchecked
     LEFT = enum.auto()  # the rank said goodbye
     LOST = enum.auto()  # its control connection ended without a goodbye
 
@@ -57,6 +59,7 @@ class Event:
     rank: int
     failure: Failure | None = None
     text: str = ""
+    state: object = None
 
 
 @dataclasses.dataclass
@@ -218,6 +221,9 @@ class RendezvousServer:
                 # Whoever it names: a rank speaks for itself alone.
                 failure = dataclasses.replace(failure, rank=member.rank)
                 events.append(Event(EventKind.REPORTED, member.rank, failure))
+            case "beat":
+                state = record.get("state")
+                events.append(Event(EventKind.BEAT, member.rank, state=state))
             case "doing":
                 words = printable(str(record.get("doing", "")), DOING_LIMIT).split()
                 events.append(Event(EventKind.DOING, member.rank, text=" ".join(words)))

@@ -1,0 +1,94 @@
+"""What a rank says of itself twice a second: whether it waits, for whom, and what has moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from transport.contract import Traffic
+
+AT_BARRIER: Final = -1  # who a rank waits for that waits at a barrier: everyone
+OUR_THREADS: Final = "barepp-"  # the names of the threads that no script has started
+DOING_LIMIT: Final = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """A rank's word on itself.
+
+    Attributes:
+        made_at: `time.monotonic()` seconds between the two readings, of who waits and of what
+            has moved. Ranks of one host share that clock.
+        doing: what it is about, for people.
+        waits_for: the ranks that it waits for without a limit, when all its threads do so; None
+            when it computes, or may go on by itself.
+        sent, received: messages handed to the transport for each peer, and received from it.
+    """
+
+    made_at: float
+    doing: str
+    waits_for: tuple[int, ...] | None
+    sent: Mapping[int, int]
+    received: Mapping[int, int]
+
+    def same_state(self, other: Beat) -> bool:
+        """Whether nothing has moved between two beats."""
+        return dataclasses.replace(self, made_at=other.made_at) == other
+
+    def to_record(self) -> dict[str, object]:
+        """Return the beat as a plain map that msgpack takes."""
+        return {
+            "made_at": self.made_at,
+            "doing": self.doing,
+            "waits_for": self.waits_for,
+            "sent": list(self.sent.items()),
+            "received": list(self.received.items()),
+        }
+
+    @classmethod
+    def from_record(cls, record: Any) -> Beat | None:
+        """Read a beat that came over the network; None when it is none."""
+        match record:
+            case {
+                "made_at": float(made_at),
+                "doing": str(doing),
+                "waits_for": list() | None as waits_for,
+                "sent": list(sent),
+                "received": list(received),
+            } if all(map(_is_count, [*sent, *received])) and all(map(_is_int, waits_for or [])):
+                waits = None if waits_for is None else tuple(waits_for)
+                counts = [dict(pairs) for pairs in (sent, received)]
+                return cls(made_at, doing[:DOING_LIMIT], waits, *counts)
+        return None
+
+
+def beat_of(doing: str, waits_for: Callable[[], Mapping[int, int]], traffic: Traffic) -> Beat:
+    """Return this process's beat; `waits_for` says for each waiting thread whom it waits for.
+
+    A thread of the script's own that is not waiting may do anything, so the rank then counts as
+    busy.
+    """
+    waits = waits_for()
+    threads = [t for t in threading.enumerate() if not t.name.startswith(OUR_THREADS)]
+    whom = {waits.get(thread.ident or 0) for thread in threads}
+    made_at = time.monotonic()
+    all_wait = tuple(sorted(peer for peer in whom if peer is not None))
+    return Beat(
+        made_at,
+        doing[:DOING_LIMIT],
+        None if None in whom else all_wait,
+        dict(traffic.sent),
+        dict(traffic.received),
+    )
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_int, value))

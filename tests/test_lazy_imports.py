@@ -1,0 +1,171 @@
+"""Who imports whom, and what is never imported: read from the sources, and from fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import LIMIT_S, ROOT, launch
+
+PACKAGES = ["demos", "barepp", "transport"]  # each may use itself and what stands after it
+MAY_NAME_TORCH_DISTRIBUTED = {"transport/torch_dist.py", "transport/bench.py", "barepp/bench.py"}
+
+
+def sources(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide who depends on whom"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def in_fresh_python(code: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import barepp; barepp.Action; barepp.make_schedule; barepp.schedule_names(); barepp.JobFailed",
+        "import barepp.plan",
+        "import barepp.launch",
+        "import barepp.run",
+        "import transport",
+        "import transport.rendezvous",
+        "import transport.wire",
+        "import transport.registry; transport.registry.transport_names()",
+        "from barepp.plan import main; main('--schedule 1f1b --stages 4 --microbatches 8'.split())",
+    ],
+)
+def test_the_pure_parts_start_without_torch(statement: str) -> None:
+    found = in_fresh_python(
+        f"{statement}\nimport sys\n"
+        "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    assert found.splitlines()[-1] == "[]"
+
+
+def test_dependencies_point_one_way() -> None:
+    for position, package in enumerate(PACKAGES):
+        forbidden = set(PACKAGES[:position])
+        for path in sources(package):
+            used = {name.partition(".")[0] for name in imports(path)}
+            assert not used & forbidden, f"{path.relative_to(ROOT)} imports {used & forbidden}"
+    demos = {path.stem for path in sources("demos")}  # a demo is imported by its bare name
+    for package in ("barepp", "transport"):
+        for path in sources(package):
+            assert not {name.partition(".")[0] for name in imports(path)} & demos
+
+
+def test_the_pure_zone_needs_the_standard_library_alone() -> None:
+    pure = ["actions", "dependencies", "lowering", "validation", "simulate", "timeline", "errors"]
+    paths = [ROOT / "barepp" / f"{name}.py" for name in pure]
+    paths += sources("barepp/schedules")
+    for path in paths:
+        for name in imports(path):
+            top = name.partition(".")[0]
+            assert top == "barepp" or top in sys.stdlib_module_names, f"{path}: {name}"
+
+
+def test_nobody_names_torch_distributed() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            if str(path.relative_to(ROOT)) not in MAY_NAME_TORCH_DISTRIBUTED:
+                text = path.read_text()
+                assert "torch.distributed" not in text or _only_in_words(text), path
+
+
+def _only_in_words(text: str) -> bool:
+    """Whether the name stands in docstrings and comments alone."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "distributed" in ast.unparse(node):
+            return False
+        if isinstance(node, ast.Attribute) and node.attr == "distributed":
+            return False
+    return True
+
+
+def test_nothing_from_the_network_can_be_evaluated() -> None:
+    """transport/ imports no unpickler and calls neither eval nor exec nor anything of the kind."""
+    for path in sources("transport"):
+        for name in imports(path):
+            top = name.partition(".")[0]
+            assert top not in {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, (
+                f"{path}: {name}"
+            )
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "compile", "__import__"}, f"{path}: {called}"
+                assert called not in {"torch.load", "torch.save", "yaml.load"}, f"{path}: {called}"
+
+
+def test_no_path_of_a_machine_stands_in_a_source() -> None:
+    for package in [*PACKAGES, "tests"]:
+        for path in sources(package):
+            text = path.read_text()
+            for word in ("/" + "root/", "/" + "home/", "/" + "work/"):
+                assert word not in text, f"{path} mentions {word}"
+
+
+def test_training_needs_nothing_of_torch_distributed(tmp_path: Path) -> None:
+    """A run in which each of its doors raises still trains, and to the same loss on every rank."""
+    script = """
+        import torch, torch.distributed as dist
+
+        def forbidden(*args, **kwargs):
+            raise AssertionError("torch.distributed was used")
+
+        for name in ("init_process_group", "send", "recv", "isend", "irecv", "broadcast",
+                     "all_reduce", "barrier", "new_group"):
+            setattr(dist, name, forbidden)
+        for name in ("TCPStore", "FileStore", "HashStore"):
+            setattr(dist, name, forbidden)
+
+        import barepp
+        with barepp.init() as world:
+            pipe = barepp.Pipeline(
+                world, barepp.mlp(4, 8, 8, 3), torch.nn.functional.cross_entropy,
+                schedule="1f1b", num_microbatches=4, seed=1,
+            )
+            optimizer = torch.optim.Adam(pipe.parameters(), lr=0.05)
+            generator = torch.Generator().manual_seed(0)
+            inputs = torch.randn(16, 8, generator=generator)
+            targets = torch.randint(0, 3, (16,), generator=generator)
+            losses = []
+            for _ in range(20):
+                pipe.zero_grad()
+                losses.append(pipe.step(inputs, targets).item())
+                optimizer.step()
+            print(losses[0], losses[-1])
+    """
+    job = launch(tmp_path, script, "--world", "2")
+    assert job.code == 0, job.err
+    (first,), (second,) = job.said(0), job.said(1)
+    assert first == second
+    before, after = map(float, first.split())
+    assert after < before / 2
