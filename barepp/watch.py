@@ -37,7 +37,8 @@ class Watch:
         timeout_s: float,
         state_of: Callable[[int], str] = lambda rank: "",
     ) -> None:
-        self._ranks = set(ranks)
+        self._world = frozenset(ranks)
+        self._ranks = set(self._world)  # whose processes have not ended
         self._heartbeat_s = heartbeat_s or math.inf
         self._timeout_s = timeout_s or math.inf
         self._state_of = state_of
@@ -118,8 +119,8 @@ class Watch:
 
     def _deadlocked(self) -> bool:
         beats = self._beats
-        if not beats or self._ranks != beats.keys():
-            return False
+        if self._world != beats.keys():
+            return False  # one that is not in the world, or has ended, may have sent something
         if any(beat.waits_for is None for beat in beats.values()):
             return False
         if all(AT_BARRIER in (beat.waits_for or ()) for beat in beats.values()):
