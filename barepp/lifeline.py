@@ -23,6 +23,12 @@ def die_with_parent(parent_pid: int = 0) -> None:
 
 
 def leave_terminal() -> None:
-    """Let Ctrl-C, which reaches every process of the terminal, reach this one no more."""
+    """Let Ctrl-C, which reaches every process of the terminal, reach this one no more.
+
+    One that came before, while SIGINT was blocked, is forgotten; from here on it is not blocked.
+    """
     with contextlib.suppress(PermissionError):  # it leads a process group already
         os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this discards what is pending
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)

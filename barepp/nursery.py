@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
@@ -49,7 +49,8 @@ class Nursery:
         if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
             self._server = forkserver.ForkServer()
             self._server.set_forkserver_preload(PRELOAD)
-            with _borrowing, self._own_folder(), _own_pid_in_environment():
+            resource_tracker.ensure_running()  # (by itself, because it unblocks SIGINT)
+            with _borrowing, self._own_folder(), _own_pid_in_environment(), _deaf_to_ctrl_c():
                 self._server.ensure_running()
         else:
             self.context.set_forkserver_preload(PRELOAD)
@@ -138,3 +139,16 @@ def _own_pid_in_environment() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(PARENT_PID, None)
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start the server with SIGINT blocked; it unblocks it when it has left the terminal.
+
+    Until then Ctrl-C would make it print a traceback. What comes here meanwhile comes afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

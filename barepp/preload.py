@@ -1,7 +1,7 @@
 """Imported by the fork server and by nobody else: what it does once, so that no rank has to.
 
 While it imports torch, Ctrl-C would make it print a traceback, and the launcher's death would go
-unnoticed. So those two come first.
+unnoticed. So those two come first. The rest is what a rank imports, before it is a rank.
 """
 
 import os
@@ -13,4 +13,6 @@ leave_terminal()
 die_with_parent(int(os.environ.pop(PARENT_PID, "0")))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # ranks inherit it
 
+import barepp.pipeline  # noqa: E402, F401
+import barepp.worker  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401  (optimizers import it: a second for every rank)

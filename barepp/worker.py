@@ -192,7 +192,6 @@ def _let_go_of_the_server() -> None:
 def _undo_multiprocessing() -> None:
     """Let the script find Python as it would when run by itself."""
     multiprocessing.set_start_method(None, force=True)  # how data loaders start their workers
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a forked rank has inherited the launcher's
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

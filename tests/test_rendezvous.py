@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import pytest
-from transport_worlds import SOON_S, start
+from transport_worlds import SOON_S, eventually, start
 
 from transport.addresses import Address
 from transport.control import ControlClient
@@ -260,7 +260,8 @@ def test_a_barrier_that_timed_out_is_waited_for_again() -> None:
             with pytest.raises(WaitTimeout, match=r"rank 0: nothing after 0.01 s at a barrier"):
                 first.barrier(0.01)
         other = start(lambda: second.barrier(SOON_S))
-        first.barrier(SOON_S)  # the same one, not the fourth
+        eventually(lambda: not first.at_barrier())  # released, before it is asked for again
+        first.barrier(SOON_S)  # the same one, not the second
         other.result(SOON_S)
         # And the next is a new one.
         with pytest.raises(WaitTimeout):
@@ -373,27 +374,40 @@ def record(number: int, content: object) -> bytes:
     return encode(FrameKind.RECORD, number, content)
 
 
-NONSENSE: dict[str, Callable[[], bytes]] = {
-    "garbage": lambda: b"GET / HTTP/1.0\r\n\r\n",
-    "a message": lambda: encode(FrameKind.MESSAGE, 0, {"record": "join"}),
-    "not a map": lambda: record(0, [1, 2, 3]),
-    "no name": lambda: record(0, {"name": "join"}),
-    "no such record": lambda: record(0, {"record": "obey"}),
-    "a wrong sequence": lambda: record(5, {"record": "barrier"}),
-    "a payload": lambda: encode(FrameKind.RECORD, 0, {"record": "barrier"}, payload_nbytes=5),
-    "too long": lambda: MAGIC + bytes(HEADER.size - 4),
-    "over the limit": lambda: encode(
-        FrameKind.RECORD, 0, {"record": "doing", "doing": "x" * RECORD_LIMITS.meta_nbytes}
+def say(client: ControlClient, words: Callable[[int], bytes]) -> None:
+    """Send bytes in the place of the client's next record, and nothing after them."""
+    with client._sending, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        client._closed = True
+        client._stream.socket.setblocking(True)
+        client._stream.socket.sendall(words(client._stream._sequence))
+
+
+def hang_up(client: ControlClient) -> None:
+    client._closed = False
+    client.close()
+
+
+NONSENSE: dict[str, Callable[[int], bytes]] = {
+    "garbage": lambda n: b"GET / HTTP/1.0\r\n\r\n",
+    "a message": lambda n: encode(FrameKind.MESSAGE, n, {"record": "join"}),
+    "not a map": lambda n: record(n, [1, 2, 3]),
+    "no name": lambda n: record(n, {"name": "join"}),
+    "no such record": lambda n: record(n, {"record": "obey"}),
+    "a wrong sequence": lambda n: record(n + 5, {"record": "barrier"}),
+    "a payload": lambda n: encode(FrameKind.RECORD, n, {"record": "barrier"}, payload_nbytes=5),
+    "too long": lambda n: MAGIC + bytes(HEADER.size - 4),
+    "over the limit": lambda n: encode(
+        FrameKind.RECORD, n, {"record": "doing", "doing": "x" * RECORD_LIMITS.meta_nbytes}
     ),
-    "an address that is none": lambda: record(
-        0, {"record": "join", "world_size": 3, "address": [1, 2]}
+    "an address that is none": lambda n: record(
+        n, {"record": "join", "world_size": 3, "address": [1, 2]}
     ),
-    "a failure that is none": lambda: record(0, {"record": "failed", "failure": "boom"}),
-    "a failure without a cause": lambda: record(
-        0, {"record": "failed", "failure": {"rank": 0, "message": "m", "cause": "bad luck"}}
+    "a failure that is none": lambda n: record(n, {"record": "failed", "failure": "boom"}),
+    "a failure without a cause": lambda n: record(
+        n, {"record": "failed", "failure": {"rank": 0, "message": "m", "cause": "bad luck"}}
     ),
-    "an exit code that is a list": lambda: record(
-        0,
+    "an exit code that is a list": lambda n: record(
+        n,
         {
             "record": "failed",
             "failure": {"rank": 0, "message": "", "cause": "exit", "exit_code": []},
@@ -408,9 +422,7 @@ def test_nonsense_ends_that_connection_with_an_event_and_disturbs_nobody(name: s
         others = [served.client(rank) for rank in (0, 1)]
         joins = [start_join(client, 3) for client in others]
         bad = served.client(2)
-        bad._stream.socket.setblocking(True)
-        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-            bad._stream.socket.sendall(NONSENSE[name]())
+        say(bad, NONSENSE[name])
         event = served.event(EventKind.FAILED, 2)
         assert event.failure is not None and event.failure.cause == "lost"
         assert event.failure.message.startswith("its control connection sent nonsense: ")
@@ -419,18 +431,19 @@ def test_nonsense_ends_that_connection_with_an_event_and_disturbs_nobody(name: s
             assert not join.done()
         assert set(served.kinds(EventKind.LOST)) <= {2}
         assert served.kinds(EventKind.FAILED) == [2]
-        for client in [*others, bad]:
+        hang_up(bad)
+        for client in others:
             client.close()
 
 
 def test_what_came_before_nonsense_is_still_heard() -> None:
     with serving(2) as served:
         bad = served.client(1)
-        words = record(0, {"record": "failed", "failure": Failure(1, "exit", "m").to_record()})
-        bad._stream.socket.send(words + b"garbage, in the same breath")
+        report = {"record": "failed", "failure": Failure(1, "exit", "m").to_record()}
+        say(bad, lambda n: record(n, report) + b"garbage, in the same breath")
         assert served.event(EventKind.REPORTED, 1).failure == Failure(1, "exit", "m")
         served.event(EventKind.FAILED, 1)
-        bad.close()
+        hang_up(bad)
 
 
 def test_the_last_words_of_a_rank_that_reads_nothing_are_heard() -> None:

@@ -17,7 +17,6 @@ from typing import Any, Final
 from transport.addresses import Address
 from transport.contract import deadline_after, remaining
 from transport.errors import (
-    AuthenticationError,
     Failure,
     JobFailed,
     ProtocolError,
@@ -25,12 +24,11 @@ from transport.errors import (
     TransportClosed,
     WaitTimeout,
 )
-from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
+from transport.handshake import ANY_RANK
+from transport.knock import knock
 from transport.records import RecordStream
 
 BEAT_S: Final = 0.5  # between two signs of life
-KNOCK_AGAIN_S: Final = 3.0  # how long to try again when the rendezvous hangs up on us
-RETRY_S: Final = 0.02  # between two attempts
 
 
 class ControlClient:
@@ -54,12 +52,13 @@ class ControlClient:
         self._addresses: dict[int, Address] | None = None
         self._barriers = 0
         self._releases = 0
+        self._barrier_timed_out = False  # the last call for a barrier did
         self._attached = False
         self._closed = False
         self._state: Callable[[], dict[str, Any] | None] = lambda: None
         self._sending = threading.Lock()
         deadline = time.monotonic() + timeout
-        self._stream = RecordStream(_connect(address, secret, rank, deadline))
+        self._stream = RecordStream(knock(address, secret, rank, deadline))
         self._thread = threading.Thread(target=self._listen, name="barepp-control", daemon=True)
         self._thread.start()
         try:
@@ -107,8 +106,8 @@ class ControlClient:
             WaitTimeout: it took longer than `timeout` seconds.
         """
         deadline = deadline_after(timeout)
-        with self._changed:
-            begun = self._barriers > self._releases
+        # Not "is it released?": the release may have come since the call that timed out.
+        begun = self._barrier_timed_out
         if last and begun:
             self._wait_for_release(deadline, timeout)
         if last or not begun:
@@ -126,7 +125,9 @@ class ControlClient:
         try:
             self._wait(lambda: self._releases >= due, remaining(deadline), "waiting at a barrier")
         except WaitTimeout:
+            self._barrier_timed_out = True
             raise WaitTimeout(f"rank {self.rank}: nothing after {timeout} s at a barrier") from None
+        self._barrier_timed_out = False
 
     def report(self, failure: Failure) -> None:
         """Tell the launcher that this rank failed; never raises."""
@@ -201,7 +202,7 @@ class ControlClient:
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + BEAT_S
                 self._beat()
-            _await(self._stream.socket, select.POLLIN, _seconds_until(beat_at))
+            _await(self._stream.socket, select.POLLIN, max(0.0, beat_at - time.monotonic()))
             records, goes_on = self._stream.receive()
             nonsense = self._stream.error
             try:
@@ -256,65 +257,3 @@ def _await(sock: socket.socket, events: int, timeout: float | None = None) -> No
         poll = select.poll()  # select() cannot name a descriptor over 1023
         poll.register(fd, events)
         poll.poll(None if timeout is None else timeout * 1e3)
-
-
-def _connect(address: tuple[str, int], secret: bytes, rank: int, deadline: float) -> socket.socket:
-    """Connect and authenticate; return the socket, non-blocking from here on.
-
-    Being hung up on is no answer yet: when strangers crowd the door of the rendezvous the oldest
-    caller has to give way, and that may be this one.
-    """
-    knock_until = min(deadline, time.monotonic() + KNOCK_AGAIN_S)
-    while True:
-        try:
-            return _shake_hands(address, secret, rank, deadline)
-        except _HungUpError as error:
-            if time.monotonic() >= knock_until:
-                where = f"the rendezvous at {address[0]}:{address[1]}"
-                text = f"{where} keeps hanging up: does it serve another job?"
-                raise AuthenticationError(text) from error
-        time.sleep(RETRY_S)
-
-
-class _HungUpError(Exception):
-    """The rendezvous ended the connection in the midst of the handshake."""
-
-
-def _shake_hands(
-    address: tuple[str, int], secret: bytes, rank: int, deadline: float
-) -> socket.socket:
-    initiator = Initiator(secret, Hello(Role.CONTROL, rank, ANY_RANK))
-    where = f"the rendezvous at {address[0]}:{address[1]}"
-    try:
-        sock = socket.create_connection(address, _seconds_until(deadline))
-    except OSError as error:
-        raise RendezvousError(f"{where} cannot be reached: {error.strerror or error}") from error
-    try:
-        sock.sendall(initiator.hello)
-        while initiator.verdict is None:
-            data = b""
-            while len(data) < initiator.needed:
-                sock.settimeout(_seconds_until(deadline))
-                more = sock.recv(initiator.needed - len(data))
-                if not more:
-                    raise _HungUpError
-                data += more
-            sock.sendall(initiator.receive(data))
-        if initiator.verdict is not Verdict.ACCEPTED:
-            raise RendezvousError(f"{where} refused rank {rank}")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)
-    except (ConnectionResetError, BrokenPipeError) as error:
-        sock.close()
-        raise _HungUpError from error
-    except OSError as error:
-        sock.close()
-        raise RendezvousError(f"{where} did not finish the handshake: {error}") from error
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _seconds_until(deadline: float) -> float:
-    return max(0.001, deadline - time.monotonic())  # 0 would make the socket non-blocking

@@ -1,0 +1,75 @@
+"""The way to the rendezvous: connect, prove that we hold the secret, claim a rank; blocking."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Final
+
+from transport.errors import AuthenticationError, RendezvousError
+from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
+
+KNOCK_AGAIN_S: Final = 3.0  # how long to try again when the rendezvous hangs up on us
+RETRY_S: Final = 0.02  # between two attempts
+
+
+def knock(address: tuple[str, int], secret: bytes, rank: int, deadline: float) -> socket.socket:
+    """Connect to the rendezvous and claim `rank`; return the socket, non-blocking from here on.
+
+    Being hung up on is no answer yet: when strangers crowd the door of the rendezvous the oldest
+    caller has to give way, and that may be this one.
+    """
+    knock_until = min(deadline, time.monotonic() + KNOCK_AGAIN_S)
+    while True:
+        try:
+            return _shake_hands(address, secret, rank, deadline)
+        except _HungUpError as error:
+            if time.monotonic() >= knock_until:
+                where = f"the rendezvous at {address[0]}:{address[1]}"
+                text = f"{where} keeps hanging up: does it serve another job?"
+                raise AuthenticationError(text) from error
+        time.sleep(RETRY_S)
+
+
+class _HungUpError(Exception):
+    """The rendezvous ended the connection in the midst of the handshake."""
+
+
+def _shake_hands(
+    address: tuple[str, int], secret: bytes, rank: int, deadline: float
+) -> socket.socket:
+    initiator = Initiator(secret, Hello(Role.CONTROL, rank, ANY_RANK))
+    where = f"the rendezvous at {address[0]}:{address[1]}"
+    try:
+        sock = socket.create_connection(address, _seconds_until(deadline))
+    except OSError as error:
+        raise RendezvousError(f"{where} cannot be reached: {error.strerror or error}") from error
+    try:
+        sock.sendall(initiator.hello)
+        while initiator.verdict is None:
+            data = b""
+            while len(data) < initiator.needed:
+                sock.settimeout(_seconds_until(deadline))
+                more = sock.recv(initiator.needed - len(data))
+                if not more:
+                    raise _HungUpError
+                data += more
+            sock.sendall(initiator.receive(data))
+        if initiator.verdict is not Verdict.ACCEPTED:
+            raise RendezvousError(f"{where} refused rank {rank}")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+    except (ConnectionResetError, BrokenPipeError) as error:
+        sock.close()
+        raise _HungUpError from error
+    except OSError as error:
+        sock.close()
+        raise RendezvousError(f"{where} did not finish the handshake: {error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _seconds_until(deadline: float) -> float:
+    return max(0.001, deadline - time.monotonic())  # 0 would make the socket non-blocking
