@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
     from barepp.joining import init
     from barepp.models import mlp
-    from barepp.partition import partition
     from barepp.pipeline import Pipeline
     from barepp.run import run
     from barepp.schedules import Schedule, make_schedule, schedule_names

@@ -35,7 +35,7 @@ from barepp.member import Options, Outcome, Rank, ResultReader
 from barepp.nursery import Nursery
 from barepp.output import Output
 from barepp.signals import signals_to
-from barepp.stacks import STACKS_SIGNAL, process_state, read_stacks
+from barepp.stacks import process_state, read_stacks
 from barepp.watch import Watch
 from transport.errors import Failure
 from transport.handshake import new_secret
@@ -98,7 +98,7 @@ class Job:
                 self._turn()
             if self._suspicion is not None and self._failure is None:
                 self._fail(self._suspicion[0])
-        return Outcome(self._exit_code(), self._failure, self._ranks, self._signal)
+        return Outcome(self._failure, self._ranks, self._signal)
 
     # -- starting ---------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Job:
     def _on_end(self, rank: Rank) -> None:
         """The process has ended; what it had said may still be on its way."""
         self._selector.unregister(rank.ended_fd)
-        self._kill_started(rank)
+        rank.kill_started()
         rank.process.is_alive()  # (collects the exit code, and unlike `join` cannot wait)
         code = rank.process.exitcode
         rank.status = 1 if code is None else code
@@ -233,7 +233,7 @@ class Job:
         hang = self._watch.check(now) if self._failure is None else None
         if hang is not None:
             for rank in self._ranks:
-                self._ask_for_stacks(rank)
+                rank.ask_for_stacks()
             self._fail(hang)
         for rank in self._ranks:
             if rank.lost_at is not None and now >= rank.lost_at + LOST_WAIT_S:
@@ -263,12 +263,6 @@ class Job:
     def _state_of(self, rank: int) -> str:
         return process_state(self._ranks[rank].pid)
 
-    def _ask_for_stacks(self, rank: Rank) -> None:
-        """Let a rank write its Python stack, before the news of the failure unwinds it."""
-        if rank.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, STACKS_SIGNAL)
-
     # -- ending -----------------------------------------------------------------------------------
 
     def _on_signal(self, number: int) -> None:
@@ -293,16 +287,11 @@ class Job:
                 rank.killed = True
                 rank.process.kill()
 
-    def _kill_started(self, rank: Rank) -> None:
-        """End what a rank that has ended had started: data loaders, for example."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(rank.pid, signal.SIGKILL)  # it led a process group of its own
-
     def _end_all(self) -> None:
         for rank in self._ranks:
             if rank.status is None:  # an error of our own brought us here
                 rank.process.kill()
-                self._kill_started(rank)
+                rank.kill_started()
                 rank.process.join(KILL_WAIT_S)
             os.close(rank.ended_fd)
             rank.result.close()
@@ -313,13 +302,3 @@ class Job:
     def _on_result(self, rank: Rank) -> None:
         if not rank.result.read():
             self._selector.unregister(rank.result.fd)
-
-    def _exit_code(self) -> int:
-        failure = self._failure
-        if failure is None:
-            return 0
-        if failure.signal is not None:
-            return (128 + failure.signal) & 0xFF
-        if failure.cause == "hang":
-            return 124
-        return (failure.exit_code or 0) & 0xFF or 1

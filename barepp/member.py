@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import struct
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+from barepp.stacks import STACKS_SIGNAL
 from transport.errors import Failure
 
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
@@ -93,12 +96,34 @@ class Rank:
     stacks: str = ""
     killed: bool = False
 
+    def ask_for_stacks(self) -> None:
+        """Let it write its Python stack, before the news of a failure unwinds that."""
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, STACKS_SIGNAL)
+
+    def kill_started(self) -> None:
+        """End what it had started, data loaders for example, now that it has ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # it led a process group of its own
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a job ended: the first failure, if any, and what the launcher should exit with."""
 
-    exit_code: int
     failure: Failure | None
     ranks: list[Rank]
     signal: int | None = None  # which one the launcher itself was sent
+
+    @property
+    def exit_code(self) -> int:
+        """What the launcher exits with."""
+        failure = self.failure
+        if failure is None:
+            return 0
+        if failure.signal is not None:
+            return (128 + failure.signal) & 0xFF
+        if failure.cause == "hang":
+            return 124
+        return (failure.exit_code or 0) & 0xFF or 1

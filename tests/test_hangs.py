@@ -195,7 +195,7 @@ def test_a_deadlock_is_reported_within_two_seconds_with_graph_and_stacks(tmp_pat
     for rank in range(3):
         assert f"rank {rank} waits for rank {(rank + 1) % 3}" in job.report
         assert f"the Python stack of rank {rank}:" in job.report
-    assert job.report.count("script.py\", line 4") == 3
+    assert job.report.count('script.py", line 4') == 3
     assert "Traceback" not in job.report
 
 
@@ -266,7 +266,7 @@ def test_a_rank_that_keeps_pythons_lock_shows_its_stack_all_the_same(tmp_path):
     job = run_job(tmp_path, script, heartbeat_s=2.0)
     assert job.code == 124 and job.failed["rank"] == 1
     assert "has not let go of Python's lock" in job.failed["message"]
-    assert "script.py\", line 5" in job.report
+    assert 'script.py", line 5' in job.report
 
 
 HEALTHY = """
