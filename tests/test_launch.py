@@ -227,7 +227,7 @@ def test_a_signal_to_the_launcher_ends_everything(name: str, tmp_path: Path) -> 
 
 
 def test_ctrl_c_in_a_terminal_ends_everything_while_the_ranks_start(tmp_path: Path) -> None:
-    """The signal reaches the whole group, and the fork server is in the midst of importing torch."""
+    """The signal reaches the whole group; the fork server is in the midst of importing torch."""
     with launching(tmp_path, WAITING, "--world", "3") as running:
         wait_for_processes(running, 2)
         began = time.monotonic()

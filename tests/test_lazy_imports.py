@@ -50,7 +50,7 @@ def in_fresh_python(code: str) -> str:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import barepp; barepp.Action; barepp.make_schedule; barepp.schedule_names(); barepp.JobFailed",
+        "import barepp; barepp.Action; barepp.make_schedule; barepp.JobFailed",
         "import barepp.plan",
         "import barepp.launch",
         "import barepp.run",
