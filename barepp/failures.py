@@ -2,7 +2,8 @@
 
 What a person reads depends on whose mistake it is:
 
-    a wrong call of ours        the sentence, and the line of the script that made the call
+    a wrong call of ours        the sentence, and the line of the script that made the call;
+                                the exit code is then 2, as for wrong usage of a command
     another error of ours       the traceback down to that line
     anything else               the traceback, without the frames that called the script
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import transport
-from barepp.errors import BareppError
+from barepp.errors import BareppError, DataError, UsageError
 from transport.errors import (
     Failure,
     InvalidArgument,
@@ -51,7 +52,8 @@ def failure_of(rank: int, error: BaseException, doing: str = "") -> Failure:
         cause = "rendezvous"
     text = _text_of(error)
     if isinstance(error, _SENTENCES) and text:
-        return Failure(rank, cause, text + _place(error), exit_code=1, doing=doing)
+        code = 2 if isinstance(error, (UsageError, DataError, InvalidArgument)) else 1
+        return Failure(rank, cause, text + _place(error), exit_code=code, doing=doing)
     message = type(error).__name__ + (f": {text}" if text else "")
     return Failure(rank, cause, message, exit_code=1, traceback=formatted(error), doing=doing)
 

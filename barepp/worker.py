@@ -126,10 +126,11 @@ def _fail(rank: int, control: ControlClient, error: BaseException) -> None:
     """Report, unless it only repeats what the launcher has told us; then end at once."""
     if isinstance(error, JobFailed):
         control.say_doing(error.doing)
-    else:
-        world = joining.current_world()
-        control.report(failure_of(rank, error, world.position() if world is not None else ""))
-    _leave(exit_code_of(error) or 1 if isinstance(error, SystemExit) else 1)
+        _leave(1)
+    world = joining.current_world()
+    failure = failure_of(rank, error, world.position() if world is not None else "")
+    control.report(failure)
+    _leave(failure.exit_code or 1)
 
 
 def _leave(exit_code: int) -> None:

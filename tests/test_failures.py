@@ -7,6 +7,7 @@ second; the command line around it is tested in test_launch.py.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ FAULTS = {
         "exception",
         "ZeroDivisionError: division by zero",
     ),
-    "world.recv(1)": (1, "exception", "rank 1 of 3 cannot receive from rank 1"),
+    "world.recv(1)": (2, "exception", "rank 1 of 3 cannot receive from rank 1"),
     "world.recv(0, timeout=0.01)": (1, "exception", "WaitTimeout: nothing after 0.01 s of"),
 }
 
@@ -146,7 +147,7 @@ def test_a_wrong_call_is_answered_by_a_sentence_and_its_place(call: str, tmp_pat
             world.barrier()
     """
     job = run_job(tmp_path, text)
-    assert job.code == 1
+    assert job.code == 2
     first = job.report.splitlines()[0]
     assert USAGE[call] in first
     assert first.endswith(f"({tmp_path}/script.py, line 5)")
@@ -353,10 +354,9 @@ def test_a_rank_that_fails_later_is_shown_in_one_line(tmp_path: Path) -> None:
                 raise OSError("a consequence\\nwith a second line")
     """
     job = run_job(tmp_path, text, 2)
-    assert job.report.splitlines()[-1] == (
-        "barepp: rank 0 was told while waiting for a message from rank 1 with tag 0, "
-        "then failed as well: OSError: a consequence"
-    )
+    # (It may be told between two calls, when it is about nothing.)
+    last = r"barepp: rank 0 (was told while .*, then )?failed as well: OSError: a consequence"
+    assert re.fullmatch(last, job.report.splitlines()[-1])
     assert [event["primary"] for event in job.events if event["event"] == "failed"] == [True, False]
     assert "a consequence" not in job.report.splitlines()[0]
 
@@ -459,8 +459,12 @@ def test_the_decision_is_right_every_time_on_a_loaded_machine(tmp_path: Path) ->
             world.barrier()
             if world.rank == 2:
                 {fault}
-            world.isend(torch.ones(100_000), 2)
-            world.recv(2)
+            try:
+                world.isend(torch.ones(100_000), 2)
+                world.recv(2)
+            except barepp.JobFailed as error:
+                print("told by", error.failure.rank)
+                raise
     """
     with loaded_machine():
         for number in range(12):
@@ -469,7 +473,8 @@ def test_the_decision_is_right_every_time_on_a_loaded_machine(tmp_path: Path) ->
             job = run_job(tmp_path, text.format(fault=fault), 4, grace_s=10.0)
             assert (job.code, job.failed["rank"], job.failed["cause"]) == (code, 2, cause), job.err
             for rank in (0, 1, 3):
-                assert f"rank {rank} was told while waiting for a message from rank 2" in job.err
+                assert f"barepp: rank {rank} was told" in job.err  # wherever that found it
+                assert f"[rank {rank}] told by 2" in job.out
 
 
 def test_healthy_ends_are_right_every_time_on_a_loaded_machine(tmp_path: Path) -> None:
@@ -540,4 +545,4 @@ def test_a_usage_error_raised_outside_of_any_script_has_no_place() -> None:
     from barepp.errors import UsageError
 
     failure = failure_of(2, UsageError("no ranks"))
-    assert (failure.message, failure.traceback, failure.exit_code) == ("no ranks", "", 1)
+    assert (failure.message, failure.traceback, failure.exit_code) == ("no ranks", "", 2)

@@ -115,7 +115,7 @@ class Receive(Work):
         into: Message | None,
         expected: MessageSpec | None,
     ) -> None:
-        what = f"waiting for a message from rank {src} (tag {tag})"
+        what = f"waiting for a message from rank {src} with tag {tag}"
         super().__init__(transport, src, what, is_receive=True)
         self.src = src
         self.tag = tag
@@ -167,7 +167,7 @@ class Transport(abc.ABC):
         try:
             return self.post_send(message, dst, tag)
         except JobFailed as error:
-            error.doing = f"about to send to rank {dst} (tag {tag})"
+            error.doing = f"sending to rank {dst} with tag {tag}"
             raise
 
     def irecv(

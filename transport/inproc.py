@@ -60,7 +60,7 @@ class InprocTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Copy the message into the receiver's mailbox; the work is complete at once."""
         spec, tensors = prepare(message)
-        work = Work(self, dst, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        work = Work(self, dst, f"sending to rank {dst} with tag {tag}", is_receive=False)
         with self._hub.changed:
             self._raise_if_ended()
             if dst in self._hub.gone:

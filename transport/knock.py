@@ -57,7 +57,6 @@ def _shake_hands(
             sock.sendall(initiator.receive(data))
         if initiator.verdict is not Verdict.ACCEPTED:
             raise RendezvousError(f"{where} refused rank {rank}")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
     except (ConnectionResetError, BrokenPipeError) as error:
         sock.close()

@@ -142,11 +142,12 @@ class Progress:
         # The lock is taken by `with` alone: an interrupt (Ctrl-C) strikes between any two other
         # steps, and would leave it locked, or release it in another thread's hands.
         with self.lock:
+            if work.done:  # since it was looked at without the lock; all may be closed by now
+                return
             if self._driver is not None:
                 self._followers += 1
                 try:
-                    if not work.done:
-                        self._changed.wait(remaining(deadline))
+                    self._changed.wait(remaining(deadline))
                 finally:
                     self._followers -= 1
                 return

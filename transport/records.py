@@ -21,6 +21,8 @@ class RecordStream:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        # Else a record waits 40 ms for the acknowledgement of the one before (tcp(7), Nagle).
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.error: ProtocolError | None = None  # what nonsense ended the stream
         self._decoder = Decoder(RECORD_LIMITS)
         self._sequence = 0

@@ -158,8 +158,6 @@ class RendezvousServer:
         rank = hello.rank if hello.rank != ANY_RANK else (free[0] if free else self.world_size)
         stream = RecordStream(sock)
         try:
-            # Else a record waits 40 ms for the acknowledgement of the one before (Nagle).
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.send(bytes([Verdict.ACCEPTED]))
             if rank not in free:
                 stream.send({"record": "refused", "message": self._refusal(rank)})

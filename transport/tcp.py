@@ -100,7 +100,7 @@ class TcpTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
-        work = Work(self, dst, f"sending to rank {dst} (tag {tag})", is_receive=False)
+        work = Work(self, dst, f"sending to rank {dst} with tag {tag}", is_receive=False)
         with self._lock, self._guard:
             self._raise_if_ended()
             peer = self._contacts.get(dst)
