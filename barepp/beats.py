@@ -26,12 +26,14 @@ class Beat:
         doing: what it is about, for people.
         waits_for: the ranks that it waits for without a limit, when all its threads do so; None
             when it computes, or may go on by itself.
+        blocked: whether any of its threads waits in barepp without a limit, for whatever it is.
         sent, received: messages handed to the transport for each peer, and received from it.
     """
 
     made_at: float
     doing: str
     waits_for: tuple[int, ...] | None
+    blocked: bool
     sent: Mapping[int, int]
     received: Mapping[int, int]
 
@@ -45,6 +47,7 @@ class Beat:
             "made_at": self.made_at,
             "doing": self.doing,
             "waits_for": self.waits_for,
+            "blocked": self.blocked,
             "sent": list(self.sent.items()),
             "received": list(self.received.items()),
         }
@@ -57,20 +60,24 @@ class Beat:
                 "made_at": float(made_at),
                 "doing": str(doing),
                 "waits_for": list() | None as waits_for,
+                "blocked": bool(blocked),
                 "sent": list(sent),
                 "received": list(received),
             } if all(map(_is_count, [*sent, *received])) and all(map(_is_int, waits_for or [])):
                 waits = None if waits_for is None else tuple(waits_for)
                 counts = [dict(pairs) for pairs in (sent, received)]
-                return cls(made_at, doing[:DOING_LIMIT], waits, *counts)
+                return cls(made_at, doing[:DOING_LIMIT], waits, blocked, *counts)
         return None
 
 
-def beat_of(doing: str, waits_for: Callable[[], Mapping[int, int]], traffic: Traffic) -> Beat:
-    """Return this process's beat; `waits_for` says for each waiting thread whom it waits for.
+def beat_of(
+    doing: str, waits_for: Callable[[], Mapping[int, int | None]], traffic: Traffic
+) -> Beat:
+    """Return this process's beat.
 
-    A thread of the script's own that is not waiting may do anything, so the rank then counts as
-    busy.
+    `waits_for` says for each thread that waits without a limit whom it waits for; None when it is
+    for something that may end by itself, as a send does. A thread of the script's own that does
+    not wait may do anything, so the rank then counts as busy.
     """
     waits = waits_for()
     threads = [t for t in threading.enumerate() if not t.name.startswith(OUR_THREADS)]
@@ -81,6 +88,7 @@ def beat_of(doing: str, waits_for: Callable[[], Mapping[int, int]], traffic: Tra
         made_at,
         doing[:DOING_LIMIT],
         None if None in whom else all_wait,
+        bool(waits),
         dict(traffic.sent),
         dict(traffic.received),
     )

@@ -4,7 +4,7 @@
                                        compute   Stage.forward
                                        give  ──> isend, waited for when the step ends
 
-The only file that sees both a stage and a transport.
+The only file in which a stage's work meets a transport's messages.
 
 1. Receives are posted before the first action, so bytes move while the rank computes.
 2. No send is waited for inside a step: a rank that waited there for its neighbour to receive could
@@ -72,7 +72,10 @@ class Executor:
         self.outputs: dict[int, Value] = {}
 
     def train(self, program: Sequence[Step], batch: Batch, recorder: Recorder) -> None:
-        """Run a step's forwards and backwards; gradients end up in `.grad`."""
+        """Run a step's forwards and backwards; gradients end up in `.grad`.
+
+        What was computed and waited for is added to the recorder's current step.
+        """
         self.losses = {}
         self._run(program, batch, {Kind.F: self._forward, Kind.B: self._backward}, recorder)
 
@@ -91,7 +94,6 @@ class Executor:
         world, now = self._world, time.perf_counter_ns
         self._batch = batch
         self._local.clear()
-        began = now()
         computed = waited = 0
         sends: list[Work] = []
         try:
@@ -118,7 +120,8 @@ class Executor:
             waited += now() - asked
         except JobFailed as error:
             raise JobFailed(error.failure, world.position()) from None
-        recorder.step(now() - began, computed, waited)
+        world.activity = ()
+        recorder.add(computed, waited)
 
     # -- messages ---------------------------------------------------------------------------------
 

@@ -108,6 +108,17 @@ def one_compute_thread() -> None:
     torch.set_num_threads(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
 
 
+def _refuse_foreign_launchers() -> None:
+    """Each of their processes would train a model of its own, and nobody would notice."""
+    for variable, who in (("WORLD_SIZE", "torchrun"), ("SLURM_NTASKS", "Slurm's srun")):
+        size = os.environ.get(variable, "1")
+        if size.isdecimal() and int(size) > 1:
+            raise UsageError(
+                f"{variable}={size}: it seems that {who} has started this process, which barepp "
+                "does not support yet; use python -m barepp.launch"
+            )
+
+
 def init() -> World:
     """Join the world that this process was started in; blocks until all ranks have come.
 
@@ -116,7 +127,7 @@ def init() -> World:
     more would make ranks fight for cores, and one thread is what makes results bit-identical.
 
     Raises:
-        UsageError: this process is in a world already.
+        UsageError: this process is in a world already, or another launcher has started it.
         RendezvousError: another world size, or a rank that did not come in time.
         JobFailed: another rank failed meanwhile.
     """
@@ -124,6 +135,7 @@ def init() -> World:
         raise UsageError("this process is in a world already: leave it before the next init()")
     one_compute_thread()
     if _process.membership is None or _process.control is None:
+        _refuse_foreign_launchers()
         _process.world = World(InprocTransport(InprocHub(1), 0))
     else:
         _process.world = _join(_process.membership, _process.control)

@@ -12,6 +12,7 @@ with barepp.init() as world:
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -87,6 +88,7 @@ class Pipeline:
         self._loss_fn = loss_fn
         self._last = num_stages - 1
         self._steps = 0
+        self._broken = False
         self._executor = Executor(world, self.stages, num_stages)
         self._programs: dict[tuple[int, bool], Program] = {}
 
@@ -100,19 +102,27 @@ class Pipeline:
         is done, and returns the mean loss over all rows, 0-dimensional, on every rank.
 
         Raises:
-            UsageError: data is missing where it is needed, has no rows, or rows that do not match.
+            UsageError: data is missing where it is needed, has no rows, or rows that do not match;
+                or an earlier step has failed on this rank of several.
             JobFailed: another rank failed.
         """
-        batch = self._batch(inputs, targets, training=True)
-        program = self._program(len(batch.weights), training=True)
+        if self._broken:
+            raise UsageError("a step of this pipeline failed: messages of it may still be about")
+        self._broken = self.world.world_size > 1  # until this step has ended well
+        self.recorder.begin_step()
         try:
+            batch = self._batch(inputs, targets, training=True)
+            program = self._program(len(batch.weights), training=True)
             self._executor.train(program, batch, self.recorder)
+            loss = self._total_loss()
         except BaseException:
             for stage in self.stages.values():
                 stage.clear()
             raise
+        self.recorder.end_step()
+        self._broken = False
         self._steps += 1
-        return self._total_loss()
+        return loss
 
     def forward(self, inputs: torch.Tensor | None) -> Value | None:
         """Return the model's output for `inputs` on the rank of the last stage, None elsewhere.
@@ -131,20 +141,22 @@ class Pipeline:
 
     def evaluate(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> torch.Tensor:
         """Return the mean loss over all rows on every rank, in `eval()` mode, without gradients."""
-        modes = {index: stage.layers.training for index, stage in self.stages.items()}
+        if self._last in self.stages and targets is None:
+            raise UsageError("the rank of the last stage needs the targets")
+        # Layer by layer: a script may have put a single one, a frozen BatchNorm say, into eval().
+        modules = [m for stage in self.stages.values() for m in stage.layers.modules()]
+        modes = [module.training for module in modules]
         self.eval()
         try:
             output = self.forward(inputs)
         finally:
-            for index, stage in self.stages.items():
-                stage.train(modes[index])
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
         loss = None
         if self._last in self.stages:
-            if targets is None:
-                raise UsageError("the rank of the last stage needs the targets")
             with torch.no_grad():
                 loss = self._loss_fn(output, targets).detach().reshape(())
-        return self._from_rank(loss, self._holder[self._last])
+        return self._from_rank(loss, self._holder[self._last], "the loss")
 
     def _batch(
         self, inputs: torch.Tensor | None, targets: torch.Tensor | None, *, training: bool
@@ -155,7 +167,7 @@ class Pipeline:
             if inputs is None or inputs.dim() == 0 or not len(inputs):
                 raise UsageError("the rank of the first stage needs inputs with at least one row")
             rows = torch.tensor([len(inputs)])
-        num_rows = int(self._from_rank(rows, self._holder[0]))
+        num_rows = int(self._from_rank(rows, self._holder[0], "the number of rows"))
         sizes = microbatch_sizes(num_rows, self.schedule.num_microbatches)
         if self._last in self.stages and training and (targets is None or len(targets) != num_rows):
             found = "no targets" if targets is None else f"{len(targets)} targets"
@@ -185,13 +197,18 @@ class Pipeline:
         if self._last in self.stages:
             losses = self._executor.losses
             total = sum((losses[index] for index in sorted(losses)), torch.zeros(()))
-        return self._from_rank(total, self._holder[self._last])
+        return self._from_rank(total, self._holder[self._last], "the loss")
 
-    def _from_rank(self, tensor: torch.Tensor | None, root: int) -> torch.Tensor:
+    def _from_rank(self, tensor: torch.Tensor | None, root: int, what: str) -> torch.Tensor:
+        """Return the root's tensor on every rank; the others wait for `what`."""
         if self.world.world_size == 1:
             assert tensor is not None
             return tensor
+        self.world.activity = ("sharing" if tensor is not None else "waiting for", what)
+        asked = time.perf_counter_ns()
         shared = broadcast(self.world.transport, tensor, root)
+        self.recorder.add(0, time.perf_counter_ns() - asked)
+        self.world.activity = ()
         assert isinstance(shared, torch.Tensor)
         return shared
 
@@ -257,7 +274,8 @@ class Pipeline:
             elif self.world.rank == 0:
                 self._import(holder, digest)
         packed = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-        return bytes(self._from_rank(packed if self.world.rank == 0 else None, 0).tolist()).hex()
+        mine = packed if self.world.rank == 0 else None
+        return bytes(self._from_rank(mine, 0, "the parameters' hash").tolist()).hex()
 
     def _export(self, stage: Stage) -> None:
         transport = self.world.transport

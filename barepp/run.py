@@ -30,15 +30,19 @@ def run(
     transport: str = "auto",
     grace: float = 0.5,
     join_timeout: float = 60.0,
+    heartbeat: float = 10.0,
+    timeout: float = 300.0,
 ) -> list[Any]:
     """Call `function(world, *args)` on every rank and return what each returned, in rank order.
 
-    Over "inproc" the ranks are threads of this process; over every other transport they are
-    processes, and results come back pickled over a pipe between parent and child. A function that
-    is defined in a script needs that script's `if __name__ == "__main__":` guard, as with
-    multiprocessing; what cannot be pickled or imported (a lambda, a notebook's function) is run in
-    forked processes. Blocks until all ranks have ended; a thread that a failure finds elsewhere
-    than in barepp cannot be ended, and is left behind after `grace` seconds.
+    Over "inproc" the ranks are threads of this process, and compute in turns; over every other
+    transport they are processes, and results come back pickled over a pipe between parent and
+    child. A function that is defined in a script needs that script's `if __name__ ==
+    "__main__":` guard, as with multiprocessing; what cannot be pickled or imported (a lambda, a
+    notebook's function) is run in forked processes. Blocks until all ranks have ended; a thread
+    that a failure finds elsewhere than in barepp cannot be ended, and is left behind after `grace`
+    seconds. The limits are the launcher's flags of the same names, in seconds; threads have only
+    `grace`.
 
     Raises:
         JobFailed: a rank failed; the first cause, with the failing rank's traceback.
@@ -50,7 +54,7 @@ def run(
         from barepp.threads import run_threads
 
         return run_threads(function, world_size, args, grace)
-    options = Options(world_size, transport, grace, join_timeout)
+    options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout)
     call = Call(function, args)
     with Output(None, write=_to_streams) as output:
         outcome = Job(call, options, output, fork=not _reaches_elsewhere(call)).run()

@@ -22,6 +22,11 @@ from types import TracebackType
 
 import torch
 
+PROCESS_LOCK = threading.Lock()
+"""For ranks that are threads: torch's generator is the process's, whichever run they belong to. It
+is held for whole forwards and backwards, so such ranks compute in turns, and their times mean
+nothing."""
+
 
 def derive_seed(seed: int, purpose: str, layer: int = 0, step: int = 0, microbatch: int = 0) -> int:
     """Return 64 bits that look random, and are the same for the same arguments everywhere.

@@ -8,6 +8,7 @@ from typing import Any
 
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
+from barepp.seeding import PROCESS_LOCK
 from barepp.world import World
 from transport.errors import Failure, JobFailed, WaitTimeout
 from transport.inproc import InprocHub
@@ -82,10 +83,9 @@ def run_threads(
 ) -> list[Any]:
     """Call `function(world, *args)` in a thread a rank; see `run.run`."""
     crew = Crew(world_size)
-    random_lock = threading.Lock()
     results: list[Any] = [None] * world_size
     crew.worlds = [
-        World(transport, ThreadControl(crew, rank), random_lock)
+        World(transport, ThreadControl(crew, rank), PROCESS_LOCK)
         for rank, transport in enumerate(crew.transports)
     ]
 

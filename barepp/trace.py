@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from barepp.world import World
 
 _KINDS = tuple(Kind)
-_SPAN_TAG = 2**62 - 1 - 2**20  # far from what users are likely to choose
+_SPAN_TAG = -10  # negative tags are ours: a user's can never meet them
 
 
 @dataclasses.dataclass
@@ -36,19 +37,33 @@ class Recorder:
     compute_ns: list[int] = dataclasses.field(default_factory=list)
     wait_ns: list[int] = dataclasses.field(default_factory=list)
     spans: list[tuple[Action, int, int, int]] = dataclasses.field(default_factory=list)
+    _began: int = 0
+    _computed: int = 0
+    _waited: int = 0
 
-    def step(self, step_ns: int, compute_ns: int, wait_ns: int) -> None:
-        """Take one finished step's sums."""
-        self.step_ns.append(step_ns)
-        self.compute_ns.append(compute_ns)
-        self.wait_ns.append(wait_ns)
+    def begin_step(self) -> None:
+        """Start a step's clock."""
+        self._began = time.perf_counter_ns()
+        self._computed = self._waited = 0
+
+    def add(self, compute_ns: int, wait_ns: int) -> None:
+        """Add to the current step what was spent computing and waiting."""
+        self._computed += compute_ns
+        self._waited += wait_ns
+
+    def end_step(self) -> None:
+        """Stop the clock and take the step's sums."""
+        self.step_ns.append(time.perf_counter_ns() - self._began)
+        self.compute_ns.append(self._computed)
+        self.wait_ns.append(self._waited)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """Times of a run over all ranks, the first step left out when there are more (it warms up).
 
-    bubble = 1 - computing / (ranks * step time), as `barepp.plan` defines it for the prediction.
+    bubble = 1 - computing / (ranks * step time), as `barepp.plan` defines it for the prediction. A
+    step lasts from the call of `Pipeline.step` to its loss, on the rank where that takes longest.
     """
 
     step_ms: float
@@ -78,10 +93,11 @@ def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
     table = all_reduce(world.transport, mine) if world.world_size > 1 else mine
     median, total, computing, waiting, count, peak = table.T
     count = count.clamp(min=1)
+    longest = world.world_size * total.max()
     moving = (total - computing - waiting) / count
     return Summary(
         step_ms=float(median.max()) / 1e6,
-        bubble=1 - float(computing.sum() / total.sum()) if float(total.sum()) else 0.0,
+        bubble=1 - float(computing.sum() / longest) if float(longest) else 0.0,
         computing_ms=(computing / count / 1e6).tolist(),
         waiting_ms=(waiting / count / 1e6).tolist(),
         moving_ms=(moving / 1e6).tolist(),
@@ -102,9 +118,10 @@ def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
     ]
     mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
     if world.rank != 0:
-        world.send(mine, 0, _SPAN_TAG)
+        world.transport.send(mine, 0, _SPAN_TAG)
         return
-    tables = [mine] + [world.recv(rank, _SPAN_TAG) for rank in range(1, world.world_size)]
+    others = range(1, world.world_size)
+    tables = [mine, *(world.transport.recv(rank, _SPAN_TAG) for rank in others)]
     origin = min((int(table[:, 3].min()) for table in tables if len(table)), default=0)
     events: list[dict[str, object]] = []
     for rank, table in enumerate(tables):

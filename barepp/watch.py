@@ -86,7 +86,7 @@ class Watch:
             message = "a deadlock: every rank waits, and no message is on its way"
             return Failure(-1, "hang", f"{message}\n{self.graph()}")
         if self._waiting() and now - self._moved_at >= self._timeout_s:
-            busy = [r for r in sorted(self._beats) if self._beats[r].waits_for is None]
+            busy = [r for r in sorted(self._beats) if not self._beats[r].blocked]
             message = f"no progress on any rank for {self._timeout_s:g} s\n{self.graph()}"
             if not busy:
                 return Failure(-1, "hang", message)
@@ -101,7 +101,7 @@ class Watch:
         beat = self._beats[rank]
         doing = beat.doing or "in the script's own code"
         if beat.waits_for is None:
-            return f"is busy: {doing}"
+            return f"is {'blocked' if beat.blocked else 'busy'}: {doing}"
         others = [peer for peer in sorted(beat.waits_for) if peer != AT_BARRIER]
         whom = [f"rank {peer}" for peer in others] or ["all ranks"]
         return f"waits for {' and '.join(whom)}: {doing}"
@@ -115,7 +115,7 @@ class Watch:
         return Failure(rank, "hang", message, doing=doing)
 
     def _waiting(self) -> bool:
-        return any(beat.waits_for is not None for beat in self._beats.values())
+        return any(beat.blocked for beat in self._beats.values())
 
     def _deadlocked(self) -> bool:
         beats = self._beats

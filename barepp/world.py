@@ -83,10 +83,14 @@ class World:
             return None
         return beat_of(self.position(), self._waits_for, self.transport.traffic).to_record()
 
-    def _waits_for(self) -> dict[int, int]:
-        """Return for each thread that waits without a limit the rank that it waits for."""
+    def _waits_for(self) -> dict[int, int | None]:
+        """Return for each thread that waits without a limit the rank whose message it waits for."""
         waits = dict(self.transport.traffic.waits)
-        found = {t: work.peer for t, work in waits.items() if work is not None and not work.done}
+        found = {
+            thread: work.peer if work.is_receive else None
+            for thread, work in waits.items()
+            if work is not None and not work.done
+        }
         thread, control = self._at_barrier, self._control
         if thread is not None and control is not None and control.at_barrier():
             found[thread] = AT_BARRIER
@@ -177,7 +181,8 @@ class World:
     def close(self, timeout: float | None = None) -> None:
         """Leave: wait for all ranks, send what is queued, say goodbye. Only the first call counts.
 
-        By default there is no limit to the wait for the others: they may have work left to do.
+        By default the wait for the others has no limit of its own, since they may have work left
+        to do; the launcher's `--timeout` ends a job in which nothing moves for too long.
 
         Raises:
             JobFailed: some rank failed before all had left.

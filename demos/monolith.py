@@ -24,7 +24,9 @@ from torch import nn
 from torch.nn import functional
 
 import barepp
+from barepp.actions import Action, Kind
 from barepp.seeding import derive_seed
+from barepp.trace import Recorder
 
 
 def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:
@@ -39,20 +41,33 @@ def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:
 
 
 def step(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, num_microbatches: int
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_microbatches: int,
+    recorder: Recorder | None = None,
 ) -> torch.Tensor:
     """Add the gradients of one batch to `.grad`; return the mean loss over its rows."""
+    recorder = recorder or Recorder()
     num_microbatches = min(num_microbatches, len(labels))  # none is empty
     total = torch.zeros(())
-    for x, y in zip(
+    parts = zip(
         images.tensor_split(num_microbatches),  # as even as possible: [8, 64] each
         labels.tensor_split(num_microbatches),  # [8]
         strict=True,
-    ):
+    )
+    for microbatch, (x, y) in enumerate(parts):
+        began = time.perf_counter_ns()
         # Why the factor? cross_entropy is the mean over this microbatch's rows. Weighted by the
         # microbatch's share of the batch, the means add up to that over all rows.
         loss = functional.cross_entropy(model(x), y) * (len(y) / len(labels))  # []
+        forward_ended = time.perf_counter_ns()
         loss.backward()
+        if recorder.tracing:
+            ended = time.perf_counter_ns()
+            forward, backward = (Action(0, kind, microbatch) for kind in (Kind.F, Kind.B))
+            recorder.spans.append((forward, began, began, forward_ended))
+            recorder.spans.append((backward, forward_ended, forward_ended, ended))
         total += loss.detach()
     return total
 
@@ -66,16 +81,19 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
     optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
     progress = training.Progress(flags.steps)
+    recorder = Recorder(tracing=flags.trace is not None)
     losses, times_ms = [], []
     for index in range(flags.steps):
         images, labels = digits.batch(training_set, index, flags.batch, flags.seed)
         optimizer.zero_grad()
         began = time.perf_counter()
-        losses.append(step(model, images, labels, flags.microbatches).item())
+        losses.append(step(model, images, labels, flags.microbatches, recorder).item())
         times_ms.append((time.perf_counter() - began) * 1e3)
         optimizer.step()
         decay.step()
         progress.tell(index, losses[-1], len(labels))
+    if flags.trace is not None:
+        barepp.write_trace(world, recorder, flags.trace)
     with torch.no_grad():
         answers = model(test_set.images).argmax(1)  # [360]
     return training.Results(

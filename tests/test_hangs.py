@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 
@@ -17,11 +18,11 @@ from transport.contract import Traffic
 
 
 def waiting(at: float, *peers: int, sent=None, received=None) -> Beat:
-    return Beat(at, "waiting", peers, sent or {}, received or {})
+    return Beat(at, "waiting", peers, True, sent or {}, received or {})
 
 
 def busy(at: float) -> Beat:
-    return Beat(at, "computing 2F3", None, {}, {})
+    return Beat(at, "computing 2F3", None, False, {}, {})
 
 
 def watch_of(ranks: int, heartbeat_s: float = 10.0, timeout_s: float = 300.0) -> Watch:
@@ -32,7 +33,7 @@ def tell_all(watch: Watch, beats: dict[int, Beat], times: int = 3) -> None:
     for turn in range(times):
         for rank, beat in beats.items():
             at = turn * 0.5
-            moved = Beat(at, beat.doing, beat.waits_for, beat.sent, beat.received)
+            moved = dataclasses.replace(beat, made_at=at)
             watch.beat(rank, moved, at)
 
 
@@ -148,7 +149,7 @@ def test_zero_switches_a_limit_off():
 
 
 def test_a_beat_survives_its_record_and_nonsense_does_not():
-    beat = Beat(1.5, "computing", (1, 2), {1: 5}, {2: 7})
+    beat = Beat(1.5, "computing", (1, 2), True, {1: 5}, {2: 7})
     record = {**beat.to_record(), "waits_for": [1, 2], "sent": [[1, 5]], "received": [[2, 7]]}
     assert Beat.from_record(record) == beat
     rng = random.Random(0)
@@ -267,6 +268,29 @@ def test_a_rank_that_keeps_pythons_lock_shows_its_stack_all_the_same(tmp_path):
     assert job.code == 124 and job.failed["rank"] == 1
     assert "has not let go of Python's lock" in job.failed["message"]
     assert 'script.py", line 5' in job.report
+
+
+def test_an_idle_thread_does_not_switch_the_progress_limit_off(tmp_path):
+    script = """
+        import barepp, queue, threading
+        threading.Thread(target=queue.Queue().get, daemon=True).start()
+        with barepp.init() as world:
+            world.recv(1 - world.rank)
+    """
+    job = run_job(tmp_path, script, timeout_s=2.0)
+    assert job.code == 124 and "no progress" in job.failed["message"]
+
+
+def test_a_wait_outside_of_the_main_thread_counts_too(tmp_path):
+    script = """
+        import barepp, threading
+        with barepp.init() as world:
+            thread = threading.Thread(target=world.recv, args=(1 - world.rank,))
+            thread.start()
+            thread.join()
+    """
+    job = run_job(tmp_path, script, timeout_s=2.0)
+    assert job.code == 124 and "is blocked" in job.report
 
 
 HEALTHY = """

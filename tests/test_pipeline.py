@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 import weakref
 
 import pytest
@@ -15,6 +16,7 @@ from zoo import data as zoo_data
 import barepp
 from barepp.errors import PartitionError, ScheduleError, UsageError
 from barepp.parcels import pack_activation, pack_gradient, unpack_activation, unpack_gradient
+from barepp.simulate import Costs, simulate
 
 SCHEDULES = ["naive", "gpipe", "1f1b"]
 cross_entropy = nn.functional.cross_entropy
@@ -376,3 +378,72 @@ def test_every_model_of_the_zoo_is_exact_through_the_pipeline(name):
     [alone] = run(work, 1)
     for world_size in range(2, min(4, len(model.layers)) + 1):
         assert run(work, world_size) == [alone] * world_size
+
+
+def test_evaluate_leaves_a_single_layer_in_its_own_mode():
+    def work(world):
+        layers = [lambda: nn.Linear(64, 8), lambda: nn.BatchNorm1d(8), lambda: nn.Linear(8, 10)]
+        pipe = barepp.Pipeline(world, layers, cross_entropy)
+        frozen = pipe.stages[0].layers["1"]
+        frozen.eval()
+        pipe.evaluate(*data(8))
+        return frozen.training, pipe.stages[0].layers["0"].training
+
+    assert run(work, 1) == [(False, True)]
+
+
+def test_a_pipeline_of_several_ranks_is_not_used_again_after_a_failed_step():
+    images, labels = data(8)
+
+    def work(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy)
+        last = world.rank == world.world_size - 1
+        if last:
+            with pytest.raises(UsageError, match="8 inputs"):
+                pipe.step(None, labels[:7])
+        pipe.step(images, labels)
+
+    failing("a step of this pipeline failed", work)
+
+
+class Sleep(torch.autograd.Function):
+    """An action of a known length: 10 ms forward, 20 ms backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.01)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.02)
+        return gradient
+
+
+class SleepyLinear(nn.Linear):
+    def forward(self, x):
+        return Sleep.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_measured_bubble_is_the_predicted_one(schedule):
+    def work(world):
+        layers = [lambda: SleepyLinear(64, 64)] * 3 + [lambda: SleepyLinear(64, 10)]
+        pipe = barepp.Pipeline(world, layers, cross_entropy, schedule=schedule, num_microbatches=4)
+        for _ in range(3):
+            pipe.step(*data(8))
+        summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
+        whole = [
+            c + w + m
+            for c, w, m in zip(
+                summary.computing_ms, summary.waiting_ms, summary.moving_ms, strict=True
+            )
+        ]
+        return summary.bubble, max(whole), summary.step_ms
+
+    order = barepp.make_schedule(schedule, 4, 4).order
+    predicted = simulate(order, 4, Costs()).bubble
+    for bubble, whole_ms, step_ms in barepp.run(work, 4, transport="unix"):
+        # Never smaller: all idle time counts. Larger by what a busy machine adds to the waiting.
+        assert predicted - 0.01 < bubble < predicted + 0.15
+        assert whole_ms == pytest.approx(step_ms, rel=0.5)

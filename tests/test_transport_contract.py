@@ -15,7 +15,7 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, on_all_ranks, start
 
-from transport.contract import TAG_LIMIT, Work
+from transport.contract import TAG_LIMIT, Transport, Work
 from transport.errors import Failure as FailureRecord
 from transport.errors import (
     InternalError,
@@ -28,7 +28,7 @@ from transport.errors import (
     WaitTimeout,
 )
 from transport.tensors import MessageSpec, TensorSpec, memory
-from transport.wire import Limits
+from transport.wire import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
 sockets_only = pytest.mark.parametrize("name", list(worlds.SOCKETS))
@@ -911,3 +911,60 @@ def test_all_to_all_with_checksums(name: str, seed: int) -> None:
     options = {} if name == "inproc" else {"unexpected_limit": 100_000}
     with worlds.world(name, 5, **options) as ranks:
         assert on_all_ranks(ranks, run) == [96] * 5
+
+
+# -- a receive that timed out is taken back --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", worlds.NAMES)
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "into"])
+def test_a_recv_that_timed_out_leaves_the_message_to_the_next_one(name: str, given: bool) -> None:
+    with worlds.world(name, 2) as (one, other):
+        into = torch.zeros(2)
+        with pytest.raises(WaitTimeout):
+            one.recv(1, into=into if given else None, timeout=0.01)
+        waiting = one.irecv(1)  # the first that asks now
+        other.send(torch.tensor([7.0, 8.0]), 0)
+        other.send(torch.tensor([9.0, 9.0]), 0)
+        assert waiting.wait(worlds.SOON_S).tolist() == [7, 8]
+        assert one.recv(1, timeout=worlds.SOON_S).tolist() == [9, 9]
+        assert into.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "into"])
+@pytest.mark.parametrize("next_waits", [False, True])
+def test_a_recv_that_timed_out_in_the_midst_of_its_message(
+    name: str, given: bool, next_waits: bool
+) -> None:
+    with worlds.world(name, 2) as (one, other):
+        size = 8 * 2**20
+        into = torch.zeros(size, dtype=torch.uint8)
+        receive = one.irecv(1, into=into if given else None)
+        other.send(torch.zeros(0), 0, 5)  # so that both are connected
+        one.recv(1, 5, timeout=worlds.SOON_S)
+        sock = other._peers[0].connection.socket
+        spec = MessageSpec.of(torch.ones(size, dtype=torch.uint8))
+        head = encode(FrameKind.MESSAGE, 1, spec.to_meta(0), size)
+        sock.setblocking(True)
+        sock.sendall(head + b"\1" * 1000)
+        worlds.eventually(lambda: one._peers[1].arrival is not None)
+        later = one.irecv(1) if next_waits else None
+        assert one.withdraw(receive)
+        sock.sendall(b"\1" * (size - 1000))
+        arrived = (later or one.irecv(1)).wait(worlds.SOON_S)
+        assert bool((arrived == 1).all())
+        assert arrived.data_ptr() != into.data_ptr()
+        assert not receive.is_completed()
+
+
+def test_two_ranks_that_send_more_than_the_bound_before_they_receive_do_not_deadlock() -> None:
+    with worlds.world("unix", 2, unexpected_limit=1000) as transports:
+        big = torch.ones(16 * 2**20, dtype=torch.uint8)
+
+        def swap(transport: Transport) -> int:
+            peer = 1 - transport.rank
+            transport.send(big, peer, timeout=worlds.SOON_S)
+            return int(transport.recv(peer, timeout=worlds.SOON_S).sum())
+
+        assert worlds.on_all_ranks(transports, swap) == [16 * 2**20] * 2

@@ -209,3 +209,15 @@ def test_a_script_that_runs_by_itself() -> None:
             check=True,
         )
         assert ended.stdout == f"0 1 {threads}\n"
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_another_launcher_is_refused_rather_than_misunderstood(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "4")
+    with pytest.raises(barepp.UsageError, match=f"{variable}=4"):
+        barepp.init()
+    monkeypatch.setenv(variable, "1")
+    with barepp.init() as world:
+        assert world.world_size == 1

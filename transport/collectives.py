@@ -45,7 +45,7 @@ def broadcast(
     with _limit(timeout, f"a broadcast from rank {root}") as deadline:
         if rank != root:
             source = rank + 1 if rank < root else rank - 1
-            message = transport.irecv(source, BROADCAST_TAG).wait(remaining(deadline))
+            message = transport.receive(source, BROADCAST_TAG, timeout=remaining(deadline))
         if message is None:
             raise InvalidArgument(f"rank {rank} is the root of this broadcast and has no message")
         onward = [rank - 1] if rank <= root and rank > 0 else []
@@ -71,7 +71,7 @@ def all_reduce(
     with _limit(timeout, "an all-reduce") as deadline:
         if rank > 0:
             so_far = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            transport.irecv(rank - 1, REDUCE_TAG, into=so_far).wait(remaining(deadline))
+            transport.receive(rank - 1, REDUCE_TAG, into=so_far, timeout=remaining(deadline))
             tensor = combine(so_far, tensor)
         if rank < last:
             transport.send(tensor, rank + 1, REDUCE_TAG, timeout=remaining(deadline))

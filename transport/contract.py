@@ -10,8 +10,8 @@
    be read, not written. Afterwards no change to it reaches the receiver. A received tensor is the
    receiver's alone.
 5. Bounded memory. Messages that nobody has asked for are held up to `unexpected_limit` bytes per
-   peer; beyond it the rank stops reading that peer, unless it is itself waiting for a receive,
-   because to stop then could deadlock.
+   peer; beyond it the rank stops reading that peer, unless it is itself waiting, because to stop
+   then could deadlock.
 6. Threads. Every method may be called from any thread.
 7. Failure. After `abort(error)`, and after a peer is lost, every call that depends on it raises;
    none blocks for ever. A call that timed out has changed nothing: its work can be waited for
@@ -24,7 +24,7 @@ from __future__ import annotations
 import abc
 import threading
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from transport.errors import (
     InvalidArgument,
@@ -77,7 +77,7 @@ class Work:
         """
         if not self.done:
             waits, me = self._transport.traffic.waits, threading.get_ident()
-            waits[me] = self if timeout is None and self.is_receive else None
+            waits[me] = self if timeout is None else None
             try:
                 in_time = self._transport.progress_until(self, timeout)
             finally:
@@ -129,8 +129,8 @@ class Traffic:
     Attributes:
         sent: messages handed to the transport, by receiver.
         received: messages whose last byte is here, by sender, asked for or not.
-        waits: for each thread inside a wait the receive that it waits for without a limit; None
-            for every other wait, out of which it may come by itself.
+        waits: for each thread inside a wait the work that it waits for; None where the wait has a
+            limit, so that it will go on by itself.
     """
 
     def __init__(self) -> None:
@@ -225,14 +225,36 @@ class Transport(abc.ABC):
         Raises:
             MessageMismatch: the message is a tuple of tensors; receive those with `irecv`.
         """
-        work = self.irecv(src, tag, into=into, expect=expect)
-        message = work.wait(timeout)
-        assert message is not None
+        message = self.receive(src, tag, into=into, expect=expect, timeout=timeout)
         if isinstance(message, tuple):
             raise MessageMismatch(
                 f"the message from rank {src} (tag {tag}) is a tuple {MessageSpec.of(message)}, "
                 "recv takes one tensor: use irecv(...).wait()"
             )
+        return message
+
+    def receive(
+        self,
+        src: int,
+        tag: int = 0,
+        *,
+        into: Message | None = None,
+        expect: TensorSpec | MessageSpec | None = None,
+        timeout: float | None = None,
+    ) -> Message:
+        """Receive one message, a tensor or a tuple, and block until it is here.
+
+        When the seconds are over the receive is taken back: the message goes to the next one that
+        asks. (Only one that had begun to arrive still fills `into`, and then goes there too.)
+        """
+        work = self.irecv(src, tag, into=into, expect=expect)
+        try:
+            message = work.wait(timeout)
+        except WaitTimeout:
+            if self.withdraw(cast(Receive, work)):
+                raise
+            message = work.wait(0.0)  # it came at the last moment
+        assert message is not None
         return message
 
     def _check(self, peer: int, tag: int, verb: str) -> None:
@@ -251,6 +273,10 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def post_receive(self, receive: Receive) -> None:
         """Post a checked receive; see `irecv`."""
+
+    @abc.abstractmethod
+    def withdraw(self, receive: Receive) -> bool:
+        """Take a posted receive back; False when it is done already."""
 
     @abc.abstractmethod
     def progress_until(self, work: Work, timeout: float | None) -> bool:

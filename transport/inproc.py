@@ -88,6 +88,11 @@ class InprocTransport(Transport):
             if not receive.done and receive.src in self._hub.gone:
                 self._mailbox.fail(self._hub.gone[receive.src], receive.src)
 
+    def withdraw(self, receive: Receive) -> bool:
+        """Take a posted receive back; False when it is done already."""
+        with self._hub.changed:
+            return self._mailbox.withdraw(receive, None)
+
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Sleep until another rank's call has completed the work."""
         deadline = deadline_after(timeout)

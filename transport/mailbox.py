@@ -21,7 +21,7 @@ from transport.tensors import MessageSpec
 class Arrival:
     """A message on its way in: the header is here, the payload comes or has come."""
 
-    __slots__ = ("error", "here", "receive", "spec", "src", "tag", "tensors")
+    __slots__ = ("borrowed", "error", "here", "receive", "spec", "src", "tag", "tensors")
 
     def __init__(self, src: int, tag: int, spec: MessageSpec) -> None:
         self.src = src
@@ -31,6 +31,7 @@ class Arrival:
         self.receive: Receive | None = None  # who gets it, once that is known
         self.error: MessageMismatch | None = None
         self.here = False  # whether the payload is complete
+        self.borrowed = False  # whether its memory is that of a receive which was withdrawn
 
 
 class Mailbox:
@@ -63,6 +64,32 @@ class Mailbox:
         self._match(arrival, receive)
         if arrival.here:
             self._deliver(arrival)
+
+    def withdraw(self, receive: Receive, arriving: Arrival | None) -> bool:
+        """Take a posted receive back; False when it is done already, so that nothing is taken.
+
+        `arriving` is the message of its source whose payload is coming in. If it was meant for this
+        receive, it goes to the next one of its (source, tag).
+        """
+        if receive.done:
+            return False
+        key = (receive.src, receive.tag)
+        receives = self._receives.get(key)
+        if receives is not None and receive in receives:
+            receives.remove(receive)
+            if not receives:
+                del self._receives[key]
+        elif arriving is not None and arriving.receive is receive:
+            arriving.receive = arriving.error = None
+            arriving.borrowed = receive.into is not None
+            if receives is not None:
+                self._match(arriving, receives.popleft())
+                if not receives:
+                    del self._receives[key]
+            else:
+                self._arrivals.setdefault(key, deque()).appendleft(arriving)
+                self._held[receive.src] = self.held_nbytes(receive.src) + arriving.spec.nbytes
+        return True
 
     def arrive(self, arrival: Arrival) -> None:
         """Take a message whose header is here; afterwards `arrival.tensors` is its memory."""
@@ -116,7 +143,8 @@ class Mailbox:
             receive.fail(arrival.error)
             return
         if receive.into is None:
-            receive.complete(arrival.spec.pack(arrival.tensors))
+            mine = [t.clone() for t in arrival.tensors] if arrival.borrowed else arrival.tensors
+            receive.complete(arrival.spec.pack(mine))
             return
         into = receive.into if isinstance(receive.into, tuple) else (receive.into,)
         if into and into[0] is not arrival.tensors[0]:  # it arrived before it was asked for

@@ -75,7 +75,7 @@ class TcpTransport(Transport):
         self._unexpected_limit = unexpected_limit
         self._limits = limits or Limits()
         self._mailbox = Mailbox()
-        self._waiting_receives = 0  # threads that wait for a receive: while there are, read on
+        self._waiting = 0  # threads that wait for a work: while there are, read on
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
@@ -120,19 +120,22 @@ class TcpTransport(Transport):
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.src)
 
+    def withdraw(self, receive: Receive) -> bool:
+        """Take a posted receive back; False when it is done already."""
+        with self._lock, self._guard:
+            return self._mailbox.withdraw(receive, self._contacts.get(receive.src).arrival)
+
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
-        if not work.is_receive:
-            return self._progress.run_until(work, timeout)
         with self._lock, self._guard:
-            self._waiting_receives += 1
+            self._waiting += 1
             for peer in list(self._peers.values()):
                 peer.connection.resume()
         try:
             return self._progress.run_until(work, timeout)
         finally:
             with self._lock, self._guard:
-                self._waiting_receives -= 1
+                self._waiting -= 1
 
     def close(self, timeout: float | None = None) -> None:
         """Send what is queued, say goodbye to every peer and end."""
@@ -236,7 +239,7 @@ class TcpTransport(Transport):
             raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
         tag, spec = MessageSpec.from_meta(frame.meta, frame.payload_nbytes)
         src = connection.peer
-        read_on = self._waiting_receives or connection.ending
+        read_on = self._waiting or connection.ending
         if not read_on and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
