@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from transport.contract import Traffic
+    from transport.work import Traffic
 
 AT_BARRIER: Final = -1  # who a rank waits for that waits at a barrier: everyone
 OUR_THREADS: Final = "barepp-"  # the names of the threads that no script has started

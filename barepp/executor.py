@@ -34,9 +34,9 @@ from barepp.parcels import (
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
-from transport.contract import Work
 from transport.errors import JobFailed
 from transport.tensors import Message
+from transport.work import Work
 
 # The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
 _FIRST_TAG = -16

@@ -77,8 +77,9 @@ class Job:
         self._kill_at: float | None = None
         self._signal: int | None = None
         self._starting = False
-        world = range(options.world_size)
-        self._watch = Watch(world, options.heartbeat_s, options.timeout_s, self._state_of)
+        limits = options.heartbeat_s, options.timeout_s
+        ranks = range(options.world_size)
+        self._watch = Watch(ranks, *limits, lambda rank: process_state(self._ranks[rank].pid))
 
     def run(self) -> Outcome:
         """Start all ranks, wait for their end and return how it went."""
@@ -259,9 +260,6 @@ class Job:
     def _write_failure(self, failure: Failure, *, primary: bool) -> None:
         record = {key: value for key, value in failure.to_record().items() if key != "rank"}
         self._events.write("failed", failure.rank, primary=primary, **record)
-
-    def _state_of(self, rank: int) -> str:
-        return process_state(self._ranks[rank].pid)
 
     # -- ending -----------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from transport.collectives import barrier as barrier_over_messages
 from transport.errors import Failure, JobFailed, TransportClosed
 
 if TYPE_CHECKING:
-    from transport.contract import Transport, Work
+    from transport.contract import Transport
     from transport.tensors import Message, TensorSpec
+    from transport.work import Work
 
 FLUSH_TIMEOUT_S: Final = (
     300.0  # how long a rank that leaves waits for the others to take its messages

@@ -12,7 +12,7 @@ from jobs import launch, loaded_machine, run_job
 from barepp.beats import AT_BARRIER, Beat, beat_of
 from barepp.stacks import process_state
 from barepp.watch import Watch
-from transport.contract import Traffic
+from transport.work import Traffic
 
 # -- the watch itself: no process, no clock --------------------------------------------------------
 

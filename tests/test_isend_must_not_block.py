@@ -17,9 +17,9 @@ from transport_worlds import on_all_ranks
 from barepp.models import mlp
 from barepp.pipeline import Pipeline
 from barepp.world import World
-from transport.contract import Work
 from transport.errors import WaitTimeout
 from transport.inproc import InprocHub, InprocTransport
+from transport.work import Work
 
 ACK_TAG = -3
 PATIENCE_S = 1.0  # a send that is not received for so long never will be: nobody computes here

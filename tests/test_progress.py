@@ -16,9 +16,9 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, start
 
-from transport.contract import Work
 from transport.errors import InternalError, PeerLost, TransportError
 from transport.progress import Progress
+from transport.work import Work
 
 
 class Loop:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import pytest
 from transport_worlds import SOON_S, eventually, start
 
+from transport import knock
 from transport.addresses import Address
 from transport.control import ControlClient
 from transport.errors import (
@@ -481,7 +482,8 @@ def test_nonsense_from_the_rendezvous_is_a_failure_with_a_name() -> None:
 # -- strangers ------------------------------------------------------------------------------------
 
 
-def test_strangers_at_the_door_disturb_no_join() -> None:
+def test_strangers_at_the_door_disturb_no_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knock, "KNOCK_AGAIN_S", 0.2)
     with serving(4) as served:
         where = served.server.address
         strangers = [socket.create_connection(where) for _ in range(MAX_PENDING)]
@@ -493,7 +495,7 @@ def test_strangers_at_the_door_disturb_no_join() -> None:
                     stranger.send(b"b")
         clients = [served.client() for _ in range(4)]  # while the door is full of them
         with pytest.raises(AuthenticationError, match="does it serve another job"):
-            ControlClient(where, new_secret(), 0, timeout=0.3)
+            ControlClient(where, new_secret(), 0, timeout=SOON_S)
         for join in [start_join(client, 4) for client in clients]:
             assert len(join.result(SOON_S)) == 4
         assert served.kinds(EventKind.FAILED) == served.kinds(EventKind.LOST) == []

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transport.contract import Transport, Work
+    from transport.contract import Transport
     from transport.errors import (
         Failure,
         InvalidArgument,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from transport.registry import transport_class, transport_names
     from transport.tensors import MessageSpec, TensorSpec
+    from transport.work import Work
 
 _HOMES = {
     "Failure": "transport.errors",
@@ -34,7 +35,7 @@ _HOMES = {
     "Transport": "transport.contract",
     "TransportError": "transport.errors",
     "WaitTimeout": "transport.errors",
-    "Work": "transport.contract",
+    "Work": "transport.work",
     "transport_class": "transport.registry",
     "transport_names": "transport.registry",
 }

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from transport.contract import deadline_after, remaining
 from transport.errors import InvalidArgument, WaitTimeout
+from transport.work import deadline_after, remaining
 
 if TYPE_CHECKING:
     from transport.contract import Transport

@@ -17,11 +17,11 @@ from typing import Final, Protocol
 
 import torch
 
-from transport.contract import Work
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.progress import Progress
 from transport.tensors import memory
 from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+from transport.work import Work
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
 WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise

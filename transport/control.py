@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from transport.addresses import Address
-from transport.contract import deadline_after, remaining
 from transport.errors import (
     Failure,
     JobFailed,
@@ -27,6 +26,7 @@ from transport.errors import (
 from transport.handshake import ANY_RANK
 from transport.knock import knock
 from transport.records import RecordStream
+from transport.work import deadline_after, remaining
 
 BEAT_S: Final = 0.5  # between two signs of life
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from transport.contract import Receive, Transport, Work, count, deadline_after, remaining
+from transport.contract import Transport
 from transport.errors import (
     InvalidArgument,
     JobFailed,
@@ -24,6 +24,7 @@ from transport.errors import (
 )
 from transport.mailbox import Arrival, Mailbox
 from transport.tensors import Message, prepare
+from transport.work import Receive, Work, count, deadline_after, remaining
 
 
 class InprocHub:

@@ -13,9 +13,9 @@ from collections import deque
 
 import torch
 
-from transport.contract import Receive
 from transport.errors import MessageMismatch, TransportError
 from transport.tensors import MessageSpec
+from transport.work import Receive
 
 
 class Arrival:

@@ -29,8 +29,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
-from transport.contract import Work, deadline_after, remaining
 from transport.errors import TransportError
+from transport.work import Work, deadline_after, remaining
 
 DRIVER_GRACE_S: Final = 0.01  # timers that are due are the driver's while there is one
 

@@ -15,13 +15,7 @@ import torch
 
 from transport.addresses import Address, listen
 from transport.connection import Connection
-from transport.contract import (
-    DEFAULT_UNEXPECTED_LIMIT,
-    Receive,
-    Transport,
-    Work,
-    count,
-)
+from transport.contract import DEFAULT_UNEXPECTED_LIMIT, Transport
 from transport.errors import (
     InternalError,
     PeerLeft,
@@ -36,6 +30,7 @@ from transport.peers import Peer, Peers, Place
 from transport.progress import Progress
 from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import Frame, FrameKind, Limits
+from transport.work import Receive, Work, count
 
 CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything

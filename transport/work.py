@@ -1,0 +1,124 @@
+"""A send or a receive on its way, and the counts from which a hang can be proven."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
+from transport.tensors import Message, MessageSpec
+
+if TYPE_CHECKING:
+    from transport.contract import Transport
+
+
+class Work:
+    """A send or a receive on its way. `wait` ends when it is complete or has failed."""
+
+    __slots__ = ("_error", "_result", "_transport", "description", "done", "is_receive", "peer")
+
+    def __init__(self, transport: Transport, peer: int, description: str, is_receive: bool) -> None:
+        self._transport = transport
+        self.peer = peer
+        self._result: Message | None = None
+        self._error: TransportError | None = None
+        self.done = False
+        self.is_receive = is_receive
+        self.description = description
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return, or raise, without blocking."""
+        return self.done
+
+    def wait(self, timeout: float | None = None) -> Message | None:
+        """Block until the work is complete; return the received message, None for a send.
+
+        A send is complete when its tensor may be written again, not when the peer has received
+        it. `timeout` is in seconds, None waits without a limit.
+
+        Raises:
+            WaitTimeout: the seconds are over; the work goes on and can be waited for again.
+            MessageMismatch: what arrived is not what the receive had stated.
+            PeerLeft, PeerLost, ProtocolError: the peer cannot complete it any more.
+            JobFailed: some rank of the job failed.
+            TransportClosed: this rank closed or aborted its transport.
+            InternalError: the transport itself broke.
+        """
+        if not self.done:
+            waits, me = self._transport.traffic.waits, threading.get_ident()
+            waits[me] = self if timeout is None else None
+            try:
+                in_time = self._transport.progress_until(self, timeout)
+            finally:
+                del waits[me]
+            if not in_time:
+                raise WaitTimeout(f"nothing after {timeout} s of {self.description}")
+        if self._error is not None:
+            error = fresh(self._error)
+            if isinstance(error, JobFailed):
+                error.doing = error.doing or self.description
+            raise error
+        return self._result
+
+    def complete(self, result: Message | None = None) -> None:
+        """Mark the work as done; called by the transport under its lock."""
+        self._result = result
+        self.done = True
+
+    def fail(self, error: TransportError) -> None:
+        """Mark the work as failed; called by the transport under its lock."""
+        self._error = error
+        self.done = True
+
+
+class Receive(Work):
+    """A posted receive: the work, and what its receiver has stated about the message."""
+
+    __slots__ = ("expected", "into", "src", "tag")
+
+    def __init__(
+        self,
+        transport: Transport,
+        src: int,
+        tag: int,
+        into: Message | None,
+        expected: MessageSpec | None,
+    ) -> None:
+        what = f"waiting for a message from rank {src} with tag {tag}"
+        super().__init__(transport, src, what, is_receive=True)
+        self.src = src
+        self.tag = tag
+        self.into = into
+        self.expected = expected
+
+
+class Traffic:
+    """What one rank has sent, received and waits for: enough to prove that nothing moves any more.
+
+    Attributes:
+        sent: messages handed to the transport, by receiver.
+        received: messages whose last byte is here, by sender, asked for or not.
+        waits: for each thread inside a wait the work that it waits for; None where the wait has a
+            limit, so that it will go on by itself.
+    """
+
+    def __init__(self) -> None:
+        self.sent: dict[int, int] = {}
+        self.received: dict[int, int] = {}
+        self.waits: dict[int, Work | None] = {}
+
+
+def count(counter: dict[int, int], rank: int) -> None:
+    """Add one to a rank's count."""
+    counter[rank] = counter.get(rank, 0) + 1
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """Return the `time.monotonic()` at which `timeout` seconds are over; None for no limit."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Return the seconds left until `deadline`, not below 0; None for no limit."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
