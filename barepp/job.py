@@ -110,7 +110,6 @@ class Job:
             self._starting = True
             for rank in range(self._options.world_size if self._signal is None else 0):
                 self._start(rank)
-            self._starting = False
             self._nursery.remove_folder()
         except _InterruptedError:
             pass
