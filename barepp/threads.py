@@ -43,14 +43,17 @@ class ThreadControl:
     def __init__(self, crew: Crew, rank: int) -> None:
         self._crew = crew
         self._rank = rank
+        self._timed_out = False  # the barrier that was called last
 
     def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
         """Block until every rank has called; one that timed out is waited for again."""
         crew = self._crew
         with crew.changed:
-            if last and crew.barriers[self._rank] > crew.released:
+            # Not "is it released?": the release may have come since the call that timed out.
+            begun = self._timed_out
+            if last and begun:
                 self._wait(timeout)
-            if crew.barriers[self._rank] == crew.released:
+            if last or not begun:
                 crew.barriers[self._rank] += 1
                 crew.released = min(crew.barriers)
                 crew.changed.notify_all()
@@ -60,11 +63,11 @@ class ThreadControl:
         crew = self._crew
         due = crew.barriers[self._rank]
         crew.changed.wait_for(lambda: crew.released >= due or crew.failure is not None, timeout)
-        if crew.released >= due:
-            return
-        if crew.failure is not None:
+        self._timed_out = crew.released < due and crew.failure is None
+        if self._timed_out:
+            raise WaitTimeout(f"rank {self._rank}: nothing after {timeout} s at a barrier")
+        if crew.released < due and crew.failure is not None:
             raise JobFailed(crew.failure, "waiting at a barrier")
-        raise WaitTimeout(f"rank {self._rank}: nothing after {timeout} s at a barrier")
 
     def at_barrier(self) -> bool:
         """Whether a barrier that this rank has called is not over: asked for by nobody here."""

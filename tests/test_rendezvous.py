@@ -274,6 +274,20 @@ def test_a_barrier_that_timed_out_is_waited_for_again() -> None:
         leaving.result(SOON_S)
 
 
+def test_a_barrier_that_ended_after_its_timeout_is_not_taken_for_the_next() -> None:
+    """The release came between the call that timed out and its repetition: a rank hung for ever."""
+    with serving(2) as served, joined(served, 2) as (first, second):
+        for number in range(1, 4):
+            with pytest.raises(WaitTimeout):
+                first.barrier(0.01)
+            second.barrier(SOON_S)
+            eventually(lambda number=number: first._releases == number)  # type: ignore[misc]
+            first.barrier(0.0)  # over already
+        leaving = start(lambda: second.barrier(SOON_S, last=True))
+        first.barrier(SOON_S, last=True)
+        leaving.result(SOON_S)
+
+
 def test_a_barrier_that_a_rank_has_left_without_can_never_end_and_says_so() -> None:
     with serving(2, tell=True) as served, joined(served, 2) as (first, second):
         waiting = start(lambda: first.barrier(SOON_S))

@@ -16,7 +16,9 @@ from jobs import nothing_left
 from transport_worlds import SOON_S, start
 
 import barepp
+from barepp.threads import Crew, ThreadControl
 from barepp.world import World
+from transport.errors import WaitTimeout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -236,8 +238,6 @@ def test_survivors_over_inproc_are_told_what_they_were_doing() -> None:
 
 @pytest.mark.parametrize("transport", ["inproc", "tcp"])
 def test_a_barrier_that_timed_out_is_waited_for_again(transport: str) -> None:
-    from transport.errors import WaitTimeout
-
     def work(world: World) -> str:
         if world.rank == 0:
             try:
@@ -252,6 +252,23 @@ def test_a_barrier_that_timed_out_is_waited_for_again(transport: str) -> None:
 
     first, _ = barepp.run(work, 2, transport=transport)
     assert first == "rank 0: nothing after 0.05 s at a barrier"
+
+
+def test_a_barrier_that_ended_after_its_timeout_is_not_taken_for_the_next() -> None:
+    """The release came between the call that timed out and its repetition: a rank hung for ever."""
+    crew = Crew(2)
+    first, second = ThreadControl(crew, 0), ThreadControl(crew, 1)
+    for _ in range(2):
+        with pytest.raises(WaitTimeout):
+            first.barrier(timeout=0.01)
+        second.barrier(timeout=SOON_S)
+        first.barrier(timeout=0.0)  # over already
+    with pytest.raises(WaitTimeout):
+        second.barrier(timeout=0.01)
+    first.barrier(timeout=SOON_S)
+    leaving = start(lambda: second.barrier(SOON_S, last=True))
+    first.barrier(SOON_S, last=True)
+    leaving.result(SOON_S)
 
 
 @pytest.mark.parametrize("world_size", [0, -1, "2", 1.5, True])
