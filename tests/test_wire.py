@@ -317,13 +317,3 @@ def test_mutated_streams_raise_nothing_but_protocol_errors() -> None:
             refused += 1
     assert refused > 100
     assert accepted > 100
-
-
-def test_a_payload_of_more_than_4_gib_is_announced_and_nothing_is_allocated_for_it() -> None:
-    nbytes = 5 * 2**30 + 1
-    decoder = Decoder()
-    head = encode(FrameKind.MESSAGE, 0, [1], nbytes)
-    decoder.buffer()[: len(head)] = head
-    decoder.received(len(head))
-    frame = decoder.next_event()
-    assert isinstance(frame, Frame) and frame.payload_nbytes == nbytes
