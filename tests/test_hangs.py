@@ -242,15 +242,17 @@ def test_a_stopped_rank_is_found_within_the_heartbeat_limit(tmp_path):
     assert "rank 0 waits for all ranks" in job.report
 
 
+LOOP_FOR_EVER = """
+    import barepp
+    with barepp.init() as world:
+        while world.rank == 1:
+            pass
+        world.recv(1)
+"""
+
+
 def test_a_rank_in_an_endless_loop_is_found_by_the_progress_limit(tmp_path):
-    script = """
-        import barepp
-        with barepp.init() as world:
-            while world.rank == 1:
-                pass
-            world.recv(1)
-    """
-    job = run_job(tmp_path, script, timeout_s=2.0)
+    job = run_job(tmp_path, LOOP_FOR_EVER, timeout_s=2.0)
     assert job.code == 124 and job.failed["rank"] == 1
     assert "no progress" in job.failed["message"]
     assert "rank 1 did not end by itself" in job.report or "script.py" in job.report
@@ -328,13 +330,6 @@ def test_the_defaults_do_not_kill_the_healthy(tmp_path, trouble):
 
 
 def test_the_flags_reach_the_watch(tmp_path):
-    script = """
-        import barepp
-        with barepp.init() as world:
-            while world.rank == 1:
-                pass
-            world.recv(1)
-    """
-    job = launch(tmp_path, script, "--world", "2", "--timeout", "2", "--heartbeat", "30")
+    job = launch(tmp_path, LOOP_FOR_EVER, "--world", "2", "--timeout", "2", "--heartbeat", "30")
     assert job.code == 124
     assert "no progress on any rank for 2 s" in job.report

@@ -40,14 +40,11 @@ class TcpTransport(Transport):
     """One rank's connections to the others; see `contract.Transport` for what it promises.
 
     Args:
-        rank, world_size: who this is.
-        addresses: where each rank listens, by rank.
-        listening: this rank's own listening sockets.
-        secret: the job's secret, with which every connection is authenticated.
-        unix: whether ranks of one host use a Unix stream.
+        rank, world_size, addresses, listening, secret: see `peers.Place`.
         lost_grace_s: after the loss of a peer, seconds to wait for `abort` to name the cause
             before the waiting calls raise `PeerLost`.
         unexpected_limit: bytes of messages that nobody has asked for, held per peer.
+        limits: upper bounds of a frame, for both directions.
     """
 
     name: ClassVar[str] = "tcp"
