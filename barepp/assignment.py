@@ -17,6 +17,7 @@ class Membership:
     rendezvous: tuple[str, int]
     secret: bytes = dataclasses.field(repr=False)
     transport: str
+    checksum: bool = False  # whether each payload carries a sum that its receiver checks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,7 +124,12 @@ class Job:
         nursery, options = self._nursery, self._options
         readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(4)), strict=True)
         membership = Membership(
-            number, options.world_size, self._server.address, self._secret, options.transport
+            number,
+            options.world_size,
+            self._server.address,
+            self._secret,
+            options.transport,
+            options.checksum,
         )
         assignment = Assignment(membership, self._task, nursery.parent_pid)
         process = nursery.context.Process(

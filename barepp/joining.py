@@ -54,6 +54,7 @@ def _join(membership: Membership, control: ControlClient) -> World:
         sockets,
         membership.secret,
         lost_grace_s=LOST_GRACE_S,
+        checksum=membership.checksum,
     )
     world = World(transport, control)
     control.beat_with(world.beat)

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.join_timeout,
         parsed.heartbeat,
         parsed.timeout,
+        parsed.checksum,
     )
     task = Script(parsed.script, tuple(parsed.args))
     try:
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         "--transport",
         default="auto",
         help=f"how tensors travel: {', '.join(transport_names())} (default: auto)",
+    )
+    parser.add_argument(
+        "--checksum",
+        action="store_true",
+        help="let each payload that crosses a socket carry a sum, which its receiver checks",
     )
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write rank0.log ... and events.jsonl there"

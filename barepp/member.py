@@ -61,6 +61,7 @@ class Options:
     join_timeout_s: float = 60.0
     heartbeat_s: float = 10.0  # how long a rank may give no sign of life
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
+    checksum: bool = False  # whether payloads carry a sum
 
 
 @dataclasses.dataclass

@@ -32,6 +32,7 @@ def run(
     join_timeout: float = 60.0,
     heartbeat: float = 10.0,
     timeout: float = 300.0,
+    checksum: bool = False,
 ) -> list[Any]:
     """Call `function(world, *args)` on every rank and return what each returned, in rank order.
 
@@ -42,7 +43,8 @@ def run(
     notebook's function) is run in forked processes. Blocks until all ranks have ended; a thread
     that a failure finds elsewhere than in barepp cannot be ended, and is left behind after `grace`
     seconds. The limits are the launcher's flags of the same names, in seconds; threads have only
-    `grace`.
+    `grace`. With `checksum` each payload that crosses a socket carries a sum, and a changed bit is
+    an error instead of a wrong number; threads have no use for it.
 
     Raises:
         JobFailed: a rank failed; the first cause, with the failing rank's traceback.
@@ -54,7 +56,7 @@ def run(
         from barepp.threads import run_threads
 
         return run_threads(function, world_size, args, grace)
-    options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout)
+    options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout, checksum)
     call = Call(function, args)
     with Output(None, write=_to_streams) as output:
         outcome = Job(call, options, output, fork=not _reaches_elsewhere(call)).run()

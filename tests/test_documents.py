@@ -77,7 +77,7 @@ def test_the_readme_shows_all_three_pictures():
 
 
 def test_the_wire_table_is_the_struct():
-    sizes = {"B": 1, "I": 4, "Q": 8, "4s": 4, "3x": 3}
+    sizes = {"B": 1, "I": 4, "Q": 8, "q": 8, "4s": 4, "3x": 3}
     fields = re.findall(r"\d*[a-zA-Z]", HEADER.format.lstrip("<").replace("II", "I I"))
     offset = 0
     expected = []

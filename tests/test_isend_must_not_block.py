@@ -19,17 +19,17 @@ from barepp.pipeline import Pipeline
 from barepp.world import World
 from transport.errors import WaitTimeout
 from transport.inproc import InprocHub, InprocTransport
-from transport.work import Work
+from transport.work import Receive, Work
 
 ACK_TAG = -3
 PATIENCE_S = 1.0  # a send that is not received for so long never will be: nobody computes here
 
 
-class AcknowledgedWork(Work):
+class AcknowledgedWork(Receive):
     """A receive that tells its sender once the message has been taken."""
 
     def __init__(self, inner: Work, transport: InprocTransport, src: int) -> None:
-        super().__init__(transport, src, inner.description, is_receive=True)
+        super().__init__(transport, src, inner.tag, None, None)
         self._inner, self._sender = inner, (transport, src)
 
     def wait(self, timeout=None):

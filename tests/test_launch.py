@@ -451,3 +451,18 @@ def test_nohup_is_respected() -> None:
         assert told == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_checksum_reaches_every_ranks_transport(tmp_path):
+    script = """
+        import barepp, torch
+        with barepp.init() as world:
+            if world.rank == 0:
+                world.send(torch.arange(100_000), 1)
+            else:
+                assert int(world.recv(0).sum()) == 4999950000
+            print("sums", world.transport._checksum)
+    """
+    finished = launch(tmp_path, script, "--world", "2", "--checksum")
+    assert finished.code == 0, finished.err
+    assert [finished.said(rank) for rank in (0, 1)] == [["sums True"]] * 2

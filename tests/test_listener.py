@@ -312,8 +312,8 @@ class Impostor:
         assert initiator.verdict is Verdict.ACCEPTED
 
 
-GOOD = encode(FrameKind.MESSAGE, 0, [3, False, "int64", []], 8) + (7).to_bytes(8, "little")
-SECOND = encode(FrameKind.MESSAGE, 1, [4, False, "int64", [2]], 16) + bytes(16)
+GOOD = encode(FrameKind.MESSAGE, 0, [False, "int64", []], 8, tag=3) + (7).to_bytes(8, "little")
+SECOND = encode(FrameKind.MESSAGE, 1, [False, "int64", [2]], 16, tag=4) + bytes(16)
 
 
 @pytest.mark.parametrize(
@@ -323,13 +323,13 @@ SECOND = encode(FrameKind.MESSAGE, 1, [4, False, "int64", [2]], 16) + bytes(16)
         (SECOND[:-1], PeerLost, "middle of a frame"),
         (b"", PeerLost, "without a goodbye"),
         (b"garbage" * 10, ProtocolError, "starts with"),
-        (MAGIC + b"x" * 28, ProtocolError, "checksum"),
+        (MAGIC + b"x" * 44, ProtocolError, "checksum"),
         (GOOD, ProtocolError, "number 1 was due"),
         (encode(FrameKind.RECORD, 1, {}), ProtocolError, "RECORD out of place"),
         (encode(FrameKind.GOODBYE, 1, None, 5) + b"hello", ProtocolError, "GOODBYE out of place"),
         (encode(FrameKind.MESSAGE, 1, None), ProtocolError, "metadata"),
-        (encode(FrameKind.MESSAGE, 1, [4, False, "int64", [2]], 8), ProtocolError, "16 bytes"),
-        (encode(FrameKind.MESSAGE, 1, [4, False, "int64", [2**37]], 2**40), ProtocolError, "limit"),
+        (encode(FrameKind.MESSAGE, 1, [False, "int64", [2]], 8), ProtocolError, "16 bytes"),
+        (encode(FrameKind.MESSAGE, 1, [False, "int64", [2**37]], 2**40), ProtocolError, "limit"),
     ],
 )
 @pytest.mark.parametrize("close", [True, False])
@@ -396,7 +396,7 @@ def resident_pages() -> int:
 def test_a_frame_of_terabytes_from_a_peer_costs_nothing() -> None:
     before = resident_pages()
     test_a_peer_that_breaks_off_or_talks_nonsense(
-        encode(FrameKind.MESSAGE, 1, [4, False, "int8", [2**40]], 2**40),
+        encode(FrameKind.MESSAGE, 1, [False, "int8", [2**40]], 2**40),
         ProtocolError,
         "limit",
         False,

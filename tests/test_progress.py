@@ -18,7 +18,7 @@ from transport_worlds import SOON_S, eventually, start
 
 from transport.errors import InternalError, PeerLost, TransportError
 from transport.progress import Progress
-from transport.work import Work
+from transport.work import Receive, Work
 
 
 class Loop:
@@ -36,7 +36,7 @@ class Loop:
 
     @staticmethod
     def new_work() -> Work:
-        return Work(None, 1, "a byte", is_receive=True)  # type: ignore[arg-type]
+        return Receive(None, 1, 0, None, None)  # type: ignore[arg-type]
 
     def on_byte(self, i: int) -> None:
         os.read(self.pipes[i][0], 1)

@@ -13,7 +13,15 @@ import torch
 
 from transport import tensors as room
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
-from transport.tensors import DTYPES, MessageSpec, TensorSpec, fillable, memory, prepare
+from transport.tensors import (
+    DTYPES,
+    MessageSpec,
+    TensorSpec,
+    fillable,
+    memory,
+    payload_sum,
+    prepare,
+)
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -54,9 +62,8 @@ def test_round_trip_keeps_every_bit(name: str, form: str) -> None:
         original.requires_grad_()
     spec, ready = prepare(original)
     payload = b"".join(bytes(memory(tensor)) for tensor in ready)
-    meta = msgpack.unpackb(msgpack.packb(spec.to_meta(-3)))
-    tag, arrived = MessageSpec.from_meta(meta, len(payload))
-    assert tag == -3
+    arrived = MessageSpec.from_packed(spec.packed.data)
+    arrived.fit(len(payload))
     assert arrived == spec == MessageSpec.of(original)
     (target,) = arrived.allocate()
     memory(target)[:] = payload
@@ -149,7 +156,13 @@ def test_what_cannot_be_filled_is_refused() -> None:
     assert not fillable(torch.zeros(())).is_tuple
 
 
-GOOD: list[object] = [7, False, "float32", [2, 3]]
+def read(meta: object, payload_nbytes: int) -> MessageSpec:
+    spec = MessageSpec.from_packed(msgpack.packb(meta))
+    spec.fit(payload_nbytes)
+    return spec
+
+
+GOOD: list[object] = [False, "float32", [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -160,43 +173,38 @@ GOOD: list[object] = [7, False, "float32", [2, 3]]
         "x",
         {},
         [],
-        [7],
-        [7, False],
-        [7, False, "float32"],
-        [7, False, "float32", [2, 3], "float32", [1]],
-        [7.0, *GOOD[1:]],
-        [True, *GOOD[1:]],
-        ["7", *GOOD[1:]],
-        [2**63, *GOOD[1:]],
-        [-(2**63), *GOOD[1:]],
-        [7, 0, *GOOD[2:]],
-        [7, None, *GOOD[2:]],
-        [7, False, "float31", [2, 3]],
-        [7, False, b"float32", [2, 3]],
-        [7, False, ["float32"], [2, 3]],
-        [7, False, {}, [2, 3]],
-        [7, False, "float32", 6],
-        [7, False, "float32", None],
-        [7, False, "float32", {"0": 2}],
-        [7, False, "float32", [2, -3]],
-        [7, False, "float32", [-2, -3]],
-        [7, False, "float32", [2, 3.0]],
-        [7, False, "float32", [True, 6]],
-        [7, False, "float32", [[2], 3]],
-        [7, False, "float32", [2, "3"]],
-        [7, False, "float32", [1] * 65],
-        [7, False, "float32", [2**64, 0]],
-        [7, False, "float32", [2**32, 2**32]],
-        [7, False, "float32", [2**62, 0]],
-        [7, False, "float32", [2, 4]],
-        [7, True] + ["float32", [2, 3]] * 2,
-        [7, True] + ["int8", [0]] * 257,
+        [False],
+        [False, "float32"],
+        [False, "float32", [2, 3], "float32", [1]],
+        [0, *GOOD[1:]],
+        [None, *GOOD[1:]],
+        [7, *GOOD],
+        [False, "float31", [2, 3]],
+        [False, b"float32", [2, 3]],
+        [False, ["float32"], [2, 3]],
+        [False, {}, [2, 3]],
+        [False, "float32", 6],
+        [False, "float32", None],
+        [False, "float32", {"0": 2}],
+        [False, "float32", [2, -3]],
+        [False, "float32", [-2, -3]],
+        [False, "float32", [2, 3.0]],
+        [False, "float32", [True, 6]],
+        [False, "float32", [[2], 3]],
+        [False, "float32", [2, "3"]],
+        [False, "float32", [1] * 65],
+        [False, "float32", [2**64 - 1, 0]],
+        [False, "float32", [2**32, 2**32]],
+        [False, "float32", [2**62, 0]],
+        [False, "float32", [2, 4]],
+        [True] + ["float32", [2, 3]] * 2,
+        [True] + ["int8", [0]] * 257,
     ],
     ids=lambda meta: repr(meta)[:60],
 )
 def test_metadata_of_strangers(meta: object) -> None:
     with pytest.raises(ProtocolError) as caught:
-        MessageSpec.from_meta(meta, 24)
+        read(meta, 24)
     assert len(str(caught.value)) < 5000
 
 
@@ -208,10 +216,10 @@ def test_metadata_that_is_accepted_can_be_allocated() -> None:
     while time.monotonic() < until:
         sizes = [0, 0, 1, 1, 2, 3, 5, 2**31, 2**40, 2**59, 2**60, 2**61, 2**63 - 1]
         shapes = [rng.choices(sizes, k=rng.randrange(5)) for _ in range(rng.randrange(1, 4))]
-        meta = [0, True] + [x for s in shapes for x in (rng.choice(list(DTYPES)), s)]
+        meta = [True] + [x for s in shapes for x in (rng.choice(list(DTYPES)), s)]
         nbytes = rng.choice([0, 4, 8, 16])
         try:
-            _, spec = MessageSpec.from_meta(meta, nbytes)
+            spec = read(meta, nbytes)
         except ProtocolError:
             continue
         accepted += 1
@@ -246,3 +254,18 @@ def test_a_mismatch_names_both_sides() -> None:
 def test_dtype_names_are_torchs_own() -> None:
     assert {getattr(torch, name) for name in DTYPES} == set(DTYPES.values())
     assert room.unsupported_host() is None
+
+
+@pytest.mark.parametrize("nbytes", [1, 7, 8, 9, 64, 1001])
+def test_every_flipped_bit_changes_the_sum(nbytes: int) -> None:
+    rng = random.Random(nbytes)
+    for payload in (bytes(nbytes), b"\xff" * nbytes, rng.randbytes(nbytes)):
+        tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        before = payload_sum([tensor])
+        assert 0 <= before < 2**64
+        assert payload_sum([tensor.clone()]) == before
+        for bit in range(8 * nbytes):
+            tensor[bit // 8] ^= 1 << bit % 8
+            assert payload_sum([tensor]) != before, bit
+            tensor[bit // 8] ^= 1 << bit % 8
+    assert payload_sum([]) == payload_sum([torch.zeros(0)]) == 0

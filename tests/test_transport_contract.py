@@ -24,10 +24,11 @@ from transport.errors import (
     MessageMismatch,
     PeerLeft,
     PeerLost,
+    ProtocolError,
     TransportClosed,
     WaitTimeout,
 )
-from transport.tensors import MessageSpec, TensorSpec, memory
+from transport.tensors import MessageSpec, TensorSpec, memory, payload_sum
 from transport.wire import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
@@ -945,7 +946,7 @@ def test_a_recv_that_timed_out_in_the_midst_of_its_message(
         one.recv(1, 5, timeout=worlds.SOON_S)
         sock = other._peers[0].connection.socket
         spec = MessageSpec.of(torch.ones(size, dtype=torch.uint8))
-        head = encode(FrameKind.MESSAGE, 1, spec.to_meta(0), size)
+        head = encode(FrameKind.MESSAGE, 1, spec.packed, size)
         sock.setblocking(True)
         sock.sendall(head + b"\1" * 1000)
         worlds.eventually(lambda: one._peers[1].arrival is not None)
@@ -968,3 +969,27 @@ def test_two_ranks_that_send_more_than_the_bound_before_they_receive_do_not_dead
             return int(transport.recv(peer, timeout=worlds.SOON_S).sum())
 
         assert worlds.on_all_ranks(transports, swap) == [16 * 2**20] * 2
+
+
+@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+def test_a_payload_that_changes_on_its_way_is_an_error_when_sums_are_on(name: str) -> None:
+    with worlds.world(name, 2, checksum=True) as (one, other):
+        for tensors in (torch.arange(5, dtype=torch.int8), (torch.zeros(9), torch.ones(0))):
+            other.send(tensors, 0)
+            arrived = one.irecv(1).wait(worlds.SOON_S)
+            assert MessageSpec.of(arrived) == MessageSpec.of(tensors)
+        victim = torch.ones(3_000_001, dtype=torch.int8)
+        into = torch.empty_like(victim)
+        receive = one.irecv(1, 7, into=into)
+        true_sum = payload_sum([victim])
+        victim[2_999_999] ^= 0x40  # a bit of the wire
+        spec = MessageSpec.of(victim)
+        connection = other._peers[0].connection
+        with other._lock:
+            connection.queue(
+                FrameKind.SUMMED, spec.packed, spec.nbytes, [victim], tag=7, word=true_sum
+            )
+        with pytest.raises(ProtocolError, match=r"from rank 1: the payload's sum .* tag 7"):
+            receive.wait(worlds.SOON_S)
+        with pytest.raises(ProtocolError, match="from rank 1"):
+            one.irecv(1).wait(worlds.SOON_S)

@@ -13,8 +13,9 @@ import msgpack
 import pytest
 
 from transport import wire
+from transport.decoder import SCRATCH_NBYTES, Decoder, PayloadDone
 from transport.errors import InvalidArgument, ProtocolError
-from transport.wire import HEADER, MAGIC, Decoder, Frame, FrameKind, Limits, PayloadDone, encode
+from transport.wire import HEADER, MAGIC, Frame, FrameKind, Limits, encode
 
 
 def header(
@@ -23,21 +24,28 @@ def header(
     payload_nbytes: int = 0,
     sequence: int = 0,
     *,
+    tag: int = 0,
+    word: int = 0,
     magic: bytes = MAGIC,
     meta_nbytes: int | None = None,
     meta_crc: int | None = None,
 ) -> bytes:
     """Return a header with a right checksum, whatever its fields say."""
     signed = struct.pack(
-        "<4sB3xIIQI",
+        "<4sB3xIIQqQI",
         magic,
         kind,
         len(meta) if meta_nbytes is None else meta_nbytes,
         zlib.crc32(meta) if meta_crc is None else meta_crc,
         payload_nbytes,
+        tag,
+        word,
         sequence,
     )
     return signed + struct.pack("<I", zlib.crc32(signed))
+
+
+ON_STREAM = [kind for kind in FrameKind if kind is not FrameKind.LENT]
 
 
 def random_frames(rng: random.Random) -> list[tuple[FrameKind, object, bytes]]:
@@ -48,9 +56,9 @@ def random_frames(rng: random.Random) -> list[tuple[FrameKind, object, bytes]]:
         "x" * 50,
     ]
     metas.append("y" * rng.randrange(60_000))
-    sizes = [0, 0, 1, 31, 32, 33, 1000, wire.SCRATCH_NBYTES - 1, wire.SCRATCH_NBYTES + 7, 200_000]
+    sizes = [0, 0, 1, 31, 32, 33, 1000, SCRATCH_NBYTES - 1, SCRATCH_NBYTES + 7, 200_000]
     return [
-        (rng.choice(list(FrameKind)), rng.choice(metas), rng.randbytes(rng.choice(sizes)))
+        (rng.choice(ON_STREAM), rng.choice(metas), rng.randbytes(rng.choice(sizes)))
         for _ in range(rng.randrange(1, 8))
     ]
 
@@ -92,7 +100,7 @@ class Reader:
                 size = self._rng.randrange(left + 1)  # empty buffers too
                 self._buffers.append(bytearray(size))
                 left -= size
-            if event.payload_nbytes:
+            if self._buffers:
                 self.decoder.receive_into([memoryview(buffer) for buffer in self._buffers])
         else:
             assert self._frame is not None
@@ -139,7 +147,7 @@ def test_metadata_longer_than_the_scratch_buffer() -> None:
     limits = Limits(meta_nbytes=1 << 20)
     frames: list[tuple[FrameKind, object, bytes]] = [
         (FrameKind.RECORD, "z" * nbytes, b"!" * 5)
-        for nbytes in (wire.SCRATCH_NBYTES - 40, wire.SCRATCH_NBYTES, 300_000, 3)
+        for nbytes in (SCRATCH_NBYTES - 40, SCRATCH_NBYTES, 300_000, 3)
     ]
     for size in (1 << 20, 70_000, 777):
         reader = Reader(random.Random(1), limits)
@@ -159,12 +167,23 @@ def test_bytes_after_a_frame_belong_to_the_next_one() -> None:
     assert [e.meta for e in events if isinstance(e, Frame)] == ["two"]
 
 
+def test_the_payload_of_a_lent_message_is_not_on_the_stream() -> None:
+    lent = encode(FrameKind.LENT, 0, [1], 2**30, tag=-7, word=2**63 + 1)
+    events = Decoder().feed(lent + encode(FrameKind.RECORD, 1, "next"))
+    assert events == [
+        Frame(FrameKind.LENT, [1], 2**30, -7, 2**63 + 1),
+        PayloadDone.DONE,
+        Frame(FrameKind.RECORD, "next", 0),
+        PayloadDone.DONE,
+    ]
+
+
 def test_table_of_the_docstring_is_the_struct() -> None:
     rows = re.findall(r"^    (\d+) +(\d+) +(\w+) ", wire.__doc__ or "", re.MULTILINE)
     names = [name for _, _, name in rows]
     assert names == [
-        "magic", "kind", "reserved", "meta_nbytes", "meta_crc", "payload_nbytes", "sequence",
-        "header_crc",
+        "magic", "kind", "reserved", "meta_nbytes", "meta_crc", "payload_nbytes", "tag", "word",
+        "sequence", "header_crc",
     ]  # fmt: skip
     values = {
         "magic": MAGIC,
@@ -173,6 +192,8 @@ def test_table_of_the_docstring_is_the_struct() -> None:
         "meta_nbytes": 0x01020304,
         "meta_crc": 0x05060708,
         "payload_nbytes": 0x1112131415161718,
+        "tag": 0x4142434445464748,
+        "word": 0x5152535455565758,
         "sequence": 0x21222324,
         "header_crc": 0x31323334,
     }
@@ -193,7 +214,7 @@ def test_table_of_the_docstring_is_the_struct() -> None:
         (b"GET / HTTP/1.1\r\n", "starts with"),
         (b"b", None),
         (b"bx", "starts with"),
-        (header(magic=b"bpp\x02") + b"\xc0", "starts with"),
+        (header(magic=b"bpp\x01") + b"\xc0", "starts with"),
         (header(kind=0) + b"\xc0", "kind 0"),
         (header(kind=9) + b"\xc0", "kind 9"),
         (header(sequence=1) + b"\xc0", "number 0 was due, number 1"),

@@ -13,26 +13,28 @@ import socket
 import termios
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
+from transport.decoder import Decoder
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.progress import Progress
-from transport.tensors import memory
-from transport.wire import Decoder, Frame, FrameKind, Limits, encode
+from transport.tensors import MessageSpec, memory
+from transport.wire import MESSAGES, Frame, FrameKind, Limits, encode, unpack
 from transport.work import Work
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
 WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise
 MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
+JOIN_NBYTES: Final = 4096  # a frame up to this is copied into one buffer, which costs less
 
 
 class Owner(Protocol):
     """What a connection asks of the transport that it belongs to."""
 
     def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
-        """Return the tensors that the payload fills, or None to stop reading for now.
+        """Return the tensors that the payload on the stream fills, None to stop reading for now.
 
         While `connection.ending` the owner takes every frame.
         """
@@ -67,7 +69,7 @@ class Connection:
         self._progress = progress
         self._owner = owner
         self._limits = limits
-        self._decoder = Decoder(limits)
+        self._decoder = Decoder(limits, _read_meta)
         self._queue: deque[_Outgoing] = deque()
         self._sequence = 0
         self._pending: Frame | None = None  # a frame that the owner has not taken yet
@@ -109,20 +111,48 @@ class Connection:
         self,
         kind: FrameKind,
         meta: object,
+        payload_nbytes: int = 0,
         tensors: Sequence[torch.Tensor] = (),
         work: Work | None = None,
+        *,
+        tag: int = 0,
+        word: int = 0,
     ) -> None:
         """Send a frame now as far as the kernel takes it, and the rest when it takes more.
+
+        `tensors` are the part of the payload that travels on the stream. They belong to the
+        connection until the work is done.
 
         Raises:
             InvalidArgument: the frame is over the limits, which the peer has as well.
         """
-        views = [memory(tensor) for tensor in tensors if tensor.numel()]
-        head = encode(kind, self._sequence, meta, sum(map(len, views)), self._limits)
+        head = encode(kind, self._sequence, meta, payload_nbytes, self._limits, tag=tag, word=word)
         self._sequence += 1
+        views = [memory(tensor) for tensor in tensors]
+        if payload_nbytes <= JOIN_NBYTES:
+            head = b"".join((head, *views))
+            views = []
+            if self.socket is not None and not self._queue and self._send_whole(head):
+                if work is not None:
+                    work.complete()
+                return
         self._queue.append(_Outgoing(deque([memoryview(head), *views]), tensors, work))
         if self.socket is not None and len(self._queue) == 1:
             self._flush()
+
+    def _send_whole(self, frame: bytes) -> bool:
+        """Send a short frame in one piece, the usual case; False when nothing of it was sent."""
+        assert self.socket is not None
+        if self.ending:
+            return False
+        try:
+            nbytes = self.socket.send(frame)
+        except OSError:  # full or broken: whoever queues it finds out which
+            return False
+        if nbytes < len(frame):
+            self._queue.append(_Outgoing(deque([memoryview(frame)[nbytes:]]), (), None))
+            self._watch()
+        return True
 
     def resume(self) -> None:
         """Offer the frame that was not taken once more, and read on if it is taken now."""
@@ -152,7 +182,7 @@ class Connection:
     def _on_events(self, mask: int) -> None:
         if mask & select.EPOLLOUT:
             self._flush()
-        if mask & ~select.EPOLLOUT and self.socket is not None and not self.paused:
+        if mask & ~select.EPOLLOUT and self.socket is not None and self._pending is None:
             self._read()
 
     def _watch(self) -> None:
@@ -254,8 +284,8 @@ class Connection:
             self._watch()
             return False
         self._filling = tensors
-        if frame.payload_nbytes:
-            self._decoder.receive_into([memory(tensor) for tensor in tensors if tensor.numel()])
+        if tensors:
+            self._decoder.receive_into([memory(tensor) for tensor in tensors])
         return True
 
     def _end(self, error: OSError | None) -> None:
@@ -263,3 +293,7 @@ class Connection:
         how = f" ({error.strerror})" if error is not None else ""
         message = f"the connection to rank {self.peer} ended {where}{how}"
         self._owner.on_end(self, PeerLost(message))
+
+
+def _read_meta(kind: FrameKind, meta: bytes) -> Any:
+    return MessageSpec.from_packed(meta) if kind in MESSAGES else unpack(meta)

@@ -91,9 +91,13 @@ class Transport(abc.ABC):
             JobFailed, TransportClosed: nothing can be received any more.
         """
         self._check(src, tag, "receive from")
-        expected = MessageSpec((expect,), False) if isinstance(expect, TensorSpec) else expect
-        if expected is not None and not isinstance(expected, MessageSpec):
-            raise InvalidArgument(f"`expect` is a TensorSpec or a MessageSpec, not {expect!r:.100}")
+        expected = None
+        if expect is not None:
+            expected = MessageSpec((expect,), False) if isinstance(expect, TensorSpec) else expect
+            if not isinstance(expected, MessageSpec):
+                raise InvalidArgument(
+                    f"`expect` is a TensorSpec or a MessageSpec, not {expect!r:.100}"
+                )
         if into is not None:
             filled = fillable(into)
             if expected is not None and expected != filled:
@@ -160,13 +164,20 @@ class Transport(abc.ABC):
         return message
 
     def _check(self, peer: int, tag: int, verb: str) -> None:
+        if (
+            type(peer) is int
+            and 0 <= peer < self.world_size
+            and peer != self.rank
+            and type(tag) is int
+            and -TAG_LIMIT <= tag < TAG_LIMIT
+        ):
+            return
         if type(peer) is not int or not 0 <= peer < self.world_size or peer == self.rank:
             why = "that is this rank itself" if peer == self.rank else "there is no such rank"
             raise InvalidArgument(
                 f"rank {self.rank} of {self.world_size} cannot {verb} rank {peer!r}: {why}"
             )
-        if type(tag) is not int or not -TAG_LIMIT <= tag < TAG_LIMIT:
-            raise InvalidArgument(f"a tag is an integer from 0 to 2**62 - 1, not {tag!r}")
+        raise InvalidArgument(f"a tag is an integer from 0 to 2**62 - 1, not {tag!r}")
 
     @abc.abstractmethod
     def post_send(self, message: Message, dst: int, tag: int) -> Work:

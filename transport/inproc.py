@@ -24,7 +24,7 @@ from transport.errors import (
 )
 from transport.mailbox import Arrival, Mailbox
 from transport.tensors import Message, prepare
-from transport.work import Receive, Work, count, deadline_after, remaining
+from transport.work import Receive, Send, Work, count, deadline_after, remaining
 
 
 class InprocHub:
@@ -61,7 +61,7 @@ class InprocTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Copy the message into the receiver's mailbox; the work is complete at once."""
         spec, tensors = prepare(message)
-        work = Work(self, dst, f"sending to rank {dst} with tag {tag}", is_receive=False)
+        work = Send(self, dst, tag)
         with self._hub.changed:
             self._raise_if_ended()
             if dst in self._hub.gone:
@@ -86,8 +86,8 @@ class InprocTransport(Transport):
         with self._hub.changed:
             self._raise_if_ended()
             self._mailbox.post(receive)
-            if not receive.done and receive.src in self._hub.gone:
-                self._mailbox.fail(self._hub.gone[receive.src], receive.src)
+            if not receive.done and receive.peer in self._hub.gone:
+                self._mailbox.fail(self._hub.gone[receive.peer], receive.peer)
 
     def withdraw(self, receive: Receive) -> bool:
         """Take a posted receive back; False when it is done already."""

@@ -21,12 +21,13 @@ from transport.work import Receive
 class Arrival:
     """A message on its way in: the header is here, the payload comes or has come."""
 
-    __slots__ = ("borrowed", "error", "here", "receive", "spec", "src", "tag", "tensors")
+    __slots__ = ("borrowed", "error", "here", "receive", "spec", "src", "sum", "tag", "tensors")
 
     def __init__(self, src: int, tag: int, spec: MessageSpec) -> None:
         self.src = src
         self.tag = tag
         self.spec = spec
+        self.sum: int | None = None  # what the payload's sum was when it was sent
         self.tensors: list[torch.Tensor] = []
         self.receive: Receive | None = None  # who gets it, once that is known
         self.error: MessageMismatch | None = None
@@ -52,7 +53,7 @@ class Mailbox:
 
     def post(self, receive: Receive) -> None:
         """Match a receive with the oldest arrival of its (source, tag), or let it wait."""
-        key = (receive.src, receive.tag)
+        key = (receive.peer, receive.tag)
         arrivals = self._arrivals.get(key)
         if arrivals is None:
             self._receives.setdefault(key, deque()).append(receive)
@@ -60,7 +61,7 @@ class Mailbox:
         arrival = arrivals.popleft()
         if not arrivals:
             del self._arrivals[key]
-        self._held[receive.src] -= arrival.spec.nbytes
+        self._held[receive.peer] -= arrival.spec.nbytes
         self._match(arrival, receive)
         if arrival.here:
             self._deliver(arrival)
@@ -73,7 +74,7 @@ class Mailbox:
         """
         if receive.done:
             return False
-        key = (receive.src, receive.tag)
+        key = (receive.peer, receive.tag)
         receives = self._receives.get(key)
         if receives is not None and receive in receives:
             receives.remove(receive)
@@ -88,7 +89,7 @@ class Mailbox:
                     del self._receives[key]
             else:
                 self._arrivals.setdefault(key, deque()).appendleft(arriving)
-                self._held[receive.src] = self.held_nbytes(receive.src) + arriving.spec.nbytes
+                self._held[receive.peer] = self.held_nbytes(receive.peer) + arriving.spec.nbytes
         return True
 
     def arrive(self, arrival: Arrival) -> None:

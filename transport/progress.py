@@ -113,7 +113,7 @@ class Progress:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
         deadline = deadline_after(timeout)
         while not work.done:
-            if remaining(deadline) == 0.0:
+            if deadline is not None and remaining(deadline) == 0.0:
                 return False
             try:
                 self._follow_or_drive(work, deadline)
@@ -152,14 +152,14 @@ class Progress:
                     self._followers -= 1
                 return
             self._driver = threading.get_ident()
-            self._outer.modify(self._inner.fileno(), 0)
-            left = self._until_next_timer(remaining(deadline))
+            self._outer.modify(self._inner, 0)
+            left = self._until_due(deadline)
         while not work.done:
             events = self._inner.poll(left)
             with self.lock:
                 self._handle(events)
-                left = self._until_next_timer(remaining(deadline))
-            if remaining(deadline) == 0.0:
+                left = self._until_due(deadline)
+            if left == 0.0 and remaining(deadline) == 0.0:
                 return
 
     def _leave(self) -> None:
@@ -167,12 +167,13 @@ class Progress:
         try:
             if self._driver == threading.get_ident():
                 with self.lock:
-                    self._outer.modify(self._inner.fileno(), select.EPOLLIN)
+                    self._outer.modify(self._inner, select.EPOLLIN)
                     # The background thread may have to end (this thread has read its wake-up
                     # call), or sleep for longer than the next timer allows.
                     if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
                         self.wake()
-                    self._changed.notify_all()  # a follower takes over; `stop` goes on
+                    if self._followers or self._stopped:
+                        self._changed.notify_all()  # a follower takes over; `stop` goes on
                     self._driver = None
         except BaseException:
             self._leave()  # an interrupt came meanwhile: nobody else could drive any more
@@ -213,11 +214,12 @@ class Progress:
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2]()
 
-    def _until_next_timer(self, left: float | None) -> float | None:
-        if not self._timers:
-            return left
-        due = max(0.0, self._timers[0][0] - time.monotonic())
-        return due if left is None else min(left, due)
+    def _until_due(self, deadline: float | None) -> float | None:
+        """Return the seconds until the deadline or the next timer; None for no limit."""
+        if self._timers:
+            due = self._timers[0][0]
+            return remaining(due if deadline is None else min(due, deadline))
+        return remaining(deadline)
 
     def _on_wakeup(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -28,9 +28,9 @@ from transport.errors import (
 from transport.mailbox import Arrival, Mailbox
 from transport.peers import Peer, Peers, Place
 from transport.progress import Progress
-from transport.tensors import Message, MessageSpec, prepare, unsupported_host
-from transport.wire import Frame, FrameKind, Limits
-from transport.work import Receive, Work, count
+from transport.tensors import Message, MessageSpec, payload_sum, prepare, unsupported_host
+from transport.wire import MESSAGES, Frame, FrameKind, Limits
+from transport.work import Farewell, Receive, Send, Work, count
 
 CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
@@ -45,6 +45,7 @@ class TcpTransport(Transport):
             before the waiting calls raise `PeerLost`.
         unexpected_limit: bytes of messages that nobody has asked for, held per peer.
         limits: upper bounds of a frame, for both directions.
+        checksum: whether each payload that is sent carries a sum, which its receiver checks.
     """
 
     name: ClassVar[str] = "tcp"
@@ -61,11 +62,13 @@ class TcpTransport(Transport):
         lost_grace_s: float = 0.0,
         unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
         limits: Limits | None = None,
+        checksum: bool = False,
     ) -> None:
         super().__init__(rank, world_size)
         self._lost_grace_s = lost_grace_s
         self._unexpected_limit = unexpected_limit
         self._limits = limits or Limits()
+        self._checksum = checksum
         self._mailbox = Mailbox()
         self._waiting = 0  # threads that wait for a work: while there are, read on
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
@@ -92,13 +95,13 @@ class TcpTransport(Transport):
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
-        work = Work(self, dst, f"sending to rank {dst} with tag {tag}", is_receive=False)
+        work = Send(self, dst, tag)
+        kind, word = FrameKind.MESSAGE, 0
+        if self._checksum:
+            kind, word = FrameKind.SUMMED, payload_sum(tensors)
         with self._lock, self._guard:
-            self._raise_if_ended()
-            peer = self._contacts.get(dst)
-            if peer.ended is not None:
-                raise fresh(peer.ended)
-            peer.connection.queue(FrameKind.MESSAGE, spec.to_meta(tag), tensors, work)
+            peer = self._peer(dst)
+            peer.connection.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=tag, word=word)
             count(self.traffic.sent, dst)
         return work
 
@@ -107,26 +110,27 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             self._raise_if_ended()
             self._mailbox.post(receive)
-            peer = self._contacts.get(receive.src)
-            peer.connection.resume()
+            peer = self._contacts.get(receive.peer)
+            if peer.connection.paused:
+                peer.connection.resume()
             if not receive.done and peer.ended is not None:
-                self._mailbox.fail(peer.ended, receive.src)
+                self._mailbox.fail(peer.ended, receive.peer)
 
     def withdraw(self, receive: Receive) -> bool:
         """Take a posted receive back; False when it is done already."""
         with self._lock, self._guard:
-            return self._mailbox.withdraw(receive, self._contacts.get(receive.src).arrival)
+            return self._mailbox.withdraw(receive, self._contacts.get(receive.peer).arrival)
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
         with self._lock, self._guard:
             self._waiting += 1
-            for peer in list(self._peers.values()):
-                peer.connection.resume()
+            for connection in [p.connection for p in self._peers.values() if p.connection.paused]:
+                connection.resume()
         try:
             return self._progress.run_until(work, timeout)
         finally:
-            with self._lock, self._guard:
+            with self._lock:
                 self._waiting -= 1
 
     def close(self, timeout: float | None = None) -> None:
@@ -134,7 +138,7 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             if self._farewell is not None:
                 return
-            farewell = self._farewell = Work(self, self.rank, "saying goodbye", is_receive=False)
+            farewell = self._farewell = Farewell(self, self.rank, 0)
             if self._ended is None:
                 for peer in list(self._peers.values()):
                     if peer.ended is None and not peer.lost:
@@ -174,6 +178,14 @@ class TcpTransport(Transport):
         broken = InternalError(what)
         broken.__cause__ = error
         self._end(broken)
+
+    def _peer(self, rank: int) -> Peer:
+        """Return a peer that a message can still go to, and connect at first use."""
+        self._raise_if_ended()
+        peer = self._contacts.get(rank)
+        if peer.ended is not None:
+            raise fresh(peer.ended)
+        return peer
 
     def _raise_if_ended(self) -> None:
         if self._ended is not None:
@@ -227,16 +239,19 @@ class TcpTransport(Transport):
         if frame.kind is FrameKind.GOODBYE and frame.payload_nbytes == 0:
             peer.left = True
             return ()
-        if frame.kind is not FrameKind.MESSAGE or peer.left:
+        if frame.kind not in MESSAGES or peer.left:
             raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
-        tag, spec = MessageSpec.from_meta(frame.meta, frame.payload_nbytes)
-        src = connection.peer
+        spec: MessageSpec = frame.meta
+        spec.fit(frame.payload_nbytes)
+        src, tag = connection.peer, frame.tag
         read_on = self._waiting or connection.ending
         if not read_on and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
                 return None
         peer.arrival = Arrival(src, tag, spec)
+        if frame.kind is FrameKind.SUMMED:
+            peer.arrival.sum = frame.word
         try:
             self._mailbox.arrive(peer.arrival)
         except RuntimeError as error:  # torch's allocator
@@ -251,7 +266,13 @@ class TcpTransport(Transport):
             self._end_peer(peer, PeerLeft(gone))
             return
         assert peer.arrival is not None
-        arrival, peer.arrival = peer.arrival, None
+        arrival = peer.arrival
+        if arrival.sum is not None and payload_sum(arrival.tensors) != arrival.sum:
+            raise ProtocolError(
+                f"the payload's sum is {payload_sum(arrival.tensors):#x}, {arrival.sum:#x} was "
+                f"sent: bytes of the message with tag {arrival.tag} changed on the way"
+            )
+        peer.arrival = None
         count(self.traffic.received, connection.peer)
         self._mailbox.complete(arrival)
 

@@ -2,7 +2,7 @@
 
 A message is one tensor or a tuple of tensors. On the wire its metadata is the msgpack array
 
-    [tag, is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [7, false, "float32", [8, 128]]
+    [is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
 
 and its payload the tensors' bytes in that order, C-contiguous, little-endian, without padding.
 """
@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 import torch
 
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
+from transport.wire import Packed, pack, unpack
 
 Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
@@ -45,6 +46,7 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 MAX_TENSORS: Final = 256  # in one message
 MAX_DIMS: Final = 64  # torch's own limit
 _INT64_MAX: Final = 2**63 - 1
+_CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so the cache stays small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class MessageSpec:
         """Return the spec of `message`."""
         if isinstance(message, torch.Tensor):
             return _single(message.dtype, message.shape)
-        return cls(tuple(TensorSpec.of(tensor) for tensor in message), True)
+        return _tuple(*((tensor.dtype, tensor.shape) for tensor in message))
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -100,34 +102,33 @@ class MessageSpec:
                 return self.allocate()
         return [torch.empty(s.shape, dtype=s.dtype, device="cpu") for s in self.tensors]
 
-    def to_meta(self, tag: int) -> list[object]:
-        """Return the metadata of a message of this spec."""
-        meta: list[object] = [tag, self.is_tuple]
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """The metadata of a message of this spec."""
+        meta: list[object] = [self.is_tuple]
         for spec in self.tensors:
             meta += (_NAMES[spec.dtype], spec.shape)
-        return meta
+        return pack(meta)
 
     @classmethod
-    def from_meta(cls, meta: object, payload_nbytes: int) -> tuple[int, MessageSpec]:
-        """Read (tag, spec) from metadata that came over the network, trusting nothing in it.
+    def from_packed(cls, data: bytes) -> MessageSpec:
+        """Read metadata that came over the network, trusting nothing in it.
 
         Raises:
-            ProtocolError: it is not a message's metadata, or it does not fit the payload's length.
+            ProtocolError: it is not a message's metadata.
         """
-        if not isinstance(meta, list) or not 2 <= len(meta) <= 2 + 2 * MAX_TENSORS or len(meta) % 2:
-            raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
-        tag, is_tuple = meta[0], meta[1]
-        if type(tag) is not int or abs(tag) > _INT64_MAX or type(is_tuple) is not bool:
-            raise ProtocolError(f"not a message's tag and form: {meta[:2]!r:.200}")
-        specs = tuple(_spec_of_meta(meta[i], meta[i + 1]) for i in range(2, len(meta), 2))
-        if not is_tuple and len(specs) != 1:
-            raise ProtocolError(f"a single tensor was announced, {len(specs)} are described")
-        spec = cls(specs, is_tuple)
-        if spec.nbytes != payload_nbytes:
+        return _read(data) if len(data) <= _CACHED_META_NBYTES else _read.__wrapped__(data)
+
+    def fit(self, payload_nbytes: int) -> None:
+        """Check the length that a frame announces for its payload.
+
+        Raises:
+            ProtocolError: it is not the length of these tensors.
+        """
+        if self.nbytes != payload_nbytes:
             raise ProtocolError(
-                f"{spec} takes {spec.nbytes} bytes, the frame announces {payload_nbytes}"
+                f"{self} takes {self.nbytes} bytes, the frame announces {payload_nbytes}"
             )
-        return tag, spec
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> Message:
         """Return the message that `tensors` (of these specs) make up."""
@@ -142,34 +143,46 @@ class MessageSpec:
         )
 
 
-# A program sends the same few shapes again and again: describing and checking them once saves a
-# third of the Python between a small message and the kernel.
+# A program sends the same few shapes again and again: describing, packing and checking them once
+# saves a third of the Python between a small message and the kernel.
 @functools.lru_cache(maxsize=1024)
 def _single(dtype: torch.dtype, shape: torch.Size) -> MessageSpec:
     return MessageSpec((TensorSpec(dtype, tuple(shape)),), False)
 
 
+@functools.lru_cache(maxsize=1024)
+def _tuple(*tensors: tuple[torch.dtype, torch.Size]) -> MessageSpec:
+    return MessageSpec(tuple(TensorSpec(dtype, tuple(shape)) for dtype, shape in tensors), True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(data: bytes) -> MessageSpec:
+    meta = unpack(data)
+    if not isinstance(meta, list) or not 1 <= len(meta) <= 1 + 2 * MAX_TENSORS or not len(meta) % 2:
+        raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
+    is_tuple = meta[0]
+    if type(is_tuple) is not bool:
+        raise ProtocolError(f"not a message's form: {is_tuple!r:.200}")
+    specs = tuple(_spec_of_meta(meta[i], meta[i + 1]) for i in range(1, len(meta), 2))
+    if not is_tuple and len(specs) != 1:
+        raise ProtocolError(f"a single tensor was announced, {len(specs)} are described")
+    return MessageSpec(specs, is_tuple)
+
+
 def _spec_of_meta(name: object, shape: object) -> TensorSpec:
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
-        raise ProtocolError(f"not a shape: {shape!r:.200}")
-    try:
-        return _checked_spec(name, *shape)
-    except TypeError:  # a list among the sizes, say: the cache cannot look that up
-        raise ProtocolError(f"not a dtype and a shape: {name!r:.100} {shape!r:.200}") from None
-
-
-@functools.lru_cache(maxsize=1024, typed=True)  # typed: True is no size, though it equals 1
-def _checked_spec(name: object, *shape: object) -> TensorSpec:
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ProtocolError(f"dtype {name!r:.100} is not one of {', '.join(DTYPES)}")
-    if any(type(size) is not int or not 0 <= size <= _INT64_MAX for size in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMS
+        or any(type(size) is not int or not 0 <= size <= _INT64_MAX for size in shape)
+    ):
         raise ProtocolError(f"not a shape: {shape!r:.200}")
     # torch counts with 64 bits even when one size is 0, so the other sizes have to fit as well.
-    sizes = tuple(size for size in shape if isinstance(size, int))
-    if math.prod(size or 1 for size in sizes) * dtype.itemsize > _INT64_MAX:
+    if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
         raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
-    return TensorSpec(dtype, sizes)
+    return TensorSpec(dtype, tuple(shape))
 
 
 def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
@@ -189,7 +202,7 @@ def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
             f"not {type(message).__name__}"
         )
     tensors = [_sendable(tensor) for tensor in message]
-    return MessageSpec(tuple(map(TensorSpec.of, tensors)), True), tensors
+    return _tuple(*((tensor.dtype, tensor.shape) for tensor in tensors)), tensors
 
 
 def _sendable(tensor: object) -> torch.Tensor:
@@ -206,7 +219,7 @@ def _sendable(tensor: object) -> torch.Tensor:
             f"this transport moves CPU tensors, this one is on {tensor.device}: send tensor.cpu()"
         )
     # The conjugate and negative bits are lazy flags; the bytes in memory do not know of them.
-    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
         # Cut off its graph, which a slow peer would otherwise keep alive with it.
         return tensor.detach() if tensor.requires_grad else tensor
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
@@ -233,10 +246,26 @@ def memory(tensor: torch.Tensor) -> memoryview:
 
     The view does not keep the tensor alive: whoever holds the view holds the tensor too.
     """
-    nbytes = tensor.numel() * tensor.element_size()
+    nbytes = tensor.nbytes
     if not nbytes:
         return memoryview(bytearray())
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def payload_sum(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the sum, modulo 2**64, of a payload's bytes read as 64-bit integers.
+
+    Every single flipped bit changes it. torch adds at the speed of memory, several times faster
+    than a CRC. (What is left over at a tensor's end counts as one shorter integer.)
+    """
+    total = 0
+    for tensor in tensors:
+        data = memory(tensor)
+        words = len(data) // 8
+        if words:
+            total += int(torch.frombuffer(data, dtype=torch.int64, count=words).sum())
+        total += int.from_bytes(data[8 * words :], "little")
+    return total % 2**64
 
 
 def unsupported_host() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,19 +14,24 @@ if TYPE_CHECKING:
     from transport.contract import Transport
 
 
-class Work:
-    """A send or a receive on its way. `wait` ends when it is complete or has failed."""
+class Work(abc.ABC):
+    """Something on its way. `wait` ends when it is complete or has failed."""
 
-    __slots__ = ("_error", "_result", "_transport", "description", "done", "is_receive", "peer")
+    __slots__ = ("_error", "_result", "_transport", "done", "peer", "tag")
+    is_receive = False
 
-    def __init__(self, transport: Transport, peer: int, description: str, is_receive: bool) -> None:
+    def __init__(self, transport: Transport, peer: int, tag: int) -> None:
         self._transport = transport
         self.peer = peer
+        self.tag = tag
         self._result: Message | None = None
         self._error: TransportError | None = None
         self.done = False
-        self.is_receive = is_receive
-        self.description = description
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """What it is, in words: "sending to rank 1 with tag 0"."""
 
     def is_completed(self) -> bool:
         """Whether `wait` would return, or raise, without blocking."""
@@ -72,10 +78,22 @@ class Work:
         self.done = True
 
 
+class Send(Work):
+    """A message on its way out."""
+
+    __slots__ = ()
+
+    @property
+    def description(self) -> str:
+        """What it is, in words."""
+        return f"sending to rank {self.peer} with tag {self.tag}"
+
+
 class Receive(Work):
     """A posted receive: the work, and what its receiver has stated about the message."""
 
-    __slots__ = ("expected", "into", "src", "tag")
+    __slots__ = ("expected", "into")
+    is_receive = True
 
     def __init__(
         self,
@@ -85,12 +103,25 @@ class Receive(Work):
         into: Message | None,
         expected: MessageSpec | None,
     ) -> None:
-        what = f"waiting for a message from rank {src} with tag {tag}"
-        super().__init__(transport, src, what, is_receive=True)
-        self.src = src
-        self.tag = tag
+        super().__init__(transport, src, tag)
         self.into = into
         self.expected = expected
+
+    @property
+    def description(self) -> str:
+        """What it is, in words."""
+        return f"waiting for a message from rank {self.peer} with tag {self.tag}"
+
+
+class Farewell(Work):
+    """The end of a transport: done when everything is flushed."""
+
+    __slots__ = ()
+
+    @property
+    def description(self) -> str:
+        """What it is, in words."""
+        return "saying goodbye"
 
 
 class Traffic:
