@@ -20,7 +20,7 @@ import torch
 from transport.decoder import Decoder
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.progress import Progress
-from transport.tensors import MessageSpec, memory
+from transport.tensors import MessageSpec, copied_bytes, memory
 from transport.wire import MESSAGES, Frame, FrameKind, Limits, encode, unpack
 from transport.work import Work
 
@@ -128,15 +128,15 @@ class Connection:
         """
         head = encode(kind, self._sequence, meta, payload_nbytes, self._limits, tag=tag, word=word)
         self._sequence += 1
-        views = [memory(tensor) for tensor in tensors]
         if payload_nbytes <= JOIN_NBYTES:
-            head = b"".join((head, *views))
-            views = []
+            head = b"".join((head, *map(copied_bytes, tensors)))
+            tensors = ()
             if self.socket is not None and not self._queue and self._send_whole(head):
                 if work is not None:
                     work.complete()
                 return
-        self._queue.append(_Outgoing(deque([memoryview(head), *views]), tensors, work))
+        buffers = deque([memoryview(head), *map(memory, tensors)])
+        self._queue.append(_Outgoing(buffers, tensors, work))
         if self.socket is not None and len(self._queue) == 1:
             self._flush()
 

@@ -163,9 +163,15 @@ class Decoder:
                 return None
             self._header = self._decode_header()
         kind, meta_nbytes, meta_crc, payload_nbytes, tag, word = self._header
-        meta = self._take_meta(meta_nbytes)
-        if meta is None:
-            return None
+        start = self._start
+        if self._end - start >= meta_nbytes and not self._meta:  # the usual case: it is all here
+            meta = bytes(self._scratch[start : start + meta_nbytes])
+            self._start += meta_nbytes
+        else:
+            self._gather_meta(meta_nbytes)
+            if len(self._meta) < meta_nbytes:
+                return None
+            meta, self._meta = bytes(self._meta), bytearray()
         if zlib.crc32(meta) != meta_crc:
             raise ProtocolError("the metadata's checksum does not match: bytes changed on the way")
         self._header = None
@@ -202,18 +208,10 @@ class Decoder:
             raise ProtocolError(f"there is no frame kind {number}")
         return kind, meta_nbytes, meta_crc, payload_nbytes, tag, word
 
-    def _take_meta(self, meta_nbytes: int) -> bytes | None:
-        start, available = self._start, self._end - self._start
-        if not self._meta and available >= meta_nbytes:  # the usual case: all of it is here
-            self._start += meta_nbytes
-            return bytes(self._scratch[start : start + meta_nbytes])
-        nbytes = min(available, meta_nbytes - len(self._meta))
-        self._meta += self._scratch[start : start + nbytes]
+    def _gather_meta(self, meta_nbytes: int) -> None:
+        nbytes = min(self._end - self._start, meta_nbytes - len(self._meta))
+        self._meta += self._scratch[self._start : self._start + nbytes]
         self._start += nbytes
-        if len(self._meta) < meta_nbytes:
-            return None
-        whole, self._meta = bytes(self._meta), bytearray()
-        return whole
 
 
 def _unpacked(kind: FrameKind, meta: bytes) -> Any:

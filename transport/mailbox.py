@@ -10,11 +10,12 @@ The mailbox does no input or output and takes no lock: its transport holds one a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from transport.errors import MessageMismatch, TransportError
-from transport.tensors import MessageSpec
+from transport.tensors import MessageSpec, tensors_of
 from transport.work import Receive
 
 
@@ -28,7 +29,7 @@ class Arrival:
         self.tag = tag
         self.spec = spec
         self.sum: int | None = None  # what the payload's sum was when it was sent
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: Sequence[torch.Tensor] = ()
         self.receive: Receive | None = None  # who gets it, once that is known
         self.error: MessageMismatch | None = None
         self.here = False  # whether the payload is complete
@@ -106,8 +107,7 @@ class Mailbox:
             del self._receives[key]
         self._match(arrival, receive)
         if receive.into is not None and arrival.error is None:
-            into = receive.into
-            arrival.tensors = list(into) if isinstance(into, tuple) else [into]
+            arrival.tensors = tensors_of(receive.into)
         else:
             arrival.tensors = arrival.spec.allocate()
 
@@ -147,7 +147,7 @@ class Mailbox:
             mine = [t.clone() for t in arrival.tensors] if arrival.borrowed else arrival.tensors
             receive.complete(arrival.spec.pack(mine))
             return
-        into = receive.into if isinstance(receive.into, tuple) else (receive.into,)
+        into = tensors_of(receive.into)
         if into and into[0] is not arrival.tensors[0]:  # it arrived before it was asked for
             with torch.inference_mode():  # outside of it a target made inside cannot be written
                 for target, tensor in zip(into, arrival.tensors, strict=True):

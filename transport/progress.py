@@ -196,7 +196,12 @@ class Progress:
 
     def _handle(self, events: list[tuple[int, int]]) -> None:
         try:
-            self._call_handlers(events)
+            for fd, mask in events:
+                handler = self._handlers.get(fd)  # an earlier handler may have closed this one
+                if handler is not None:
+                    handler(mask)
+            if self._timers:
+                self._call_timers()
         except BaseException as error:
             self._on_crash(error)
             if not isinstance(error, Exception):
@@ -205,12 +210,8 @@ class Progress:
             if self._followers:
                 self._changed.notify_all()
 
-    def _call_handlers(self, events: list[tuple[int, int]]) -> None:
-        for fd, mask in events:
-            handler = self._handlers.get(fd)  # an earlier handler may have closed this one
-            if handler is not None:
-                handler(mask)
-        now = time.monotonic() if self._timers else 0.0
+    def _call_timers(self) -> None:
+        now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2]()
 

@@ -71,6 +71,7 @@ class TcpTransport(Transport):
         self._checksum = checksum
         self._mailbox = Mailbox()
         self._waiting = 0  # threads that wait for a work: while there are, read on
+        self._paused: set[Connection] = set()  # what is not read, because too much is held
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
@@ -111,8 +112,8 @@ class TcpTransport(Transport):
             self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._contacts.get(receive.peer)
-            if peer.connection.paused:
-                peer.connection.resume()
+            if peer.connection in self._paused:
+                self._resume(peer.connection)
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.peer)
 
@@ -123,10 +124,12 @@ class TcpTransport(Transport):
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
-        with self._lock, self._guard:
+        with self._lock:
             self._waiting += 1
-            for connection in [p.connection for p in self._peers.values() if p.connection.paused]:
-                connection.resume()
+            if self._paused:
+                with self._guard:
+                    for connection in list(self._paused):
+                        self._resume(connection)
         try:
             return self._progress.run_until(work, timeout)
         finally:
@@ -203,6 +206,10 @@ class TcpTransport(Transport):
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
+    def _resume(self, connection: Connection) -> None:
+        self._paused.discard(connection)
+        connection.resume()
+
     def _connect(self, rank: int) -> Connection:
         return Connection(self._progress, self, rank, self._limits)
 
@@ -222,6 +229,7 @@ class TcpTransport(Transport):
         if peer.ended is not None:
             return
         peer.ended = error
+        self._paused.discard(peer.connection)
         if peer.call is not None:
             peer.call.cancel()
         peer.connection.detach(error)
@@ -248,6 +256,7 @@ class TcpTransport(Transport):
         if not read_on and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
+                self._paused.add(connection)
                 return None
         peer.arrival = Arrival(src, tag, spec)
         if frame.kind is FrameKind.SUMMED:

@@ -117,7 +117,9 @@ class MessageSpec:
         Raises:
             ProtocolError: it is not a message's metadata.
         """
-        return _read(data) if len(data) <= _CACHED_META_NBYTES else _read.__wrapped__(data)
+        if len(data) <= _CACHED_META_NBYTES:
+            return _read(data)
+        return _read.__wrapped__(data)
 
     def fit(self, payload_nbytes: int) -> None:
         """Check the length that a frame announces for its payload.
@@ -136,7 +138,7 @@ class MessageSpec:
 
     def check(self, arrived: MessageSpec, src: int, tag: int) -> MessageMismatch | None:
         """Return the error to raise when `arrived` is not what this (expected) spec says."""
-        if arrived == self:
+        if arrived is self or arrived == self:  # those of one shape are mostly one object
             return None
         return MessageMismatch(
             f"the message from rank {src} (tag {tag}) holds {arrived}, this rank expects {self}"
@@ -146,12 +148,12 @@ class MessageSpec:
 # A program sends the same few shapes again and again: describing, packing and checking them once
 # saves a third of the Python between a small message and the kernel.
 @functools.lru_cache(maxsize=1024)
-def _single(dtype: torch.dtype, shape: torch.Size) -> MessageSpec:
+def _single(dtype: torch.dtype, shape: tuple[int, ...]) -> MessageSpec:
     return MessageSpec((TensorSpec(dtype, tuple(shape)),), False)
 
 
 @functools.lru_cache(maxsize=1024)
-def _tuple(*tensors: tuple[torch.dtype, torch.Size]) -> MessageSpec:
+def _tuple(*tensors: tuple[torch.dtype, tuple[int, ...]]) -> MessageSpec:
     return MessageSpec(tuple(TensorSpec(dtype, tuple(shape)) for dtype, shape in tensors), True)
 
 
@@ -166,7 +168,8 @@ def _read(data: bytes) -> MessageSpec:
     specs = tuple(_spec_of_meta(meta[i], meta[i + 1]) for i in range(1, len(meta), 2))
     if not is_tuple and len(specs) != 1:
         raise ProtocolError(f"a single tensor was announced, {len(specs)} are described")
-    return MessageSpec(specs, is_tuple)
+    pairs = [(spec.dtype, spec.shape) for spec in specs]
+    return _tuple(*pairs) if is_tuple else _single(*pairs[0])
 
 
 def _spec_of_meta(name: object, shape: object) -> TensorSpec:
@@ -231,14 +234,19 @@ def fillable(message: Message) -> MessageSpec:
     Raises:
         InvalidArgument: not a message, on another device, not contiguous, or needs a gradient.
     """
-    spec, contiguous = prepare(message)
-    tensors = (message,) if isinstance(message, torch.Tensor) else message
-    for tensor, ready in zip(tensors, contiguous, strict=True):
-        if ready.data_ptr() != tensor.data_ptr():
-            raise InvalidArgument("a tensor to be filled has to be contiguous: use .contiguous()")
+    spec, ready = prepare(message)
+    for tensor, prepared in zip(tensors_of(message), ready, strict=True):
+        if prepared is tensor:
+            continue
         if tensor.requires_grad:
             raise InvalidArgument("a tensor to be filled cannot require a gradient: use .detach()")
+        raise InvalidArgument("a tensor to be filled has to be contiguous: use .contiguous()")
     return spec
+
+
+def tensors_of(message: Message) -> Sequence[torch.Tensor]:
+    """Return a message's tensors in order."""
+    return (message,) if isinstance(message, torch.Tensor) else message
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
@@ -250,6 +258,11 @@ def memory(tensor: torch.Tensor) -> memoryview:
     if not nbytes:
         return memoryview(bytearray())
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def copied_bytes(tensor: torch.Tensor) -> bytes:
+    """Return a copy of the bytes of a contiguous CPU tensor."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def payload_sum(tensors: Sequence[torch.Tensor]) -> int:
