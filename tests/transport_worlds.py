@@ -14,9 +14,14 @@ from transport.contract import Transport
 from transport.errors import TransportClosed
 from transport.handshake import new_secret
 from transport.inproc import InprocHub
+from transport.shm import ShmTransport
 from transport.tcp import TcpTransport, UnixTransport
 
-SOCKETS: dict[str, type[TcpTransport]] = {"tcp": TcpTransport, "unix": UnixTransport}
+SOCKETS: dict[str, type[TcpTransport]] = {
+    "tcp": TcpTransport,
+    "unix": UnixTransport,
+    "shm": ShmTransport,
+}
 NAMES = ["inproc", *SOCKETS]
 SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded
 

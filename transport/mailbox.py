@@ -94,11 +94,15 @@ class Mailbox:
         return True
 
     def arrive(self, arrival: Arrival) -> None:
-        """Take a message whose header is here; afterwards `arrival.tensors` is its memory."""
+        """Take a message whose header is here; afterwards `arrival.tensors` is its memory.
+
+        That may be set already, when the payload lies somewhere. Otherwise it is the memory of the
+        receive that wants it, or fresh.
+        """
         key = (arrival.src, arrival.tag)
         receives = self._receives.get(key)
         if receives is None:
-            arrival.tensors = arrival.spec.allocate()
+            arrival.tensors = arrival.tensors or arrival.spec.allocate()
             self._arrivals.setdefault(key, deque()).append(arrival)
             self._held[arrival.src] = self.held_nbytes(arrival.src) + arrival.spec.nbytes
             return
@@ -106,6 +110,8 @@ class Mailbox:
         if not receives:
             del self._receives[key]
         self._match(arrival, receive)
+        if arrival.tensors:
+            return
         if receive.into is not None and arrival.error is None:
             arrival.tensors = tensors_of(receive.into)
         else:
@@ -119,11 +125,18 @@ class Mailbox:
         return arrival.receive
 
     def fail(self, error: TransportError, src: int | None = None) -> None:
-        """Fail every waiting receive (of one source); complete messages stay for who asks."""
+        """Fail every waiting receive, of one source or of all.
+
+        Complete messages of a source that is gone stay for who asks. When all is over nobody can
+        ask any more, and they go too.
+        """
         for key in [k for k in self._receives if src is None or k[0] == src]:
             for receive in self._receives.pop(key):
                 receive.fail(error)
-        for key in [k for k in self._arrivals if src is None or k[0] == src]:
+        if src is None:
+            self._arrivals.clear()
+            self._held.clear()
+        for key in [k for k in self._arrivals if k[0] == src]:
             whole = deque(arrival for arrival in self._arrivals[key] if arrival.here)
             torn = sum(a.spec.nbytes for a in self._arrivals[key] if not a.here)
             self._held[key[0]] -= torn

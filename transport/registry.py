@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 _CLASSES: Final = {
     "inproc": "transport.inproc:InprocTransport",
+    "shm": "transport.shm:ShmTransport",
     "tcp": "transport.tcp:TcpTransport",
     "unix": "transport.tcp:UnixTransport",
 }
-AUTO: Final = ("unix", "tcp")  # what "auto" tries, the fastest first
+AUTO: Final = ("shm", "unix", "tcp")  # what "auto" tries, the fastest first
 
 
 def transport_names() -> list[str]:

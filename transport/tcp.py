@@ -97,12 +97,8 @@ class TcpTransport(Transport):
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
         spec, tensors = prepare(message)
         work = Send(self, dst, tag)
-        kind, word = FrameKind.MESSAGE, 0
-        if self._checksum:
-            kind, word = FrameKind.SUMMED, payload_sum(tensors)
         with self._lock, self._guard:
-            peer = self._peer(dst)
-            peer.connection.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=tag, word=word)
+            self._dispatch(self._peer(dst).connection, spec, tensors, work)
             count(self.traffic.sent, dst)
         return work
 
@@ -204,6 +200,28 @@ class TcpTransport(Transport):
         else:
             self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
 
+    # -- how a payload travels: another transport may know a better way ---------------------------
+
+    def _dispatch(
+        self,
+        connection: Connection,
+        spec: MessageSpec,
+        tensors: Sequence[torch.Tensor],
+        work: Send,
+    ) -> None:
+        """Send a message's frame, and its payload."""
+        kind, word = FrameKind.MESSAGE, 0
+        if self._checksum:
+            kind, word = FrameKind.SUMMED, payload_sum(tensors)
+        connection.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=work.tag, word=word)
+
+    def _fetch(self, connection: Connection, frame: Frame, arrival: Arrival) -> None:
+        """Take from a message's frame what it says of the payload."""
+        if frame.kind is FrameKind.SUMMED:
+            arrival.sum = frame.word
+        elif frame.kind is not FrameKind.MESSAGE:
+            raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
+
     # -- a peer's beginning and end ---------------------------------------------------------------
 
     def _resume(self, connection: Connection) -> None:
@@ -258,14 +276,13 @@ class TcpTransport(Transport):
             if held + spec.nbytes > self._unexpected_limit:
                 self._paused.add(connection)
                 return None
-        peer.arrival = Arrival(src, tag, spec)
-        if frame.kind is FrameKind.SUMMED:
-            peer.arrival.sum = frame.word
+        arrival = peer.arrival = Arrival(src, tag, spec)
+        self._fetch(connection, frame, arrival)
         try:
-            self._mailbox.arrive(peer.arrival)
+            self._mailbox.arrive(arrival)
         except RuntimeError as error:  # torch's allocator
             raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
-        return peer.arrival.tensors
+        return () if frame.kind is FrameKind.LENT else arrival.tensors
 
     def on_payload(self, connection: Connection) -> None:
         """Complete the message, or act on a goodbye."""

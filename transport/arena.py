@@ -1,0 +1,177 @@
+"""Memory that one rank lends to another: the payload is written once, and used where it lies.
+
+    lender                       one file without a name          borrower
+    lend: copies the payload     ┌───┬─────────┬───┬───────┐      take(offset): tensors over it;
+    there, gives its offset ───> │ 1 │ payload │ 0 │  free │ <─── their storage freed: state = 0
+                                 └───┴─────────┴───┴───────┘
+                                 64-byte heads, whose first byte is the state: 1 lent, 0 free
+
+1. Only the lender sets a state to 1, and only when it is 0. Only the borrower sets it back to 0,
+   once no tensor uses the payload any more: then its *storage* is freed, however many views there
+   were. So nobody ever writes what the other one still reads.
+2. To lend never waits. When no block is free the answer is None, and the payload travels otherwise.
+3. The file has no name (memfd_create(2)): the kernel frees it with the last process that maps it,
+   however those end. It is sealed against growing and shrinking before it is shown to anybody, so
+   no peer can cut it under a reader (a read behind the end of a file would be a SIGBUS).
+4. What comes from the other side, an offset, is checked before it is used.
+5. A block that was used is used again before a new one is: first touching memory costs far more
+   than copying to it. Sizes are rounded up by at most a quarter, so that blocks fit again.
+
+That a byte is written after the payload was read, and read before it is written again, is ordered
+by the system call in between on one side and by the interpreter's lock on the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from transport.errors import ProtocolError
+from transport.tensors import MessageSpec
+
+ARENA_NBYTES: Final = 256 * 1024 * 1024  # a bound: memory that is never touched is never there
+ALIGNMENT: Final = 64  # of every tensor; also the length of a block's head
+MIN_BLOCK_NBYTES: Final = 4096
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_FREE: Final = 0
+_LENT: Final = 1
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(spec: MessageSpec) -> tuple[tuple[int, ...], int]:
+    """Return where in a block each tensor of a message starts, and how long they are together."""
+    starts, end = [], 0
+    for tensor in spec.tensors:
+        starts.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(starts), end
+
+
+def _rounded(nbytes: int) -> int:
+    """Return the block size for `nbytes`: a multiple of an eighth of the next power of two."""
+    step = max(MIN_BLOCK_NBYTES, 1 << max(0, nbytes.bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+class Lender:
+    """An arena of this rank, from which it lends blocks to one peer.
+
+    Raises:
+        OSError: the system gives no such memory.
+    """
+
+    def __init__(self, nbytes: int = ARENA_NBYTES) -> None:
+        self.nbytes = nbytes
+        self.fd = os.memfd_create("barepp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, nbytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._map = mmap.mmap(self.fd, nbytes)
+        except BaseException:
+            self.close()
+            raise
+        self._states = memoryview(self._map)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._blocks: dict[int, list[int]] = {}  # offsets by size
+        self._end = 0  # of the part that has been cut into blocks
+
+    def close(self) -> None:
+        """Close the descriptor; the memory stays as long as somebody maps it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
+        """Copy a message's contiguous tensors into a free block; return its offset, or None."""
+        starts, nbytes = layout(spec)
+        offset = self._free_block(_rounded(nbytes))
+        if offset is None:
+            return None
+        payload = self._base + offset + ALIGNMENT
+        for start, tensor in zip(starts, tensors, strict=True):
+            ctypes.memmove(payload + start, tensor.data_ptr(), tensor.nbytes)
+        self._states[offset] = _LENT
+        return offset
+
+    def _free_block(self, size: int) -> int | None:
+        for offset in self._blocks.get(size, ()):
+            if self._states[offset] == _FREE:
+                return offset
+        if self._end + ALIGNMENT + size > self.nbytes:
+            return self._other_block(size)
+        offset, self._end = self._end, self._end + ALIGNMENT + size
+        self._blocks.setdefault(size, []).append(offset)
+        return offset
+
+    def _other_block(self, size: int) -> int | None:
+        """Return a larger block, or cut everything anew when nothing is lent."""
+        for larger in sorted(other for other in self._blocks if other > size):
+            for offset in self._blocks[larger]:
+                if self._states[offset] == _FREE:
+                    return offset
+        every = (offset for offsets in self._blocks.values() for offset in offsets)
+        if ALIGNMENT + size > self.nbytes or any(self._states[offset] == _LENT for offset in every):
+            return None
+        self._blocks.clear()
+        self._end = 0
+        return self._free_block(size)
+
+
+class Borrowed:
+    """A peer's arena, seen from the side that uses the payloads; closes `fd`.
+
+    Raises:
+        ProtocolError: the descriptor is not a sealed file of a length that was agreed upon.
+    """
+
+    def __init__(self, fd: int, limit_nbytes: int = ARENA_NBYTES) -> None:
+        try:
+            nbytes = os.fstat(fd).st_size
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise ProtocolError("the lent memory is not sealed: it could shrink under a reader")
+            if not 0 < nbytes <= limit_nbytes:
+                raise ProtocolError(f"{nbytes} bytes of lent memory, at most {limit_nbytes} agreed")
+            self._map = mmap.mmap(fd, nbytes)
+        except OSError as error:
+            raise ProtocolError(f"the lent memory cannot be mapped: {error.strerror}") from error
+        finally:
+            os.close(fd)
+        self._nbytes = nbytes
+        self._states = memoryview(self._map)
+        self._used: dict[int, weakref.ref[ctypes.Array[ctypes.c_char]]] = {}
+        self._pid = os.getpid()
+
+    def take(self, offset: int, spec: MessageSpec) -> list[torch.Tensor]:
+        """Return a message's tensors over the block at `offset`; they may be written to.
+
+        Raises:
+            ProtocolError: there is no such block.
+        """
+        starts, nbytes = layout(spec)
+        if offset % ALIGNMENT or offset + ALIGNMENT + nbytes > self._nbytes or offset in self._used:
+            raise ProtocolError(f"no block at offset {offset} that {spec} could lie in")
+        # Every tensor's storage keeps this array alive, and the array keeps the map.
+        array = (ctypes.c_char * max(1, nbytes)).from_buffer(self._map, offset + ALIGNMENT)
+        self._used[offset] = weakref.ref(array, functools.partial(self._give_back, offset))
+        return [
+            torch.frombuffer(
+                array, dtype=t.dtype, count=t.nbytes // t.dtype.itemsize, offset=start
+            ).view(t.shape)
+            if t.nbytes
+            else torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            for start, t in zip(starts, spec.tensors, strict=True)
+        ]
+
+    def _give_back(self, offset: int, _: object) -> None:
+        # A forked child frees its copies of the tensors as well; the block is not its to give.
+        if os.getpid() == self._pid:
+            del self._used[offset]
+            self._states[offset] = _FREE

@@ -1,0 +1,147 @@
+"""Shared memory between ranks of one host: the payload is written once and used where it lies.
+
+    rank 0                                                   rank 1
+    attach: my arena's descriptor (SCM_RIGHTS) ────────────> maps it
+            maps it <──────────────────────────────────────  my arena's descriptor
+    isend:  copy into a block of my arena
+            frame "lent", word = the block's offset ───────> tensors over the block, no copy
+                                                             storage freed: the block's state = 0
+
+Everything but the payload stays as it is with Unix streams: frames, matching, order, death. Small
+messages, and those for which no block is free, travel on the stream, so nothing ever waits for a
+block. Ranks of other hosts are reached over TCP. How blocks are lent is in arena.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import ClassVar, Final
+
+import torch
+
+from transport.arena import Borrowed, Lender
+from transport.connection import Connection, Owner
+from transport.errors import ProtocolError
+from transport.mailbox import Arrival
+from transport.progress import Progress
+from transport.tcp import UnixTransport
+from transport.tensors import MessageSpec
+from transport.wire import Frame, FrameKind, Limits
+from transport.work import Send
+
+LEND_NBYTES: Final = 32 * 1024  # below this the stream's copies cost less than the bookkeeping
+_WITH_ARENA: Final = b"\1"
+_WITHOUT: Final = b"\0"  # no memory for an arena: all payloads travel on the stream
+
+
+class LendingConnection(Connection):
+    """A stream whose ends show each other their arenas before the first frame."""
+
+    def __init__(self, progress: Progress, owner: Owner, peer: int, limits: Limits) -> None:
+        super().__init__(progress, owner, peer, limits)
+        self.lender: Lender | None = None
+        self.borrowed: Borrowed | None = None
+        self._greeted = True  # whether the peer's arena, if any, is here
+
+    def attach(self, sock: socket.socket) -> None:
+        """Show the arena, then start to read and write."""
+        if sock.family == socket.AF_UNIX:
+            self._greeted = False
+            self._show_arena(sock)
+        super().attach(sock)
+
+    def close_socket(self) -> None:
+        """Close the socket; tensors that lie in the peer's arena keep it alive by themselves."""
+        super().close_socket()
+        self.lender = self.borrowed = None
+
+    def _show_arena(self, sock: socket.socket) -> None:
+        try:
+            self.lender = Lender()
+        except OSError:
+            self.lender = None
+        try:  # one byte always fits into an empty buffer
+            if self.lender is None:
+                sock.send(_WITHOUT)
+            else:
+                socket.send_fds(sock, [_WITH_ARENA], [self.lender.fd])
+        except OSError:
+            pass  # the peer is gone: reading finds out how
+        finally:
+            if self.lender is not None:
+                self.lender.close()
+
+    def _read(self) -> None:
+        if self._greeted or self._take_greeting():
+            super()._read()
+
+    def _take_greeting(self) -> bool:
+        """Take the peer's arena; False when it has not come yet, or never will."""
+        assert self.socket is not None
+        try:
+            data, fds, _, _ = socket.recv_fds(self.socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(error)
+            return False
+        if not data:
+            self._end(None)
+            return False
+        try:
+            self._greeted = True
+            if fds:
+                self.borrowed = Borrowed(fds[0])
+            if data != (_WITH_ARENA if fds else _WITHOUT):
+                raise ProtocolError(f"{data!r} with {len(fds)} descriptors is no greeting")
+        except ProtocolError as error:
+            self._owner.on_end(self, error)
+            return False
+        return True
+
+
+class ShmTransport(UnixTransport):
+    """Unix streams with payloads in shared memory between ranks of one host, TCP between others."""
+
+    name: ClassVar[str] = "shm"
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return why this machine cannot lend memory, None when it can."""
+        if not hasattr(os, "memfd_create") or not hasattr(socket, "send_fds"):
+            return "this system has no memfd_create(2), or cannot pass descriptors"
+        return UnixTransport.viable()
+
+    def _connect(self, rank: int) -> Connection:
+        return LendingConnection(self._progress, self, rank, self._limits)
+
+    def _dispatch(
+        self,
+        connection: Connection,
+        spec: MessageSpec,
+        tensors: Sequence[torch.Tensor],
+        work: Send,
+    ) -> None:
+        assert isinstance(connection, LendingConnection)
+        lender, limits = connection.lender, self._limits
+        # (What is over the limits is left to the stream, which says so.)
+        if lender is not None and LEND_NBYTES <= spec.nbytes <= limits.payload_nbytes:
+            offset = lender.lend(spec, tensors)
+            if offset is not None:
+                connection.queue(
+                    FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset
+                )
+                work.complete()
+                return
+        super()._dispatch(connection, spec, tensors, work)
+
+    def _fetch(self, connection: Connection, frame: Frame, arrival: Arrival) -> None:
+        if frame.kind is not FrameKind.LENT:
+            super()._fetch(connection, frame, arrival)
+            return
+        assert isinstance(connection, LendingConnection)
+        if connection.borrowed is None:
+            raise ProtocolError("a message lies in shared memory, but none was shown")
+        arrival.tensors = connection.borrowed.take(frame.word, arrival.spec)
