@@ -31,6 +31,7 @@ from barepp.beats import Beat
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.failures import failure_of_exit
+from barepp.foresight import preloads
 from barepp.member import Options, Outcome, Rank, ResultReader
 from barepp.nursery import Nursery
 from barepp.output import Output
@@ -63,6 +64,7 @@ class Job:
         *,
         fork: bool = False,
     ) -> None:
+        self._preloads = [] if fork else preloads(task)
         if isinstance(task, Call) and not fork:
             task = PickledCall(pickle.dumps(task))
         self._task = task
@@ -104,7 +106,7 @@ class Job:
     # -- starting ---------------------------------------------------------------------------------
 
     def _start_all(self, stack: contextlib.ExitStack) -> None:
-        self._nursery = Nursery(fork=self._fork)
+        self._nursery = Nursery(self._preloads, fork=self._fork)
         stack.callback(self._nursery.end)
         try:
             self._starting = True

@@ -21,7 +21,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkContext, ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -35,9 +35,12 @@ _borrowing = threading.Lock()  # held while something that all jobs share is rep
 
 
 class Nursery:
-    """Makes and starts the processes of one job; `end` leaves nothing of it behind."""
+    """Makes and starts the processes of one job; `end` leaves nothing of it behind.
 
-    def __init__(self, *, fork: bool) -> None:
+    `preloads` are modules that the fork server imports besides what every rank needs.
+    """
+
+    def __init__(self, preloads: Sequence[str] = (), *, fork: bool) -> None:
         self._fork = fork
         self._server: Any = None
         self._folder: str | None = None
@@ -46,14 +49,15 @@ class Nursery:
             self.context = multiprocessing.get_context("fork")
             return
         self.context = multiprocessing.get_context("forkserver")
+        modules = [*PRELOAD, *preloads]
         if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
             self._server = forkserver.ForkServer()
-            self._server.set_forkserver_preload(PRELOAD)
+            self._server.set_forkserver_preload(modules)
             resource_tracker.ensure_running()  # (by itself, because it unblocks SIGINT)
             with _borrowing, self._own_folder(), _own_pid_in_environment(), _deaf_to_ctrl_c():
                 self._server.ensure_running()
         else:
-            self.context.set_forkserver_preload(PRELOAD)
+            self.context.set_forkserver_preload(modules)
 
     @property
     def parent_pid(self) -> int:

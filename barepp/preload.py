@@ -13,7 +13,5 @@ leave_terminal()
 die_with_parent(int(os.environ.pop(PARENT_PID, "0")))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # ranks inherit it
 
-import torch._dynamo  # noqa: E402, F401  (optimizers import it: a second for every rank)
-
 import barepp.pipeline  # noqa: E402
 import barepp.worker  # noqa: E402, F401

@@ -136,7 +136,7 @@ def test_every_schedule_on_any_number_of_ranks_gives_the_bits_of_plain_torch(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("transport", ["tcp", "unix"])
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_processes_give_the_bits_of_plain_torch(
     transport: str, world_size: int, schedule: str
 ) -> None:

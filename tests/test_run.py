@@ -22,8 +22,8 @@ from transport.errors import WaitTimeout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
-ALL = ["inproc", "tcp", "unix", "auto"]
-PROCESSES = ["tcp", "unix"]
+ALL = ["inproc", "tcp", "unix", "shm", "auto"]
+PROCESSES = ["tcp", "shm"]
 
 
 def times(world: World, factor: int) -> int:
