@@ -52,7 +52,10 @@ def test_ranks_find_the_optimizers_imports_done_or_not_begun(tmp_path):
         with barepp.init() as world:
             print("there", "torch._dynamo" in sys.modules)
     """
-    for text, found in ((script, "False"), (script + "# optim", "True")):
+    for text, found in (
+        (script, "False"),
+        (script.replace("import sys", "import sys  # optim"), "True"),
+    ):
         finished = launch(tmp_path, text, "--world", "1")
         assert finished.code == 0, finished.err
         assert finished.said(0) == [f"there {found}"]
