@@ -1,41 +1,50 @@
 """The schedules, by property over every (p, m): m < p and p = 1 included."""
 
 import textwrap
-from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
-from barepp.actions import Action, Kind, Order, order_text, parse_order
+from barepp.actions import Action, Kind, order_text, parse_order
 from barepp.errors import ScheduleError
-from barepp.schedules import Schedule, make_schedule, schedule_names
+from barepp.schedules import Schedule, ScheduleFunction, make_schedule, schedule_names
 from barepp.schedules.gpipe import gpipe_order
+from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
 from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
+from barepp.schedules.zb_h1 import zb_h1_order
+from barepp.schedules.zb_v import zb_v_order
 from barepp.simulate import Costs, simulate
 from barepp.timeline import draw
 from barepp.validation import validate
 
 STAGES = range(1, 9)
 MICROBATCHES = range(1, 13)
-NAMES = ["naive", "gpipe", "1f1b"]
+NAMES = ["naive", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v"]
+WHOLE = ["naive", "gpipe", "1f1b"]  # one stage a rank, no backward is split
 
 everywhere = pytest.mark.parametrize("name", NAMES)
+
+
+def stages_per_rank(name: str) -> range:
+    return {"interleaved_1f1b": range(1, 5), "zb_v": range(2, 3)}.get(name, range(1, 2))
 
 
 @everywhere
 @pytest.mark.parametrize("p", STAGES)
 def test_valid_for_every_size(name: str, p: int) -> None:
-    for m in MICROBATCHES:
-        schedule = make_schedule(name, p, m)
-        assert schedule == Schedule(name, p, p, m, schedule.order)
-        validate(schedule.order, p, m)
+    for m, v in product(MICROBATCHES, stages_per_rank(name)):
+        schedule = make_schedule(name, v * p, m, p)
+        assert schedule == Schedule(name, v * p, p, m, schedule.order)
+        validate(schedule.order, v * p, m)
+        split = name.startswith("zb")
         for rank, actions in enumerate(schedule.order):
-            assert {action.stage for action in actions} == {rank}
-            assert len(actions) == 2 * m
+            held = {rank, 2 * p - 1 - rank} if name == "zb_v" else set(range(rank, v * p, p))
+            assert {action.stage for action in actions} == held
+            assert len(actions) == (3 if split else 2) * v * m
 
 
-@everywhere
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("p", STAGES)
 def test_happens_before(name: str, p: int) -> None:
     """In simulated time: F goes down the stages, B comes back up, microbatches in order."""
@@ -92,10 +101,18 @@ def test_the_lists_of_a_small_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "p", "m"), [(naive_order, 3, 2), (gpipe_order, 3, 3), (one_f_one_b_order, 3, 4)]
+    ("function", "stages", "m", "p"),
+    [
+        (naive_order, 3, 2, 3),
+        (gpipe_order, 3, 3, 3),
+        (one_f_one_b_order, 3, 4, 3),
+        (interleaved_1f1b_order, 4, 2, 2),
+        (zb_h1_order, 3, 4, 3),
+        (zb_v_order, 4, 3, 2),
+    ],
 )
 def test_the_drawing_in_the_docstring_is_the_schedule(
-    function: Callable[[int, int, int], Order], p: int, m: int
+    function: ScheduleFunction, stages: int, m: int, p: int
 ) -> None:
     """A schedule is drawn by people and by `draw`; the two must not drift.
 
@@ -104,8 +121,9 @@ def test_the_drawing_in_the_docstring_is_the_schedule(
     rank 1  .  F0 F1 F2 .  .  .  B0--- B1--- B2--- .  .
     rank 2  .  .  F0 F1 F2 B0--- B1--- B2--- .  .  .  .
     """
-    grid = draw(simulate(function(p, m, p), p, Costs())).split("\n\n")[0]
-    assert f"for {p} stages and {m} microbatches" in (function.__doc__ or "")
+    grid = draw(simulate(list(function(stages, m, p)), stages, Costs())).split("\n\n")[0]
+    on_ranks = f" on {p} ranks" if p < stages else ""
+    assert f"for {stages} stages{on_ranks} and {m} microbatches" in (function.__doc__ or "")
     assert textwrap.indent(grid, " " * 8) in (function.__doc__ or "")
 
 
@@ -115,12 +133,34 @@ def test_the_registry_lists_what_exists() -> None:
         make_schedule("zigzag", 2, 2)
 
 
-@everywhere
+@pytest.mark.parametrize("name", [*WHOLE, "zb_h1"])
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_one_stage_on_each_rank(name: str, ranks: int) -> None:
     with pytest.raises(ScheduleError, match=f"^{name} .* 4 stages need 4 ranks, not {ranks}$"):
         make_schedule(name, 4, 2, ranks)
     assert make_schedule(name, 4, 2, 4) == make_schedule(name, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "ranks", "says"),
+    [
+        ("zb_v", 8, 3, "exactly two stages on each rank: 8 stages need 4 ranks, not 3$"),
+        ("zb_v", 8, 8, "exactly two stages on each rank: 8 stages need 4 ranks, not 8$"),
+        ("zb_v", 5, None, "exactly two stages on each rank: the number of stages is even, not 5$"),
+        ("zb_v", 1, None, "the number of stages is even, not 1$"),
+        ("interleaved_1f1b", 8, 3, "the number of stages is a multiple of 3 ranks, not 8$"),
+        ("interleaved_1f1b", 4, 8, "the number of stages is a multiple of 8 ranks, not 4$"),
+    ],
+)
+def test_several_stages_on_each_rank(name: str, stages: int, ranks: int | None, says: str) -> None:
+    with pytest.raises(ScheduleError, match=f"^{name} keeps .*{says}"):
+        make_schedule(name, stages, 4, ranks)
+
+
+def test_how_many_ranks_when_nobody_says() -> None:
+    assert make_schedule("zb_v", 8, 4).num_ranks == 4
+    assert make_schedule("zb_v", 8, 4) == make_schedule("zb_v", 8, 4, 4)
+    assert make_schedule("interleaved_1f1b", 8, 4).num_ranks == 8
 
 
 @everywhere

@@ -8,7 +8,7 @@ from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
 from barepp.actions import Action, Order, parse_order
 from barepp.errors import ScheduleError, UsageError
-from barepp.schedules import make_schedule
+from barepp.schedules import make_schedule, schedule_names
 from barepp.simulate import Costs, simulate
 from barepp.timeline import Span, Timeline, draw
 
@@ -20,14 +20,69 @@ def run(name: str, p: int, m: int, costs: Costs | None = None) -> Timeline:
     return simulate(make_schedule(name, p, m).order, p, costs or Costs())
 
 
-@pytest.mark.parametrize(
-    ("p", "m", "naive", "pipelined"), [(4, 8, 96, 33), (2, 4, 24, 15), (8, 16, 384, 69)]
-)
-def test_golden_makespans(p: int, m: int, naive: int, pipelined: int) -> None:
-    assert run("naive", p, m).makespan == naive
-    assert run("gpipe", p, m).makespan == pipelined
-    assert run("1f1b", p, m).makespan == pipelined
+# Per rank and microbatch F = I = W = 1, so with v stages a rank 1/v for each stage.
+GOLDEN = [
+    # p, m, naive, gpipe, 1f1b, interleaved_1f1b with v = 2, zb_h1, zb_v
+    (4, 8, [96, 33, 33, 28.5, 27, 25.5]),
+    (2, 4, [24, 15, 15, 13.5, 13, 12.5]),
+    (8, 16, [384, 69, 69, 58.5, 55, 51.5]),
+]
+
+
+def shared_out(
+    name: str, p: int, m: int, v: int, rank_costs: tuple[int, int, int] = (1, 1, 1)
+) -> Timeline:
+    """Simulate v stages on each of p ranks, each stage 1/v of what a rank costs."""
+    costs = Costs(*(Fraction(cost, v) for cost in rank_costs))
+    return simulate(make_schedule(name, v * p, m, p).order, v * p, costs)
+
+
+@pytest.mark.parametrize(("p", "m", "makespans"), GOLDEN)
+def test_golden_makespans(p: int, m: int, makespans: list[float]) -> None:
+    for name, makespan in zip(schedule_names(), makespans, strict=True):
+        timeline = shared_out(name, p, m, 2 if name in ("interleaved_1f1b", "zb_v") else 1)
+        assert timeline.makespan == makespan
+        assert timeline.busy == 3 * p * m
+        assert timeline.bubble == pytest.approx(1 - 3 * m / makespan, abs=1e-15)
     assert isinstance(run("gpipe", p, m).makespan, int)
+
+
+@pytest.mark.parametrize("v", range(1, 5))
+@pytest.mark.parametrize("p", range(1, 7))
+@pytest.mark.parametrize("costs", [(1, 1, 1), (3, 2, 2), (1, 3, 1), (1, 1, 0)])
+def test_interleaving_shrinks_the_bubble_and_never_grows_it(
+    p: int, v: int, costs: tuple[int, int, int]
+) -> None:
+    for m in range(1, 16):
+        makespan = shared_out("interleaved_1f1b", p, m, v, costs).makespan
+        assert makespan <= (m + p - 1) * sum(costs)  # 1F1B
+        if m % p == 0:
+            assert makespan == sum(costs) * (m + Fraction(p - 1, v))
+
+
+@pytest.mark.parametrize("p", STAGES)
+def test_the_bubble_of_zb_h1(p: int) -> None:
+    for m in range(1, 3 * p):
+        assert run("zb_h1", p, m).makespan == max(3 * m + p - 1, 2 * m + 2 * p - 1)
+
+
+@pytest.mark.parametrize("p", STAGES)
+@pytest.mark.parametrize(
+    "costs", [(2, 2, 2), (3, 2, 2), (1, 2, 1), (1, 1, 2), (2, 3, 1), (1, 1, 0)]
+)
+def test_splitting_the_backward_never_costs_time(p: int, costs: tuple[int, int, int]) -> None:
+    for m in MICROBATCHES:
+        assert run("zb_h1", p, m, Costs(*costs)).makespan <= (m + p - 1) * sum(costs)
+
+
+@pytest.mark.parametrize("p", STAGES)
+def test_the_bubble_of_zb_v(p: int) -> None:
+    for m in range(1, 3 * p):
+        makespan = shared_out("zb_v", p, m, 2).makespan
+        assert makespan == max(3 * m + Fraction(p - 1, 2), 2 * m + 2 * p - 1)
+        assert makespan <= run("zb_h1", p, m).makespan
+        if m >= 2 * p:
+            assert makespan <= shared_out("interleaved_1f1b", p, m, 2).makespan
 
 
 @pytest.mark.parametrize("p", STAGES)
@@ -57,6 +112,28 @@ def test_peak_in_flight(p: int) -> None:
         assert run("naive", p, m).peak_in_flight == [1] * p
         assert run("gpipe", p, m).peak_in_flight == [m] * p
         assert run("1f1b", p, m).peak_in_flight == [min(m, p - rank) for rank in range(p)]
+
+
+@pytest.mark.parametrize("p", range(1, 7))
+@pytest.mark.parametrize("v", range(1, 5))
+def test_peak_in_flight_with_several_stages(p: int, v: int) -> None:
+    for m in range(1, 20):
+        peaks = shared_out("interleaved_1f1b", p, m, v).peak_in_flight
+        theory = [min(v * m, (v - 1) * p + 2 * (p - 1 - rank) + 1) for rank in range(p)]
+        if p < m < 2 * p and v > 1:  # the second group of p is short: never more, often less
+            assert all(peak <= bound for peak, bound in zip(peaks, theory, strict=True))
+        else:
+            assert peaks == theory
+
+
+@pytest.mark.parametrize("p", STAGES)
+def test_peak_in_flight_of_split_backwards(p: int) -> None:
+    for m in range(1, 3 * p):
+        assert run("zb_h1", p, m).peak_in_flight == [min(m, p)] * p
+        halves = shared_out("zb_v", p, m, 2).peak_in_flight
+        assert max(halves) <= min(2 * m, 2 * p)
+        if m >= 2 * p - 1:
+            assert halves == [2 * p] * p
 
 
 def test_until_its_w_a_split_backward_is_in_flight() -> None:

@@ -1,25 +1,36 @@
 """The schedules by name, and the one door to them: `make_schedule`.
 
-A schedule is a pure function (num_stages, num_microbatches, num_ranks) -> Order, in a file of its
-own. To add one, write that file and add its line to `_SCHEDULES`; it is then validated, drawn,
-simulated and executed like the others.
+A schedule is a pure function (num_stages, num_microbatches, num_ranks) -> each rank's list, in a
+file of its own. To add one, write that file and add its line to `_SCHEDULES`; it is then validated,
+drawn, simulated and executed like the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from barepp.actions import Order
+from barepp.actions import Action, Order
 from barepp.errors import ScheduleError
 from barepp.schedules.gpipe import gpipe_order
+from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
 from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
+from barepp.schedules.zb_h1 import zb_h1_order
+from barepp.schedules.zb_v import zb_v_order
 from barepp.validation import check_sizes, validate
 
-_SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {
+ScheduleFunction = Callable[[int, int, int], Iterable[list[Action]]]
+
+_SCHEDULES: dict[str, ScheduleFunction] = {
     "naive": naive_order,
     "gpipe": gpipe_order,
     "1f1b": one_f_one_b_order,
+    "interleaved_1f1b": interleaved_1f1b_order,
+    "zb_h1": zb_h1_order,
+    "zb_v": zb_v_order,
 }
+
+# How many stages a rank holds when nobody says how many ranks there are; 1 if not named here.
+_USUAL_STAGES_PER_RANK = {"zb_v": 2}
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,18 @@ def schedule_names() -> list[str]:
 def make_schedule(
     name: str, num_stages: int, num_microbatches: int, num_ranks: int | None = None
 ) -> Schedule:
-    """Return the schedule `name`, validated; num_ranks defaults to one rank for each stage."""
+    """Return the schedule `name`, validated.
+
+    num_ranks defaults to one rank for each stage, in zb_v for every two.
+    """
     if name not in _SCHEDULES:
         raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(_SCHEDULES)}")
     check_sizes(num_stages, num_microbatches)
-    ranks = num_stages if num_ranks is None else num_ranks
+    if num_ranks is None:
+        ranks = -(-num_stages // _USUAL_STAGES_PER_RANK.get(name, 1))  # division, rounded up
+    else:
+        ranks = num_ranks
     if ranks < 1:
         raise ScheduleError(f"a pipeline needs at least 1 rank, not {ranks}")
-    order = _SCHEDULES[name](num_stages, num_microbatches, ranks)
+    order = list(_SCHEDULES[name](num_stages, num_microbatches, ranks))
     return Schedule(name, num_stages, ranks, num_microbatches, order)

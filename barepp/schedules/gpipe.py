@@ -5,12 +5,14 @@ stages and m microbatches. The figure runs the backwards from the last microbatc
 here they run from the first, which takes the same time and adds gradients in microbatch order.
 """
 
-from barepp.actions import Action, Kind, Order
+from collections.abc import Iterator
+
+from barepp.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 
-def gpipe_order(num_stages: int, num_microbatches: int, num_ranks: int) -> Order:
-    """Return the order; for 3 stages and 3 microbatches (a B takes two ticks, a dot is idle):
+def gpipe_order(num_stages: int, num_microbatches: int, num_ranks: int) -> Iterator[list[Action]]:
+    """Yield each rank's list; for 3 stages and 3 microbatches (a B takes two ticks, a dot is idle):
 
         tick    0  1  2  3  4  5  6  7  8  9  10 11 12 13 14
         rank 0  F0 F1 F2 .  .  .  .  .  .  B0--- B1--- B2---
@@ -20,12 +22,9 @@ def gpipe_order(num_stages: int, num_microbatches: int, num_ranks: int) -> Order
     Every rank keeps all m activations until the first backward reaches it.
     """
     require_one_stage_per_rank("gpipe", num_stages, num_ranks)
-    microbatches = range(num_microbatches)
-    return [
-        [
+    for stage in range(num_stages):
+        yield [
             Action(stage, kind, microbatch)
             for kind in (Kind.F, Kind.B)
-            for microbatch in microbatches
+            for microbatch in range(num_microbatches)
         ]
-        for stage in range(num_stages)
-    ]

@@ -5,12 +5,16 @@ Narayanan et al. 2021, arXiv 2104.04473 §2.2.1. With equal stages it takes as l
 the gain is memory, since rank r keeps min(m, p - r) activations instead of m.
 """
 
-from barepp.actions import Action, Kind, Order
+from collections.abc import Iterator
+
+from barepp.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 
-def one_f_one_b_order(num_stages: int, num_microbatches: int, num_ranks: int) -> Order:
-    """Return the order; for 3 stages and 4 microbatches (a B takes two ticks, a dot is idle):
+def one_f_one_b_order(
+    num_stages: int, num_microbatches: int, num_ranks: int
+) -> Iterator[list[Action]]:
+    """Yield each rank's list; for 3 stages and 4 microbatches (a B takes two ticks, a dot is idle):
 
         tick    0  1  2  3  4  5  6  7  8  9  10 11 12 13 14 15 16 17
         rank 0  F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
@@ -20,7 +24,6 @@ def one_f_one_b_order(num_stages: int, num_microbatches: int, num_ranks: int) ->
     Rank r holds at most p - r microbatches: the B that frees one comes before the next F.
     """
     require_one_stage_per_rank("1f1b", num_stages, num_ranks)
-    order: Order = []
     for stage in range(num_stages):
         # Warmup: as many forwards as there are stages behind this one, so that the first gradient
         # is on its way back when they are done. Fewer microbatches than that: all of them.
@@ -31,5 +34,4 @@ def one_f_one_b_order(num_stages: int, num_microbatches: int, num_ranks: int) ->
             actions.append(Action(stage, Kind.B, microbatch - warmup))
         for microbatch in range(num_microbatches - warmup, num_microbatches):  # cooldown
             actions.append(Action(stage, Kind.B, microbatch))
-        order.append(actions)
-    return order
+        yield actions
