@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from barepp import testing
     from barepp.actions import Action, Kind
     from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
     from barepp.joining import init
@@ -65,11 +66,14 @@ __all__ = [
     "run",
     "schedule_names",
     "summarise",
+    "testing",
     "write_trace",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return importlib.import_module("barepp.testing")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from barepp.faults import Fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,30 @@ class PickledCall:
 Task = Script | Call | PickledCall
 
 
+def reaches_elsewhere(call: Call) -> bool:
+    """Whether a process that was not forked from this one can be given the call."""
+    module = sys.modules.get(getattr(call.function, "__module__", None) or "")
+    if module is None or (module.__name__ == "__main__" and not hasattr(module, "__file__")):
+        return False
+    try:
+        pickle.dumps(call)
+    except Exception:  # whatever the arguments' own code raises
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """A job that is to fail, for a test: see testing.py.
+
+    Each rank writes into `folder`, as rank0.jsonl and so on, when its fault happened and when it
+    raised what it was told.
+    """
+
+    fault: Fault
+    folder: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Assignment:
     """One rank's orders."""
@@ -57,6 +86,7 @@ class Assignment:
     membership: Membership
     task: Task
     parent_pid: int  # 0 when nobody knows it
+    rehearsal: Rehearsal | None = None
 
 
 @dataclasses.dataclass(frozen=True)

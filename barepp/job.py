@@ -133,7 +133,7 @@ class Job:
             options.transport,
             options.checksum,
         )
-        assignment = Assignment(membership, self._task, nursery.parent_pid)
+        assignment = Assignment(membership, self._task, nursery.parent_pid, options.rehearsal)
         process = nursery.context.Process(
             target=be_rank, args=(assignment, Pipes(*writers)), name=f"barepp-rank-{number}"
         )

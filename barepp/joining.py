@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -22,6 +22,9 @@ from transport.inproc import InprocHub, InprocTransport
 from transport.registry import transport_class
 from transport.tcp import TcpTransport
 
+if TYPE_CHECKING:
+    from barepp.probe import Probe
+
 LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
 
 
@@ -30,12 +33,12 @@ def connect(membership: Membership) -> ControlClient:
     return ControlClient(membership.rendezvous, membership.secret, membership.rank)
 
 
-def _join(membership: Membership, control: ControlClient) -> World:
+def _join(membership: Membership, control: ControlClient, probe: Probe | None) -> World:
     """Open the listening sockets, meet the others and return the world."""
     chosen = transport_class(membership.transport)
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
-        alone = World(InprocTransport(InprocHub(1), 0), control)
+        alone = World(InprocTransport(InprocHub(1), 0), control, probe=probe)
         control.beat_with(alone.beat)
         return alone
     if not issubclass(chosen, TcpTransport):
@@ -56,7 +59,7 @@ def _join(membership: Membership, control: ControlClient) -> World:
         lost_grace_s=LOST_GRACE_S,
         checksum=membership.checksum,
     )
-    world = World(transport, control)
+    world = World(transport, control, probe=probe)
     control.beat_with(world.beat)
 
     def on_failure(failure: Failure) -> None:
@@ -75,15 +78,16 @@ class _Process:
 
     membership: Membership | None = None
     control: ControlClient | None = None
+    probe: Probe | None = None
     world: World | None = None
 
 
 _process = _Process()
 
 
-def enlist(membership: Membership, control: ControlClient) -> None:
+def enlist(membership: Membership, control: ControlClient, probe: Probe | None = None) -> None:
     """Tell `init` which world this process belongs to; called once, by the worker process."""
-    _process.membership, _process.control = membership, control
+    _process.membership, _process.control, _process.probe = membership, control, probe
 
 
 def disown() -> None:
@@ -139,5 +143,5 @@ def init() -> World:
         _refuse_foreign_launchers()
         _process.world = World(InprocTransport(InprocHub(1), 0))
     else:
-        _process.world = _join(_process.membership, _process.control)
+        _process.world = _join(_process.membership, _process.control, _process.probe)
     return _process.world

@@ -10,6 +10,7 @@ import struct
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+from barepp.assignment import Rehearsal
 from barepp.stacks import STACKS_SIGNAL
 from transport.errors import Failure
 
@@ -62,6 +63,7 @@ class Options:
     heartbeat_s: float = 10.0  # how long a rank may give no sign of life
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
     checksum: bool = False  # whether payloads carry a sum
+    rehearsal: Rehearsal | None = None  # a test's wish: see testing.py
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from barepp.assignment import Call
+from barepp.assignment import Call, reaches_elsewhere
 from barepp.errors import BareppError, UsageError
 from barepp.job import Job
 from barepp.member import Options, Rank
@@ -59,7 +59,7 @@ def run(
     options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout, checksum)
     call = Call(function, args)
     with Output(None, write=_to_streams) as output:
-        outcome = Job(call, options, output, fork=not _reaches_elsewhere(call)).run()
+        outcome = Job(call, options, output, fork=not reaches_elsewhere(call)).run()
     if outcome.signal is not None:
         signal.raise_signal(outcome.signal)  # it was meant for the program: Ctrl-C, for example
     if outcome.failure is not None:
@@ -83,15 +83,3 @@ def _to_streams(target: int, data: bytes) -> None:
     stream = sys.stdout if target == 1 else sys.stderr
     stream.write(data.decode(errors="replace"))
     stream.flush()
-
-
-def _reaches_elsewhere(call: Call) -> bool:
-    """Whether a process that was not forked from this one can be given the call."""
-    module = sys.modules.get(getattr(call.function, "__module__", None) or "")
-    if module is None or (module.__name__ == "__main__" and not hasattr(module, "__file__")):
-        return False
-    try:
-        pickle.dumps(call)
-    except Exception:  # whatever the arguments' own code raises
-        return False
-    return True

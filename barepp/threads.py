@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from barepp.assignment import Rehearsal
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
+from barepp.probe import note_told, rehearse
 from barepp.seeding import PROCESS_LOCK
 from barepp.world import World
 from transport.errors import Failure, JobFailed, WaitTimeout
@@ -82,7 +84,11 @@ class ThreadControl:
 
 
 def run_threads(
-    function: Callable[..., Any], world_size: int, args: tuple[Any, ...], grace_s: float
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    grace_s: float,
+    rehearsal: Rehearsal | None = None,
 ) -> list[Any]:
     """Call `function(world, *args)` in a thread a rank; see `run.run`."""
     crew = Crew(world_size)
@@ -94,13 +100,16 @@ def run_threads(
 
     def be_rank(world: World) -> None:
         one_compute_thread()
+        notes, world.probe = rehearse(world.rank, rehearsal)
         try:
             with world:
                 results[world.rank] = function(world, *args)
+        except JobFailed as error:
+            note_told(notes, world.rank, error)
         except BaseException as error:
-            if not isinstance(error, JobFailed):
-                crew.fail(failure_of(world.rank, error, world.position()))
+            crew.fail(failure_of(world.rank, error, world.position()))
         finally:
+            notes.close()
             with crew.changed:
                 crew.running -= 1
                 crew.changed.notify_all()

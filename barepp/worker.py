@@ -30,9 +30,11 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # befor
 from barepp import joining  # noqa: E402
 from barepp.assignment import Assignment, Call, PickledCall, Pipes, Script, Task  # noqa: E402
 from barepp.errors import UsageError  # noqa: E402
+from barepp.events import EventLog  # noqa: E402
 from barepp.failures import exit_code_of, failure_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import LENGTH  # noqa: E402
+from barepp.probe import note_told, rehearse  # noqa: E402
 from barepp.stacks import write_stacks_to  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
 from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
@@ -56,10 +58,11 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
         print(f"rank {membership.rank}: {error}", file=sys.stderr)
         _leave(1)
     control.on_failure(_end_with_launcher)
-    joining.enlist(membership, control)
+    notes, probe = rehearse(membership.rank, assignment.rehearsal)
+    joining.enlist(membership, control, probe)
     myself = os.getpid()
     os.register_at_fork(after_in_child=_be_no_rank)
-    _report_threads(membership.rank, control)
+    _report_threads(membership.rank, control, notes)
     try:
         _run(assignment.task, pipes)
         if os.getpid() == myself:
@@ -67,7 +70,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
             _leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
-            _fail(membership.rank, control, error)
+            _fail(membership.rank, control, error, notes)
         raise
     atexit._run_exitfuncs()  # the fork server ends its children without them
     if os.getpid() == myself:
@@ -122,9 +125,10 @@ def _leave_world_left_open() -> None:
         world.close()
 
 
-def _fail(rank: int, control: ControlClient, error: BaseException) -> None:
+def _fail(rank: int, control: ControlClient, error: BaseException, notes: EventLog) -> None:
     """Report, unless it only repeats what the launcher has told us; then end at once."""
     if isinstance(error, JobFailed):
+        note_told(notes, rank, error)
         control.say_doing(error.doing)
         _leave(1)
     world = joining.current_world()
@@ -146,7 +150,7 @@ def _flush() -> None:
     ctypes.CDLL(None).fflush(None)
 
 
-def _report_threads(rank: int, control: ControlClient) -> None:
+def _report_threads(rank: int, control: ControlClient, notes: EventLog) -> None:
     """An exception that ends a background thread is this rank's failure as well."""
     usual = threading.excepthook
     myself = os.getpid()
@@ -156,7 +160,7 @@ def _report_threads(rank: int, control: ControlClient) -> None:
             usual(args)
         elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
             # (A thread that was told of another rank's failure leaves it to the main thread.)
-            _fail(rank, control, args.exc_value)
+            _fail(rank, control, args.exc_value, notes)
 
     threading.excepthook = on_thread
 

@@ -25,6 +25,7 @@ from transport.collectives import barrier as barrier_over_messages
 from transport.errors import Failure, JobFailed, TransportClosed
 
 if TYPE_CHECKING:
+    from barepp.probe import Probe
     from transport.contract import Transport
     from transport.tensors import Message, TensorSpec
     from transport.work import Work
@@ -59,6 +60,7 @@ class World:
         random_lock: held around whatever draws random numbers when ranks are threads of one
             process (torch's generator is the process's); None when the process has one rank.
         activity: what the rank is about, for error messages; the executor keeps it.
+        probe: lets this rank fail at a chosen action; None but in a test that wants it so.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class World:
         transport: Transport,
         control: Control | None = None,
         random_lock: threading.Lock | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.world_size = transport.world_size
         self.random_lock = random_lock
         self.activity: tuple[object, ...] = ()
+        self.probe = probe
         self._control = control
         self._left = False
         self._failed = False

@@ -1,5 +1,8 @@
-"""What every test needs: one compute thread, and the demos' modules within reach."""
+"""What every test needs: one compute thread, the demos within reach; and the matrix's options."""
 
+import os
+import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,8 +14,60 @@ pytest.register_assert_rewrite("jobs")  # its assertions explain themselves as w
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 
+SAMPLE = 40  # cases of the fault matrix that the suite runs
+SEED = pytest.StashKey[int]()
+TOLD_MS = pytest.StashKey[list[float]]()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_compute_thread() -> None:
     # With more threads a sum is cut into more parts, and rounds differently.
     torch.set_num_threads(1)
+
+
+# -- test_fault_matrix.py -------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", choices=["sample", "all"], default="sample")
+    parser.addoption("--matrix-seed", type=int, default=os.environ.get("BAREPP_MATRIX_SEED"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--matrix-seed")
+    config.stash[SEED] = random.randrange(10**6) if given is None else int(given)
+    config.stash[TOLD_MS] = []
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--matrix") == "all":
+        return "fault matrix: all cases"
+    seed = config.stash[SEED]
+    return f"fault matrix: {SAMPLE} cases; these again: --matrix-seed={seed}, all: --matrix=all"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        import matrix
+
+        config = metafunc.config
+        everything = config.getoption("--matrix") == "all"
+        drawn = matrix.cases() if everything else matrix.sample(SAMPLE, config.stash[SEED])
+        metafunc.parametrize("case", drawn, ids=str)
+
+
+@pytest.fixture
+def told_ms(request: pytest.FixtureRequest) -> list[float]:
+    return request.config.stash[TOLD_MS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    told = config.stash[TOLD_MS]
+    if told:
+        middle, worst = statistics.median(told), max(told)
+        terminalreporter.write_line(pytest_report_header(config))
+        terminalreporter.write_line(
+            f"{len(told)} survivors raised after {middle:.1f} ms (median), {worst:.1f} ms (worst)"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 import psutil
 
 from barepp.assignment import Script
+from barepp.census import Census
 from barepp.events import EventLog
 from barepp.job import Job
 from barepp.member import Options, Outcome
@@ -207,52 +207,12 @@ def temporary_files(running: Running) -> list[str]:
     return [name for name in names if not name.startswith("torchinductor_")]
 
 
-def descriptors() -> dict[int, str]:
-    """Return what this process has open."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return found
-
-
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
-    """Check that a block leaves no thread, descriptor, child or shared memory in this process.
-
-    multiprocessing's resource tracker stays for the life of a program, so it is started before.
-    """
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()
-    gc.collect()  # what an earlier test has left to the collector is not ours
-    before = _census()
+    """Check that a block leaves no thread, descriptor, child or shared memory in this process."""
+    census = Census()
     yield
-    deadline = time.monotonic() + 2.0
-    while (more := _more(before, _census())) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not more
-
-
-Census = dict[str, set[object]]
-
-
-def _more(before: Census, after: Census) -> Census:
-    """Return what was not there before; of descriptors, whose numbers are used again, a count."""
-    more = {kind: after[kind] - before[kind] for kind in after if kind != "descriptors"}
-    if len(after["descriptors"]) > len(before["descriptors"]):
-        more["descriptors"] = after["descriptors"] - before["descriptors"]
-    return {kind: found for kind, found in more.items() if found}
-
-
-def _census() -> Census:
-    ours = ("barepp", f"torch_{os.getpid()}")
-    return {
-        "threads": {thread.name for thread in threading.enumerate()},
-        "descriptors": set(descriptors().items()),
-        "children": {child.pid for child in psutil.Process().children(recursive=True)},
-        "shared memory": {name for name in os.listdir("/dev/shm") if name.startswith(ours)},
-    }
+    assert not census.leftovers()
 
 
 @contextlib.contextmanager
