@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import warnings
+import weakref
 from multiprocessing import forkserver
 from typing import Any, Final
 
@@ -51,6 +52,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     _take_streams(pipes)
     write_stacks_to(pipes.stacks.fileno())
     _undo_multiprocessing()
+    _forget_exit_handlers()
     joining.one_compute_thread()
     try:
         control = joining.connect(membership)
@@ -192,6 +194,22 @@ def _let_go_of_the_server() -> None:
         with contextlib.suppress(OSError):
             os.close(alive_fd)
         server._forkserver_alive_fd = None
+
+
+def _forget_exit_handlers() -> None:
+    """A process that was forked from a program has a copy of the program's: none of ours to run.
+
+    (One from a fork server has those of the modules that it imported, which are its own.)
+    """
+    creator = multiprocessing.parent_process()
+    if creator is None or creator.pid != os.getppid():
+        return
+    atexit._clear()
+    # weakref.finalize has a list of its own, and tells atexit once; there is no public way to it.
+    finalizers: Any = weakref.finalize
+    if hasattr(finalizers, "_registry") and hasattr(finalizers, "_registered_with_atexit"):
+        finalizers._registry.clear()
+        finalizers._registered_with_atexit = False
 
 
 def _undo_multiprocessing() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +107,25 @@ def test_a_killed_rank_is_named(transport: str) -> None:
 
     with nothing_left(), pytest.raises(barepp.JobFailed, match="rank 2 failed: .* SIGKILL"):
         barepp.run(die, 3, transport=transport)
+
+
+def test_a_forked_rank_runs_its_own_exit_handlers_and_not_the_programs(tmp_path: Path) -> None:
+    """A forked process has a copy of them: the first rank to end removed the program's folder."""
+    said = tmp_path / "said"
+    atexit.register(programs := lambda: said.open("a").write("the program's "))
+    folder = tempfile.TemporaryDirectory()
+
+    def leave(world: World) -> None:
+        atexit.register(lambda: said.open("a").write("a rank's "))
+        weakref.finalize(world, lambda: said.open("a").write("finalizer "))
+
+    try:
+        barepp.run(leave, 2, transport="tcp")
+        assert os.path.isdir(folder.name)
+        assert sorted(said.read_text().split()) == sorted(["a", "rank's", "finalizer"] * 2)
+    finally:
+        atexit.unregister(programs)
+        folder.cleanup()
 
 
 @pytest.mark.parametrize("transport", ["inproc", "tcp"])
