@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 AT_BARRIER: Final = -1  # who a rank waits for that waits at a barrier: everyone
 OUR_THREADS: Final = "barepp-"  # the names of the threads that no script has started
 DOING_LIMIT: Final = 200
+IN_SCRIPT: Final = "in the script's own code"  # what a rank is about that is in no call of ours
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,7 @@ class Executor:
             methods = world.probe.around(methods, program, batch.step)
         computed = waited = 0
         sends: list[Work] = []
+        world.activity = ("posting its receives",)
         try:
             receives = [self._post(step) for step in program]
             for step, receive in zip(program, receives, strict=True):

@@ -58,15 +58,21 @@ def failure_of(rank: int, error: BaseException, doing: str = "") -> Failure:
     return Failure(rank, cause, message, exit_code=1, traceback=formatted(error), doing=doing)
 
 
-def failure_of_exit(rank: int, exit_code: int, doing: str = "", *, joined: bool = True) -> Failure:
-    """Return the failure that a process's end is; a negative code is a signal, as in subprocess."""
+def failure_of_exit(
+    rank: int, exit_code: int, doing: str = "", *, joined: bool = True, heard: str = ""
+) -> Failure:
+    """Return the failure that a process's end is; a negative code is a signal, as in subprocess.
+
+    `heard` is what it was last heard to be about, and how long before its end.
+    """
+    last = f" (last heard: {heard})" if heard else ""
     if exit_code < 0:
         number = -exit_code
-        message = f"it was killed by {signal_name(number)}"
+        message = f"it was killed by {signal_name(number)}{last}"
         return Failure(rank, "signal", message, signal=number, doing=doing)
     when = "before it had left the world" if joined else "without having joined the others"
     message = f"its process ended with exit code {exit_code}"
-    message += f" {when}" if exit_code == 0 else ""
+    message += (f" {when}" if exit_code == 0 else "") + last
     return Failure(rank, "exit", message, exit_code=exit_code, doing=doing)
 
 

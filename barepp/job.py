@@ -215,13 +215,13 @@ class Job:
         if self._server.connected(rank.rank) and not late:
             return
         rank.exit_code, rank.lost_at = status, None
-        self._watch.ended(rank.rank)
+        heard = self._watch.ended(rank.rank, rank.ended_at)
         told = rank.reported is not None or rank.killed
         if not told and (status != 0 or (rank.joined and not rank.left)):
             if self._nursery.died():
                 text = "the process that all ranks were started from has died"
                 self._fail(Failure(-1, "lost", text))
-            self._fail(failure_of_exit(rank.rank, status, rank.doing))
+            self._fail(failure_of_exit(rank.rank, status, rank.doing, heard=heard))
         self._events.write("ended", rank.rank, exit_code=status)
         self._check_missing()
 

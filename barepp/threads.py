@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from barepp.assignment import Rehearsal
+from barepp.beats import IN_SCRIPT
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
 from barepp.probe import note_told, rehearse
@@ -36,7 +37,7 @@ class Crew:
             self.failure = failure
             self.changed.notify_all()
         for world in self.worlds:
-            world.transport.abort(JobFailed(failure, world.position()))
+            world.transport.abort(JobFailed(failure, world.position() or IN_SCRIPT))
 
 
 class ThreadControl:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from barepp.beats import AT_BARRIER, Beat
+from barepp.beats import AT_BARRIER, IN_SCRIPT, Beat
 from transport.errors import Failure
 
 
@@ -63,11 +63,15 @@ class Watch:
             self._since[rank] = beat.made_at
         self._beats[rank] = beat
 
-    def ended(self, rank: int) -> None:
-        """Stop to watch a rank: its process has ended."""
+    def ended(self, rank: int, at: float) -> str:
+        """Stop to watch a rank whose process ended at `at`; return what it had said last.
+
+        A rank that is killed says nothing more: its last beat is what can be known of it.
+        """
         self._ranks.discard(rank)
         self._heard_at.pop(rank, None)
-        self._beats.pop(rank, None)
+        beat = self._beats.pop(rank, None)
+        return "" if beat is None else f"{_doing(beat)}, {at - beat.made_at:.1f} s before"
 
     def next_deadline(self) -> float | None:
         """Return when `check` should be called at the latest; None when nothing is due."""
@@ -99,7 +103,7 @@ class Watch:
 
     def _line(self, rank: int) -> str:
         beat = self._beats[rank]
-        doing = beat.doing or "in the script's own code"
+        doing = _doing(beat)
         if beat.waits_for is None:
             return f"is {'blocked' if beat.blocked else 'busy'}: {doing}"
         others = [peer for peer in sorted(beat.waits_for) if peer != AT_BARRIER]
@@ -133,3 +137,7 @@ class Watch:
             for peer, sent in beat.sent.items()
             if peer in beats
         )
+
+
+def _doing(beat: Beat) -> str:
+    return beat.doing or IN_SCRIPT

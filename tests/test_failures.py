@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import Finished, loaded_machine, nothing_left, run_job
 
+import barepp
 from barepp.failures import failure_of
 from transport.errors import RECORD_TEXT_LIMIT
 
@@ -105,6 +107,57 @@ def check_events(job: Finished, world_size: int) -> None:
     for pid in started.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "os._exit(3)"])
+def test_who_dies_in_silence_is_shown_where_it_was_last_heard(ending: str, tmp_path: Path) -> None:
+    text = f"""
+        import barepp, os, time
+        with barepp.init() as world:
+            if world.rank == 1:
+                world.activity = ("computing", "2F3")
+                time.sleep(1.2)   # two signs of life
+                {ending}
+            world.recv(1)
+    """
+    job = run_job(tmp_path, text)
+    last = r"(SIGKILL|code 3) \(last heard: computing 2F3, 0\.\d s before\)"
+    assert re.search(last, job.failed["message"])
+    assert re.search(last, job.report.splitlines()[0])
+
+
+def test_who_is_told_between_two_calls_was_in_the_scripts_own_code(tmp_path: Path) -> None:
+    text = """
+        import barepp, os, torch, time
+        with barepp.init() as world:
+            if world.rank == 1:
+                os._exit(3)
+            while world.transport._ended is None:   # until the news is here
+                time.sleep(0.01)
+            world.isend(torch.ones(1), 1)
+    """
+    job = run_job(tmp_path, text, grace_s=20.0)
+    assert job.code == 3
+    assert "barepp: rank 0 was told while in the script's own code, and ended" in job.report
+
+
+def test_who_is_told_before_its_first_action_knows_what_it_was_about() -> None:
+    """The fault matrix found a survivor that did not."""
+
+    def work(world: barepp.World) -> str:
+        pipe = barepp.Pipeline(world, barepp.mlp(3, 8), torch.nn.functional.cross_entropy)
+        inputs, targets = torch.ones(8, 64), torch.zeros(8, dtype=torch.int64)
+        batch = pipe._batch(inputs, targets, training=True)
+        world.barrier()
+        world.transport.abort(barepp.JobFailed(barepp.Failure(0, "exit", "it is gone")))
+        try:
+            pipe._executor.train(pipe._program(8, training=True), batch, pipe.recorder)
+        except barepp.JobFailed as error:
+            told = error.doing
+        raise LookupError(told)
+
+    with pytest.raises(barepp.JobFailed, match="LookupError: posting its receives"):
+        barepp.run(work, 2, transport="inproc")
 
 
 # -- whose traceback ------------------------------------------------------------------------------

@@ -91,8 +91,18 @@ def test_what_a_rank_said_before_another_one_ended_proves_nothing():
     watch = watch_of(2)
     tell_all(watch, {0: waiting(0, 1), 1: waiting(0, 0, received={0: 4})})
     watch.beat(0, waiting(1.5, 1, sent={1: 5}), 1.5)
-    watch.ended(0)
+    watch.ended(0, 1.9)
     assert watch.check(2.0) is None
+
+
+def test_what_a_rank_said_last_is_told_with_its_age():
+    watch = watch_of(3)
+    watch.beat(0, busy(1.0), 1.0)
+    watch.beat(0, dataclasses.replace(busy(1.5), doing=""), 1.5)
+    watch.beat(1, busy(1.5), 1.5)
+    assert watch.ended(0, 1.74) == "in the script's own code, 0.2 s before"
+    assert watch.ended(1, 2.0) == "computing 2F3, 0.5 s before"
+    assert watch.ended(2, 2.0) == watch.ended(1, 2.0) == ""
 
 
 def test_a_barrier_that_all_have_reached_is_no_deadlock_but_one_that_a_rank_misses_is():
