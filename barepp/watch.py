@@ -97,9 +97,10 @@ class Watch:
             return Failure(busy[0], "hang", message, doing=self._beats[busy[0]].doing)
         return None
 
-    def graph(self) -> str:
-        """Return who waits for whom, one line a rank."""
-        return "\n".join(f"  rank {rank} {self._line(rank)}" for rank in sorted(self._beats))
+    def graph(self, but: int = -1) -> str:
+        """Return who waits for whom, one line a rank, all but one."""
+        ranks = sorted(self._beats.keys() - {but})
+        return "\n".join(f"  rank {rank} {self._line(rank)}" for rank in ranks)
 
     def _line(self, rank: int) -> str:
         beat = self._beats[rank]
@@ -111,12 +112,13 @@ class Watch:
         return f"waits for {' and '.join(whom)}: {doing}"
 
     def _silence(self, rank: int) -> Failure:
-        state = self._state_of(rank)
+        # What it said last may be long over: that is no position.
+        beat, state = self._beats.get(rank), self._state_of(rank)
+        heard = f" (last heard: {_doing(beat)})" if beat is not None else ""
         why = f": its process {state}" if state else ""
-        graph = f"\n{self.graph()}" if self._beats else ""
-        doing = self._beats[rank].doing if rank in self._beats else ""
-        message = f"no sign of life for {self._heartbeat_s:g} s{why}{graph}"
-        return Failure(rank, "hang", message, doing=doing)
+        graph = f"\n{self.graph(but=rank)}" if self._beats.keys() - {rank} else ""
+        message = f"no sign of life for {self._heartbeat_s:g} s{heard}{why}{graph}"
+        return Failure(rank, "hang", message)
 
     def _waiting(self) -> bool:
         return any(beat.blocked for beat in self._beats.values())

@@ -17,7 +17,7 @@ from barepp.plan import main as plan
 
 DEMOS = ROOT / "demos"
 PIPELINES = {"naive": "naive", "gpipe": "gpipe", "one_f_one_b": "1f1b"}
-COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES]
+COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES, "kill_a_worker"]
 ODD = ["--steps", "3", "--batch", "21", "--microbatches", "4"]  # 6, 5, 5, 5 rows
 KEYS = {
     "schedule",
@@ -76,8 +76,8 @@ def docstring(demo: str) -> str:
 
 
 def the_command(demo: str) -> list[str]:
-    """Return the arguments of the command in the docstring, without the leading `python`."""
-    [command] = re.findall(r"^    python (.*)$", docstring(demo), re.MULTILINE)
+    """Return the arguments of the docstring's first command, without the leading `python`."""
+    [command, *_] = re.findall(r"^    python (.*)$", docstring(demo), re.MULTILINE)
     return command.split()
 
 
@@ -188,6 +188,29 @@ def test_a_pipeline_learns_what_the_monolith_learns(
     actions = [event["name"] for event in events if event.get("cat") in ("F", "B")]
     assert len(actions) == world_size * 3 * 4 * 2  # steps, microbatches, forward and backward
     assert len(set(actions)) == world_size * 4 * 2
+
+
+def test_kill_a_worker() -> None:
+    run = python(*the_command("kill_a_worker"))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert_keeps_its_promise("kill_a_worker", run.stdout)
+    assert run.stdout.startswith("barepp: rank 2 failed: it was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--at", "2X3"], "'2X3' is not an action"),
+        (["--rank", "4"], "rank 4 cannot fail: there are ranks 0 to 3"),
+        (["--fault", "SIGFOO"], "there is no fault 'SIGFOO'; these exist: SIGKILL"),
+    ],
+)
+def test_kill_a_worker_refuses_in_one_sentence(
+    flags: list[str], sentence: str, alone: Callable
+) -> None:
+    code, out, err = alone("kill_a_worker", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"kill_a_worker.py: {sentence}") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("demo", COURSE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -158,6 +159,90 @@ def test_who_is_told_before_its_first_action_knows_what_it_was_about() -> None:
 
     with pytest.raises(barepp.JobFailed, match="LookupError: posting its receives"):
         barepp.run(work, 2, transport="inproc")
+
+
+# -- in training ----------------------------------------------------------------------------------
+
+TRAINING = """
+    import barepp, torch
+
+    class Bad(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.calls = 0
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 7 and "{place}" == "forward":   # microbatch 2 of step 1
+                raise ValueError("in the forward")
+            return Through.apply(super().forward(x), self.calls == 7)
+
+    class Through(torch.autograd.Function):
+        def forward(context, x, bad):
+            context.bad = bad and "{place}" == "backward"
+            return x.clone()
+        def backward(context, gradient):
+            if context.bad:
+                raise ValueError("in the backward")
+            return gradient, None
+
+    def loss_fn(output, target):
+        if target[0] == 6 and "{place}" == "loss":
+            raise ValueError("in the loss")
+        return output.mean()
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+        def __getitem__(self, row):
+            if row == 20 and "{place}" == "data" and world.rank == 0:
+                raise ValueError("in the data")
+            return torch.ones(8), row
+
+    class Sgd(torch.optim.SGD):
+        def step(self):
+            if "{place}" == "optimizer" and world.rank == 1:
+                raise ValueError("in the optimizer")
+            super().step()
+
+    with barepp.init() as world:
+        layers = [lambda: torch.nn.Linear(8, 8), Bad, lambda: torch.nn.Linear(8, 8)]
+        pipe = barepp.Pipeline(world, layers, loss_fn, num_microbatches=4)
+        optimizer = Sgd(pipe.parameters(), lr=0.1)
+        data = torch.utils.data.DataLoader(Data(), batch_size=4, num_workers=1)
+        for inputs, targets in data:
+            pipe.zero_grad()
+            pipe.step(inputs, targets)
+            optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "told"),
+    [
+        ("forward", 1, "in layer 1 (Bad) of stage 1, forward of microbatch 2"),
+        ("backward", 1, "in stage 1, backward of microbatch 2"),
+        ("loss", 2, "in the loss of microbatch 2, on stage 2"),
+        ("data", 0, "Caught ValueError in DataLoader worker process 0."),
+        ("optimizer", 1, "in step"),
+    ],
+)
+def test_an_exception_anywhere_in_training(
+    place: str, rank: int, told: str, tmp_path: Path
+) -> None:
+    with nothing_left():
+        job = run_job(tmp_path, TRAINING.format(place=place), 3)
+    assert job.code == 1
+    assert (job.failed["rank"], job.failed["cause"]) == (rank, "exception")
+    assert f"in the {place}" in job.failed["message"]
+    assert job.report.startswith(f"barepp: rank {rank} failed")
+    assert "Traceback" in job.report and "script.py" in job.report
+    if sys.version_info >= (3, 11) or place in ("data", "optimizer"):  # older ones have no notes
+        assert told in job.report
+    others = [line for line in job.report.splitlines() if line.startswith("barepp: rank")][1:]
+    survivors = [other for other in range(3) if other != rank]
+    assert len(others) == 2
+    for line, survivor in zip(others, survivors, strict=True):
+        assert re.fullmatch(rf"barepp: rank {survivor} was told while .+, and ended", line)
 
 
 # -- whose traceback ------------------------------------------------------------------------------

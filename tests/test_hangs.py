@@ -126,6 +126,18 @@ def test_silence_is_found_at_the_limit_and_names_the_rank_that_fell_silent_first
     assert "10 s" in failure.message and "is stopped, rank 1" in failure.message
 
 
+def test_what_a_silent_rank_said_last_is_no_position_of_it():
+    watch = watch_of(2, heartbeat_s=2.0)
+    watch.beat(0, waiting(5.0, 1), 5.0)
+    watch.beat(1, busy(1.0), 1.0)
+    failure = watch.check(5.0)
+    assert failure is not None and (failure.rank, failure.doing) == (1, "")
+    assert failure.message.splitlines() == [
+        "no sign of life for 2 s (last heard: computing 2F3)",
+        "  rank 0 waits for rank 1: waiting",
+    ]
+
+
 def test_no_progress_names_the_busy_rank_and_counts_from_the_last_move():
     watch = watch_of(2, timeout_s=30.0)
     for at in (0.0, 0.5, 1.0):
@@ -280,6 +292,22 @@ def test_a_rank_that_keeps_pythons_lock_shows_its_stack_all_the_same(tmp_path):
     assert job.code == 124 and job.failed["rank"] == 1
     assert "has not let go of Python's lock" in job.failed["message"]
     assert 'script.py", line 5' in job.report
+
+
+def test_a_rank_in_an_endless_c_call_is_found_by_the_progress_limit(tmp_path):
+    """The call holds no lock of Python's: the rank still gives signs of life."""
+    script = """
+        import barepp, hashlib
+        with barepp.init() as world:
+            if world.rank == 1:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+            world.recv(1 - world.rank)
+    """
+    job = run_job(tmp_path, script, timeout_s=2.0)
+    assert job.code == 124 and job.failed["rank"] == 1
+    assert "no progress" in job.failed["message"]
+    assert 'script.py", line 5' in job.report
+    assert "rank 1 is busy: in the script's own code" in job.report
 
 
 def test_an_idle_thread_does_not_switch_the_progress_limit_off(tmp_path):
