@@ -138,4 +138,5 @@ class Call:
                 self.cancel()
                 self._finish(None, None)
             case Verdict.TAKEN:
-                self._fail(PeerLost(f"rank {self._peer} is already connected to this rank"))
+                why = "it is connected to this rank already, or has given it up"
+                self._fail(PeerLost(f"rank {self._peer} refuses this rank's call: {why}"))
