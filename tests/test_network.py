@@ -24,6 +24,7 @@ from transport.errors import (
     TransportError,
     WaitTimeout,
 )
+from transport.tensors import MessageSpec
 from transport.wire import HEADER
 
 
@@ -164,7 +165,7 @@ def test_a_stream_that_stands_still_and_goes_on(network: Network, spot: Spot) ->
         assert torch.equal(ranks[1].recv(0, 2, timeout=SOON_S), SECOND)
 
 
-META_NBYTES = 15  # [2, false, "int64", [100000]] in msgpack
+META_NBYTES = len(MessageSpec.of(SECOND).packed.data)
 HEAD = [(Part.HEADER, at) for at in range(HEADER.size)] + [
     (Part.META, at) for at in range(META_NBYTES)
 ]
@@ -279,6 +280,8 @@ def test_a_call_that_never_succeeds(
 
 # -- anything at all -------------------------------------------------------------------------------
 
+SIZES = {Part.HANDSHAKE: 96, Part.HEADER: HEADER.size, Part.META: META_NBYTES, Part.PAYLOAD: 800}
+
 
 def random_troubles(rng: random.Random, world_size: int) -> list[Trouble]:
     """Return a few faults anywhere, on top of bytes that are late everywhere."""
@@ -288,7 +291,7 @@ def random_troubles(rng: random.Random, world_size: int) -> list[Trouble]:
         act, part = rng.choice(list(Act)), rng.choice(list(Part))
         if act is Act.FLIP and part is Part.PAYLOAD:
             part = Part.HEADER  # without sums nobody can notice that
-        offset = rng.randrange({Part.HANDSHAKE: 96, Part.HEADER: 32, Part.META: 14}.get(part, 800))
+        offset = rng.randrange(SIZES[part])
         frame = rng.randrange(5) if part is not Part.HANDSHAKE else 0
         found.append(Fault(act, Spot(part, offset, frame), src, dst, rng.randrange(8)))
     return found

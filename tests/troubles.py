@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from transport.handshake import ANY_RANK, HELLO, NONCE_NBYTES, PROOF_NBYTES
-from transport.wire import HEADER
+from transport.wire import HEADER, FrameKind
 
 RENDEZVOUS: Final = ANY_RANK
 CALLER_NBYTES: Final = HELLO.size + PROOF_NBYTES  # of the handshake, from the side that calls
@@ -115,7 +115,9 @@ class Layout:
 
     def _next_part(self) -> None:
         if self._part is Part.HEADER:
-            _, _, meta_nbytes, _, payload_nbytes, _, _ = HEADER.unpack(self._header)
+            _, kind, meta_nbytes, _, payload_nbytes, *_ = HEADER.unpack(self._header)
+            if kind == FrameKind.LENT:  # its payload does not travel
+                payload_nbytes = 0
             parts = [(Part.META, meta_nbytes), (Part.PAYLOAD, payload_nbytes)]
             self._lengths = [(part, nbytes) for part, nbytes in parts if nbytes]
             self._header = b""

@@ -211,6 +211,9 @@ class ControlClient:
             except ProtocolError as error:
                 nonsense = error
             if nonsense is not None:
+                # What this rank says may still be heard, and nobody else knows why it will end.
+                why = f"what the launcher says to it makes no sense: {nonsense}"
+                self.report(Failure(self.rank, "exception", why, exit_code=1))
                 self._fail(Failure(-1, "lost", f"the rendezvous sent nonsense: {nonsense}"))
                 return
         with self._changed:
