@@ -11,7 +11,7 @@ import networks
 import pytest
 import torch
 from proxy import Network
-from transport_worlds import SOON_S, on_all_ranks, start
+from transport_worlds import SOON_S, eventually, on_all_ranks, start
 from troubles import Act, Fault, Pace, Part, Spot, Trouble
 
 from transport import call, listener, peers
@@ -186,6 +186,41 @@ def test_a_flipped_bit_of_head_or_metadata(network: Network, part: Part, offset:
         assert isinstance(error, PeerLost) and "rank 1" in str(error)
 
 
+PAYLOADS = {
+    "int64": torch.arange(1000),
+    "odd": torch.arange(11, dtype=torch.uint8),  # what is left over at the end counts as well
+    "bool": torch.ones(3, dtype=torch.bool),
+    "tuple": (torch.ones(3), torch.arange(5, dtype=torch.int16)),
+    "large": torch.ones(300_000),
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("asked", ["before", "afterwards"])
+def test_a_flipped_bit_of_a_payload_that_has_a_sum(
+    network: Network, name: str, where: float, asked: str
+) -> None:
+    payload = PAYLOADS[name]
+    offset = int(where * (MessageSpec.of(payload).nbytes - 1))
+    bit = random.Random(f"{name} {where}").randrange(8)
+    flip = Fault(Act.FLIP, Spot(Part.PAYLOAD, offset, 1), src=0, dst=1, bit=bit)
+    with networks.world(network, 2, [flip], checksum=True) as ranks:
+        ranks[0].isend(FIRST, 1, tag=1)
+        assert torch.equal(ranks[1].recv(0, 1, timeout=SOON_S), FIRST)
+        receive = ranks[1].irecv(0, 2) if asked == "before" else None
+        ranks[0].isend(payload, 1, tag=2)
+        if receive is None:
+            eventually(lambda: network.struck() == [Act.FLIP])
+            receive = ranks[1].irecv(0, 2)
+        error = told(lambda: receive.wait(SOON_S))
+        assert network.struck() == [Act.FLIP]
+        assert isinstance(error, ProtocolError)
+        assert str(error).startswith("from rank 0: the payload's sum is")
+        assert "the message with tag 2 changed on the way" in str(error)
+        assert isinstance(told(lambda: ranks[0].recv(1, timeout=SOON_S)), PeerLost)
+
+
 def test_a_goodbye_that_is_torn_or_changed_is_none(network: Network) -> None:
     for act, kind in ((Act.FLIP, ProtocolError), (Act.RESET, PeerLost), (Act.FINISH, PeerLost)):
         fault = Fault(act, Spot(Part.HEADER, 6, 1), src=0, dst=1)
@@ -289,8 +324,6 @@ def random_troubles(rng: random.Random, world_size: int) -> list[Trouble]:
     for _ in range(rng.randrange(1, 4)):
         src, dst = rng.sample(range(world_size), 2)
         act, part = rng.choice(list(Act)), rng.choice(list(Part))
-        if act is Act.FLIP and part is Part.PAYLOAD:
-            part = Part.HEADER  # without sums nobody can notice that
         offset = rng.randrange(SIZES[part])
         frame = rng.randrange(5) if part is not Part.HANDSHAKE else 0
         found.append(Fault(act, Spot(part, offset, frame), src, dst, rng.randrange(8)))
@@ -317,7 +350,7 @@ def test_whatever_happens_a_message_is_right_or_its_error_has_a_name(
     troubles = random_troubles(random.Random(seed), 3)
     stalls = any(isinstance(t, Fault) and t.act is Act.STALL for t in troubles)
     timeout = 1.0 if stalls else SOON_S
-    with networks.world(network, 3, troubles) as ranks:
+    with networks.world(network, 3, troubles, checksum=True) as ranks:
         errors = on_all_ranks(ranks, lambda rank: right_or_named(rank, seed, timeout))
         struck = network.struck()
     for rank, error in enumerate(errors):
