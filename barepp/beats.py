@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from transport.errors import printable
+
 if TYPE_CHECKING:
     from transport.work import Traffic
 
@@ -67,7 +69,8 @@ class Beat:
             } if all(map(_is_count, [*sent, *received])) and all(map(_is_int, waits_for or [])):
                 waits = None if waits_for is None else tuple(waits_for)
                 counts = [dict(pairs) for pairs in (sent, received)]
-                return cls(made_at, doing[:DOING_LIMIT], waits, blocked, *counts)
+                words = " ".join(printable(doing, DOING_LIMIT).split())  # one line of a report
+                return cls(made_at, words, waits, blocked, *counts)
         return None
 
 
