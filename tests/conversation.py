@@ -24,7 +24,7 @@ from troubles import CALLEE_NBYTES, CALLER_NBYTES, RENDEZVOUS, Act, Fault, Layou
 from transport.handshake import HELLO
 
 if TYPE_CHECKING:
-    from proxy import Switch
+    from proxy import Address, Switch
 
 READ_NBYTES: Final = 65536
 BACKLOG_NBYTES: Final = 4 * 1024 * 1024  # of one direction; beyond it its sender has to wait

@@ -226,9 +226,9 @@ def test_a_goodbye_that_is_torn_or_changed_is_none(network: Network) -> None:
         fault = Fault(act, Spot(Part.HEADER, 6, 1), src=0, dst=1)
         with networks.world(network, 2, [fault]) as ranks:
             ranks[0].isend(FIRST, 1)
-            leaving = start(lambda: ranks[0].close(SOON_S))  # noqa: B023
+            leaving = start(lambda: ranks[0].close(SOON_S))
             assert torch.equal(ranks[1].recv(0, timeout=SOON_S), FIRST)
-            error = told(lambda: ranks[1].recv(0, timeout=SOON_S))  # noqa: B023
+            error = told(lambda: ranks[1].recv(0, timeout=SOON_S))
             assert isinstance(error, kind) and "rank 0" in str(error)
             assert network.struck() == [act]
             leaving.result(SOON_S)  # it had said all that it had to say
@@ -253,8 +253,7 @@ def test_a_call_that_failed_by_accident_is_made_again(
     network: Network, monkeypatch: pytest.MonkeyPatch, src: int, offset: int, act: Act
 ) -> None:
     monkeypatch.setattr(listener, "HANDSHAKE_TIMEOUT_S", 0.1)
-    fault = Fault(act, Spot(Part.HANDSHAKE, offset), src, 1 - src)
-    with networks.world(network, 2, [fault]) as ranks:
+    with networks.world(network, 2, [hit(src, offset, act)]) as ranks:
         ranks[0].isend(SECOND, 1)  # so it is rank 0 who calls
         assert torch.equal(ranks[1].recv(0, timeout=SOON_S), SECOND)
         ranks[1].isend(FIRST, 0)
@@ -267,46 +266,45 @@ NO_ANSWER = "rank 1 did not answer within 0.2 s"
 REFUSED = "rank 1 refuses this rank's call"
 
 
+def hit(src: int, offset: int, act: Act, bit: int = 0, times: int = 1) -> Fault:
+    return Fault(act, Spot(Part.HANDSHAKE, offset), src, 1 - src, bit, times)
+
+
 @pytest.mark.parametrize(
-    ("src", "offset", "act", "bit", "times", "kind", "says"),
+    ("fault", "kind", "says"),
     [
-        (0, RANK, Act.FLIP, 1, 1, AuthenticationError, NO_PROOF),
-        (0, NONCE, Act.FLIP, 1, 1, AuthenticationError, NO_PROOF),
-        (1, CHALLENGE, Act.FLIP, 1, 1, AuthenticationError, NO_PROOF),
-        (1, ANSWER, Act.FLIP, 1, 1, AuthenticationError, NO_PROOF),
-        (1, VERDICT, Act.FLIP, 0, 1, AuthenticationError, "calling rank 1: verdict 0 does not"),
-        (1, VERDICT, Act.FLIP, 1, 1, PeerLost, REFUSED),
-        (1, VERDICT, Act.RESET, 0, 1, PeerLost, REFUSED),
-        (1, VERDICT, Act.FINISH, 0, 1, PeerLost, REFUSED),
-        (1, CHALLENGE, Act.STALL, 0, 1, PeerLost, NO_ANSWER),
-        (1, VERDICT, Act.STALL, 0, 1, PeerLost, NO_ANSWER),
-        (0, MAGIC, Act.FLIP, 0, 999, PeerLost, NO_ANSWER),
-        (0, PROOF, Act.FLIP, 0, 999, PeerLost, NO_ANSWER),
-        (0, NONCE, Act.RESET, 0, 999, PeerLost, NO_ANSWER),
-        (0, NONCE, Act.FINISH, 0, 999, PeerLost, NO_ANSWER),
-        (0, NONCE, Act.STALL, 0, 999, PeerLost, NO_ANSWER),
-        (1, ANSWER, Act.RESET, 0, 999, PeerLost, NO_ANSWER),
+        (hit(0, RANK, Act.FLIP, 1), AuthenticationError, NO_PROOF),
+        (hit(0, NONCE, Act.FLIP, 1), AuthenticationError, NO_PROOF),
+        (hit(1, CHALLENGE, Act.FLIP), AuthenticationError, NO_PROOF),
+        (hit(1, ANSWER, Act.FLIP), AuthenticationError, NO_PROOF),
+        (hit(1, VERDICT, Act.FLIP, 0), AuthenticationError, "calling rank 1: verdict 0 does not"),
+        (hit(1, VERDICT, Act.FLIP, 1), PeerLost, REFUSED),
+        (hit(1, VERDICT, Act.RESET), PeerLost, REFUSED),
+        (hit(1, VERDICT, Act.FINISH), PeerLost, REFUSED),
+        (hit(1, CHALLENGE, Act.STALL), PeerLost, NO_ANSWER),
+        (hit(1, VERDICT, Act.STALL), PeerLost, NO_ANSWER),
+        (hit(0, MAGIC, Act.FLIP, times=999), PeerLost, NO_ANSWER),
+        (hit(0, PROOF, Act.FLIP, times=999), PeerLost, NO_ANSWER),
+        (hit(0, NONCE, Act.RESET, times=999), PeerLost, NO_ANSWER),
+        (hit(0, NONCE, Act.FINISH, times=999), PeerLost, NO_ANSWER),
+        (hit(0, NONCE, Act.STALL, times=999), PeerLost, NO_ANSWER),
+        (hit(1, ANSWER, Act.RESET, times=999), PeerLost, NO_ANSWER),
     ],
 )
 def test_a_call_that_never_succeeds(
     network: Network,
     monkeypatch: pytest.MonkeyPatch,
-    src: int,
-    offset: int,
-    act: Act,
-    bit: int,
-    times: int,
+    fault: Fault,
     kind: type[TransportError],
     says: str,
 ) -> None:
     """Both sides are told in time, each with the other's name; and neither is connected to."""
     if says is NO_ANSWER:
         monkeypatch.setattr(call, "CALL_TIMEOUT_S", 0.2)
-    fault = Fault(act, Spot(Part.HANDSHAKE, offset), src, 1 - src, bit, times)
     with networks.world(network, 2, [fault]) as ranks:
         work = ranks[0].isend(FIRST, 1)
         error = told(lambda: work.wait(SOON_S))
-        assert act in network.struck()
+        assert fault.act in network.struck()
         assert isinstance(error, kind) and says in str(error)
         error = told(lambda: ranks[1].recv(0, timeout=SOON_S))
         assert isinstance(error, (PeerLost, AuthenticationError)) and "rank 0" in str(error)

@@ -13,7 +13,7 @@ from transport.decoder import Decoder
 from transport.errors import ProtocolError
 from transport.wire import Frame, FrameKind, Limits, encode
 
-RECORD_LIMITS: Final = Limits(meta_nbytes=4 * 1024 * 1024, payload_nbytes=0)
+RECORD_LIMITS: Final = Limits(meta_nbytes=1024 * 1024, payload_nbytes=0)
 READS_AT_ONCE: Final = 16  # of one stream, so that one rank that floods does not starve the others
 
 

@@ -268,7 +268,9 @@ class TcpTransport(Transport):
         if frame.kind not in MESSAGES or peer.left:
             raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
         if frame.kind is FrameKind.LENT:
-            raise ProtocolError(f"rank {connection.peer} lends memory, which {self.name} cannot map")
+            raise ProtocolError(
+                f"rank {connection.peer} lends memory, which {self.name} cannot map"
+            )
         spec: MessageSpec = frame.meta
         spec.fit(frame.payload_nbytes)
         src, tag = connection.peer, frame.tag
