@@ -1,0 +1,1 @@
+"""Benchmarks of whole jobs: training, start, growth, failures; `python -m barepp.bench`."""

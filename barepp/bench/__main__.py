@@ -1,0 +1,92 @@
+"""`python -m barepp.bench [NAME] [--json PATH]`: the benchmarks' command line.
+
+A benchmark is a module of this package with two functions, and a line in `BENCHMARKS`:
+
+    add_arguments(parser)               its own flags
+    run(arguments, show) -> results     measures; shows lines as it goes; returns what JSON can hold
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol, cast
+
+from barepp.bench.machine import machine, sentence
+from barepp.errors import BareppError
+
+BENCHMARKS: Final = {
+    "training": "step time beside torch.distributed.pipelining, one process, and the ideal",
+    "start": "from the command to the first barrier, beside torchrun",
+    "growth": "what more microbatches, ranks, bytes and processes cost",
+}
+DEFAULT: Final = "training"
+
+
+class Benchmark(Protocol):
+    """What a module of this package provides."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the flags."""
+
+    def run(self, arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+        """Measure; raise `UsageError` for what a person got wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one sentence, without the page of usage before it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _chosen(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the benchmark's name and its arguments; flags alone are the default one's."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return DEFAULT, list(arguments)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in BENCHMARKS.items()]
+    return "\n".join([f"benchmarks, named first ({DEFAULT} when none is):", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    name, rest = _chosen(sys.argv[1:] if arguments is None else arguments)
+    if name not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        print(f"barepp.bench: there is no benchmark {name!r}; there are {known}", file=sys.stderr)
+        return 2
+    # Only the chosen one is imported: most need torch, and that takes seconds.
+    benchmark = cast(Benchmark, importlib.import_module(f"barepp.bench.{name}"))
+    parser = _Parser(
+        prog=f"python -m barepp.bench {name}",
+        description=benchmark.__doc__,
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    benchmark.add_arguments(parser)
+    parsed = parser.parse_args(rest)
+    here = machine()
+    print(sentence(here), flush=True)
+    try:
+        results = benchmark.run(parsed, lambda line: print(line, flush=True))
+    except BareppError as error:
+        print(f"barepp.bench: {error}", file=sys.stderr)
+        return 2
+    if parsed.json is not None:
+        figures = {"benchmark": name, "machine": here, **results}
+        parsed.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
