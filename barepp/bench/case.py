@@ -1,0 +1,100 @@
+"""What is trained in a benchmark: the same layers, weights and batch for whoever trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from barepp.models import LayerBuilder, mlp
+from barepp.seeding import LayerRandomness
+
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch and its microbatches; travels as JSON.
+
+    `layers` hidden layers of width `hidden` and a head, as `barepp.mlp` makes them. With `cheap`,
+    layers that hardly compute: what is left is what moving their activations costs.
+    """
+
+    layers: int = 16
+    hidden: int = 128
+    batch: int = 32
+    microbatches: int = 8
+    cheap: bool = False
+
+    def __str__(self) -> str:
+        kind = "cheap layers" if self.cheap else "layers"
+        return (
+            f"{self.layers} {kind} of {self.hidden}, batch {self.batch} in "
+            f"{self.microbatches} microbatches"
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def builders(self) -> list[LayerBuilder]:
+        """Return the layers' builders."""
+        if self.cheap:
+            return [Shift] * self.layers
+        return mlp(self.layers, self.hidden)
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Return the batch: inputs and targets."""
+        generator = torch.Generator().manual_seed(SEED)
+        if self.cheap:
+            inputs = torch.randn(self.batch, self.hidden, generator=generator)
+            return inputs, torch.zeros(self.batch)
+        inputs = torch.randn(self.batch, 64, generator=generator)
+        return inputs, torch.randint(0, 10, (self.batch,), generator=generator)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss over the rows."""
+        if self.cheap:
+            return output[:, 0].mean()
+        return nn.functional.cross_entropy(output, target)
+
+    def build(self, which: range) -> nn.Sequential:
+        """Build some of the layers, with the weights that `barepp.Pipeline` gives them."""
+        builders, model, randomness = self.builders(), nn.Sequential(), LayerRandomness(SEED)
+        for layer in which:
+            with randomness:
+                randomness.seed_initial(layer)
+                model.append(builders[layer]())
+        return model
+
+
+class Shift(nn.Module):
+    """Adds one learnt number to everything: an activation of any size, next to no arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + shift."""
+        return x + self.shift  # [rows, hidden]
+
+
+def gradient_square(model_parameters: Any) -> float:
+    """Return the sum of the squares of all gradients: how two trainers are held side by side."""
+    squares = [
+        float(p.grad.double().square().sum()) for p in model_parameters if p.grad is not None
+    ]
+    return sum(squares)
+
+
+def one_thread() -> None:
+    """One compute thread, for everybody alike."""
+    torch.set_num_threads(1)
+
+
+MICROPP = Case()
+MIDDLE = Case(hidden=512, batch=256)
+LARGE = Case(hidden=1024, batch=512)

@@ -1,0 +1,76 @@
+"""A rank of barepp as a member of a team: the same `Pipeline` that a script uses, nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from barepp.bench.case import SEED, Case, gradient_square
+from barepp.bench.member import BAREPP, serve, timed
+from barepp.joining import init
+from barepp.pipeline import Pipeline
+from barepp.trace import Recorder, summarise
+from barepp.world import World
+
+# What the launcher runs on every rank. A text: a file of this package, run as a script, would put
+# the package's folder on the path of imports.
+SCRIPT = "import barepp.bench.ours\nbarepp.bench.ours.main()\n"
+
+
+class Ours:
+    """One rank; a pipeline for each schedule that is asked for."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._case = Case()
+        self._pipelines: dict[str, Pipeline] = {}
+        self._sockets = _count_sockets()  # that listen, and to the launcher and the conductor
+
+    def build(self, case: Case) -> None:
+        """Forget the last case; the pipelines are built when they are asked for."""
+        self._case = case
+        self._pipelines.clear()
+
+    def train(self, schedule: str, steps: int) -> dict[str, Any]:
+        """Run steps; the summary is all ranks' together."""
+        case, pipe = self._case, self._pipelines.get(schedule)
+        if pipe is None:
+            pipe = self._pipelines[schedule] = Pipeline(
+                self._world,
+                case.builders(),
+                case.loss,
+                schedule=schedule,
+                num_microbatches=case.microbatches,
+                seed=SEED,
+            )
+        inputs, targets = case.data()
+        pipe.recorder = Recorder()
+        answer = timed(steps, pipe.zero_grad, lambda: pipe.step(inputs, targets))
+        summary = summarise(self._world, pipe.recorder, pipe.peak_in_flight)
+        return {
+            **answer,
+            "gradient_square": gradient_square(pipe.parameters()),
+            "bubble": summary.bubble,
+            "computing_ms": summary.computing_ms,
+            "waiting_ms": summary.waiting_ms,
+            "moving_ms": summary.moving_ms,
+            "connections": _count_sockets() - self._sockets,
+        }
+
+
+def _count_sockets() -> int:
+    """Return how many sockets this process has open."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+        except OSError:  # the descriptor of the listing itself is closed by now
+            continue
+    return count
+
+
+def main() -> None:
+    """Run as a rank that `python -m barepp.launch` has started, with the conductor's address."""
+    with init() as world:
+        serve(sys.argv[1], BAREPP, world.rank, Ours(world))

@@ -1,0 +1,223 @@
+"""Teams of processes that take turns: all alive in one run, and blocked while it is not theirs.
+
+    with Conductor() as conductor:
+        ours, theirs = conductor.start_barepp(4), conductor.start_torch(4)
+        conductor.gather()
+        for _ in range(rounds):
+            ours.ask({"order": "train", ...})
+            theirs.ask({"order": "train", ...})
+
+1. A team that waits for its turn is blocked in a read: it takes no core from the one that works.
+2. However the block ends, no process of a team is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TextIO
+
+from barepp.bench.case import Case
+from barepp.bench.member import ALONE, BAREPP, TORCH
+from barepp.bench.ours import SCRIPT
+from barepp.errors import BareppError
+
+START_S: Final = 120.0  # for all members to come
+ANSWER_S: Final = 600.0  # for one answer
+STOP_S: Final = 10.0  # for a team to end by itself
+TAIL: Final = 2000  # characters of what a team said before it broke
+
+
+class BenchError(BareppError):
+    """A team of a benchmark broke, or computed something else than the others."""
+
+
+@dataclasses.dataclass
+class Team:
+    """Processes that train together."""
+
+    name: str
+    size: int
+    processes: list[subprocess.Popen[bytes]]
+    log: Path
+    streams: dict[int, TextIO] = dataclasses.field(default_factory=dict)
+
+    def ask(self, order: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give every member the order; return their answers in rank order."""
+        line = json.dumps(order) + "\n"
+        try:
+            for stream in self.streams.values():
+                stream.write(line)
+                stream.flush()
+            answers = [self.streams[rank].readline() for rank in range(self.size)]
+        except OSError as error:
+            raise self.broken(f"{type(error).__name__}: {error}") from error
+        if not all(answers):
+            raise self.broken("a process of it has ended")
+        return [json.loads(answer) for answer in answers]
+
+    def build(self, case: Case) -> None:
+        """Let every member build a case."""
+        self.ask({"order": "build", "case": case.to_record()})
+
+    def train(self, schedule: str, steps: int) -> list[dict[str, Any]]:
+        """Run one turn: a step that warms up, and `steps` more."""
+        return self.ask({"order": "train", "schedule": schedule, "steps": steps + 1})
+
+    def broken(self, why: str) -> BenchError:
+        """Return the error for a team that cannot go on, with the end of what it printed."""
+        said = self.log.read_text(errors="replace")[-TAIL:].strip()
+        return BenchError(f"the {self.name} team broke: {why}\n{said}".rstrip())
+
+    def stop(self) -> None:
+        """Let the processes end; kill those that do not."""
+        for stream in self.streams.values():
+            with contextlib.suppress(OSError, ValueError):
+                stream.write('{"order": "stop"}\n')
+                stream.flush()
+        for stream in self.streams.values():
+            with contextlib.suppress(OSError):
+                stream.close()
+        deadline = time.monotonic() + (STOP_S if len(self.streams) == self.size else 0)
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill(process)
+
+
+def step_times(answers: list[dict[str, Any]]) -> list[float]:
+    """Return the seconds of each step but the first, over all ranks of a team.
+
+    A step lasts from the end of the one before, on the rank where that was last, to its own: ranks
+    need not be in step, and no time is left out or counted twice.
+    """
+    ends = [max(column) for column in zip(*(answer["ends"] for answer in answers), strict=True)]
+    return [(end - before) / 1e9 for before, end in itertools.pairwise(ends)]
+
+
+class Conductor:
+    """Starts teams and lets them take turns."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="barepp-bench-"))  # readable by its owner only
+        self._path = str(self._folder / "conductor")
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(self._path)
+        self._listening.listen(256)
+        self._teams: list[Team] = []
+
+    def start_barepp(self, world_size: int, *flags: str) -> Team:
+        """Start ranks with barepp's own launcher."""
+        script = self._folder / "ours.py"
+        script.write_text(SCRIPT)
+        command = ["barepp.launch", "--world", str(world_size), *flags, str(script), self._path]
+        return self._start(BAREPP, world_size, [command])
+
+    def start_torch(self, world_size: int) -> Team:
+        """Start ranks of torch.distributed over gloo."""
+        store = str(self._folder / f"store-{len(self._teams)}")
+        return self._start(
+            TORCH,
+            world_size,
+            [
+                ["barepp.bench.gloo", self._path, str(rank), str(world_size), store]
+                for rank in range(world_size)
+            ],
+        )
+
+    def start_alone(self) -> Team:
+        """Start one process with the whole model."""
+        return self._start(ALONE, 1, [["barepp.bench.alone", self._path]])
+
+    def _start(self, name: str, size: int, modules: list[list[str]]) -> Team:
+        team = Team(name, size, [], self._folder / f"log-{len(self._teams)}")
+        self._teams.append(team)  # before the first process: whatever happens, `close` ends it
+        with team.log.open("wb") as log:
+            for module in modules:
+                team.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", *module],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=environment(),
+                        start_new_session=True,  # Ctrl-C is the conductor's to handle
+                    )
+                )
+        return team
+
+    def gather(self) -> None:
+        """Block until every member of every team has come."""
+        deadline = time.monotonic() + START_S
+        self._listening.settimeout(0.2)
+        while missing := [team for team in self._teams if len(team.streams) < team.size]:
+            for team in missing:
+                if any(process.poll() is not None for process in team.processes):
+                    raise team.broken("a process of it ended before it came")
+                if time.monotonic() > deadline:
+                    raise team.broken(f"not all of it came within {START_S:g} s")
+            with contextlib.suppress(TimeoutError):
+                self._admit(self._listening.accept()[0], missing)
+
+    def _admit(self, sock: socket.socket, missing: list[Team]) -> None:
+        sock.settimeout(ANSWER_S)
+        stream = sock.makefile("rw")
+        sock.close()  # the stream keeps it open
+        hello = json.loads(stream.readline())
+        for team in missing:
+            if team.name == hello["team"] and hello["rank"] not in team.streams:
+                team.streams[hello["rank"]] = stream
+                return
+
+    def dismiss(self, team: Team) -> None:
+        """End one team before the others."""
+        self._teams.remove(team)
+        team.stop()
+
+    def close(self) -> None:
+        """End all teams and remove what they left."""
+        for team in self._teams:
+            team.stop()
+        self._listening.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Conductor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a child that imports the same barepp as this process."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher so that it ends its ranks; anything else at once."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
