@@ -12,8 +12,11 @@ process and no optimizer; a step that computed another gradient ends the benchma
                  backward, transfers free; with fewer cores than ranks, at least all work / cores
     bubble       1 - computing / (ranks * step time)
     comp, wait, move   ms a step and rank: in torch's arithmetic, blocked on a message, the rest
-    us/act       that rest for each action: barepp's own time
+    us/act       that rest for each action: barepp's own time. (With more ranks than cores it holds
+                 time for a core as well: a message wakes its receiver, which takes ours.)
     CPU ms       processor time of all ranks in a step
+    +us/act      processor time beyond that of one process in plain torch, for each action: all
+                 that cutting, moving and ordering cost, on every thread
 """
 
 from __future__ import annotations
@@ -174,6 +177,7 @@ def figures(case: Case, world_size: int, turns: Turns, costs_s: Costs) -> dict[s
     """Put the figures of one case together."""
     times = {entry: [step_times(answers) for answers in rounds] for entry, rounds in turns.items()}
     alone = times["alone", ALONE_SCHEDULE]
+    alone_cpu_ms = [_cpu_ms(answers) for answers in turns["alone", ALONE_SCHEDULE]]
     rows = []
     for (team, schedule), rounds in turns.items():
         mine = times[team, schedule]
@@ -186,6 +190,8 @@ def figures(case: Case, world_size: int, turns: Turns, costs_s: Costs) -> dict[s
         }
         if team != "alone":
             row |= _ideal(row["step_ms"]["median"], schedule, case, world_size, costs_s)
+            added_ms = row["cpu_ms"]["median"] - statistics.median(alone_cpu_ms)
+            row["added_us_per_action"] = 1e3 * added_ms / (2 * case.microbatches * world_size)
         if team == "barepp":
             row |= _inside(rounds, case)
             if ("torch", schedule) in times:
@@ -257,6 +263,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
         "ideal ms": f"{row['ideal_ms']:.2f}" if "ideal_ms" in row else "",
         "x ideal": f"{row['times_ideal']:.2f}" if "times_ideal" in row else "",
         "CPU ms": f"{row['cpu_ms']['median']:.2f}",
+        "+us/act": f"{row['added_us_per_action']:.0f}" if "added_us_per_action" in row else "",
     }
     if "bubble" in row:
         parts = (row["computing_ms"], row["waiting_ms"], row["moving_ms"])

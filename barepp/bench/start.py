@@ -1,0 +1,148 @@
+"""Time from the command to the first barrier: barepp's launcher beside torchrun with gloo.
+
+    python -m barepp.bench start [--world 4] [--rounds 5] [--json PATH]
+
+Both commands are started in turns, as a person would start them. The clock runs from before the
+command to the moment at which the last rank has left its first barrier; "to the end" runs until the
+command has returned. The scripts do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from barepp.bench.figures import ratio, spread, table
+from barepp.bench.teams import BenchError, environment
+from barepp.errors import UsageError
+
+LIMIT_S: Final = 300.0
+
+# Each rank writes the time at which it left the barrier to a file of its own. The clock is the
+# machine's (CLOCK_MONOTONIC), so this process's reading can be subtracted.
+BAREPP_SCRIPT: Final = """
+import pathlib, sys, time
+import barepp
+with barepp.init() as world:
+    world.barrier()
+    pathlib.Path(sys.argv[1], str(world.rank)).write_text(str(time.monotonic_ns()))
+"""
+TORCH_SCRIPT: Final = """
+import pathlib, sys, time
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+pathlib.Path(sys.argv[1], str(dist.get_rank())).write_text(str(time.monotonic_ns()))
+dist.destroy_process_group()
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start, in seconds from before the command."""
+
+    barrier_s: float
+    end_s: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--world", type=int, default=4, metavar="N", help="ranks (4)")
+    parser.add_argument("--rounds", type=int, default=5, help="starts of each (5)")
+    parser.add_argument("--against", choices=["torch", "none"], default="torch")
+
+
+def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    """Start both in turns."""
+    world_size, rounds = arguments.world, arguments.rounds
+    if world_size < 1 or rounds < 1:
+        raise UsageError("--world and --rounds start at 1")
+    starts: dict[str, list[Start]] = {"barepp.launch": []}
+    if arguments.against == "torch":
+        starts["torchrun"] = []
+    show(f"\n{world_size} ranks, {rounds} starts of each, in turns")
+    for turn in range(rounds + 1):
+        for who, found in starts.items():
+            start = launch_barepp if who == "barepp.launch" else launch_torch
+            one = start(world_size)
+            if turn:  # the first start fills the caches of the file system
+                found.append(one)
+    rows = [_row(who, found, starts) for who, found in starts.items()]
+    for line in table([_line(row) for row in rows]):
+        show(line)
+    return {"world_size": world_size, "rounds": rounds, "rows": rows}
+
+
+def launch_barepp(world_size: int) -> Start:
+    """Start ranks with `python -m barepp.launch`."""
+    return time_start(["barepp.launch", "--world", str(world_size)], BAREPP_SCRIPT, world_size)
+
+
+def launch_torch(world_size: int) -> Start:
+    """Start ranks with torchrun, on one host."""
+    flags = ["--standalone", "--nproc-per-node", str(world_size)]
+    return time_start(["torch.distributed.run", *flags], TORCH_SCRIPT, world_size)
+
+
+def time_start(module: Sequence[str], script: str, world_size: int) -> Start:
+    """Run `python -m MODULE SCRIPT` to its end, and read what its ranks wrote."""
+    with tempfile.TemporaryDirectory(prefix="barepp-bench-") as name:
+        folder = Path(name)
+        (folder / "script.py").write_text(script)
+        told = folder / "told"
+        told.mkdir()
+        began_ns = time.monotonic_ns()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module, str(folder / "script.py"), str(told)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={
+                "OMP_NUM_THREADS": "1",
+                **environment(),
+            },  # torchrun says at length that it sets it
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=LIMIT_S)
+        finally:
+            end_ns = time.monotonic_ns()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # nothing is left when it has ended well
+        times_ns = [int(path.read_text()) for path in told.iterdir()]
+        if process.returncode != 0 or len(times_ns) != world_size:
+            tail = said.decode(errors="replace")[-2000:]
+            raise BenchError(f"{module[0]} ended with {process.returncode}:\n{tail}")
+        return Start((max(times_ns) - began_ns) / 1e9, (end_ns - began_ns) / 1e9)
+
+
+def _row(who: str, found: list[Start], starts: dict[str, list[Start]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"command": who}
+    for what in ("barrier_s", "end_s"):
+        mine = [[getattr(start, what)] for start in found]
+        row[what] = spread([value for [value] in mine]).to_record()
+        if who != "torchrun" and "torchrun" in starts:
+            theirs = [[getattr(start, what)] for start in starts["torchrun"]]
+            row[f"{what}_times_torch"] = ratio(mine, theirs).to_record()
+    return row
+
+
+def _line(row: dict[str, Any]) -> dict[str, str]:
+    line = {"": row["command"]}
+    for what, title in (("barrier_s", "to the barrier, s"), ("end_s", "to the end, s")):
+        line[title] = f"{row[what]['median']:.2f} [{row[what]['low']:.2f} {row[what]['high']:.2f}]"
+        over = row.get(f"{what}_times_torch")
+        line["x torchrun" if what == "barrier_s" else "x torchrun "] = (
+            f"{over['median']:.2f}" if over else ""
+        )
+    return line
