@@ -56,6 +56,7 @@ def in_fresh_python(code: str) -> str:
         "import barepp.run",
         "import transport",
         "import transport.rendezvous",
+        "import transport.control",
         "import transport.wire",
         "import transport.registry; transport.registry.transport_names()",
         "from barepp.plan import main; main('--schedule 1f1b --stages 4 --microbatches 8'.split())",

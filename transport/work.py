@@ -8,10 +8,10 @@ import time
 from typing import TYPE_CHECKING
 
 from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
-from transport.tensors import Message, MessageSpec
 
 if TYPE_CHECKING:
     from transport.contract import Transport
+    from transport.tensors import Message, MessageSpec
 
 
 class Work(abc.ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from barepp.bench.case import SEED, Case, gradient_square, one_thread
-from barepp.bench.member import ALONE, serve, timed
+from barepp.bench.member import serve, timed
 from barepp.microbatch import microbatch_sizes, split
 from barepp.partition import partition
 from barepp.stage import Stage
@@ -91,4 +91,4 @@ class Alone:
 
 if __name__ == "__main__":
     one_thread()
-    serve(sys.argv[1], ALONE, 0, Alone())
+    serve(sys.argv[1], int(sys.argv[2]), 0, Alone())

@@ -2,7 +2,7 @@
 
 Orders and answers are JSON objects, one a line, over a Unix socket in the conductor's own folder:
 
-    -> {"team": "barepp", "rank": 2}                        who this is
+    -> {"team": 0, "rank": 2}                               who this is
     <- {"order": "build", "case": {...}}                    -> {}
     <- {"order": "train", "schedule": "1f1b", "steps": 9}   -> {"starts": [...], "ends": [...], ...}
     <- {"order": "stop"}
@@ -19,8 +19,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from barepp.bench.case import Case
-
-BAREPP, TORCH, ALONE = "barepp", "torch", "one process"
 
 
 class Worker(Protocol):
@@ -49,8 +47,8 @@ def timed(steps: int, prepare: Callable[[], None], step: Callable[[], object]) -
     return {"starts": starts, "ends": ends, "cpu_s": time.process_time() - used}
 
 
-def serve(path: str, team: str, rank: int, worker: Worker) -> None:
-    """Obey the conductor until it says stop."""
+def serve(path: str, team: int, rank: int, worker: Worker) -> None:
+    """Obey the conductor at `path` until it says stop, as one of the team of that number."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
         with sock.makefile("rw") as stream:

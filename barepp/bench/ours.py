@@ -7,15 +7,11 @@ import sys
 from typing import Any
 
 from barepp.bench.case import SEED, Case, gradient_square
-from barepp.bench.member import BAREPP, serve, timed
+from barepp.bench.member import serve, timed
 from barepp.joining import init
 from barepp.pipeline import Pipeline
 from barepp.trace import Recorder, summarise
 from barepp.world import World
-
-# What the launcher runs on every rank. A text: a file of this package, run as a script, would put
-# the package's folder on the path of imports.
-SCRIPT = "import barepp.bench.ours\nbarepp.bench.ours.main()\n"
 
 
 class Ours:
@@ -71,6 +67,6 @@ def _count_sockets() -> int:
 
 
 def main() -> None:
-    """Run as a rank that `python -m barepp.launch` has started, with the conductor's address."""
+    """Run as a rank that `python -m barepp.launch` has started; arguments: the conductor's path, the team."""
     with init() as world:
-        serve(sys.argv[1], BAREPP, world.rank, Ours(world))
+        serve(sys.argv[1], int(sys.argv[2]), world.rank, Ours(world))

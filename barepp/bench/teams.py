@@ -27,17 +27,21 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from barepp.bench.case import Case
-from barepp.bench.member import ALONE, BAREPP, TORCH
-from barepp.bench.ours import SCRIPT
 from barepp.errors import BareppError
+
+if TYPE_CHECKING:
+    from barepp.bench.case import Case
 
 START_S: Final = 120.0  # for all members to come
 ANSWER_S: Final = 600.0  # for one answer
 STOP_S: Final = 10.0  # for a team to end by itself
 TAIL: Final = 2000  # characters of what a team said before it broke
+
+# What the launcher runs on every rank. A text: a file of this package, run as a script, would put
+# the package's folder on the path of imports.
+SCRIPT: Final = "import barepp.bench.ours\nbarepp.bench.ours.main()\n"
 
 
 class BenchError(BareppError):
@@ -48,7 +52,8 @@ class BenchError(BareppError):
 class Team:
     """Processes that train together."""
 
-    name: str
+    name: str  # for error messages
+    number: int  # which one it is: its members say it when they come
     size: int
     processes: list[subprocess.Popen[bytes]]
     log: Path
@@ -123,27 +128,26 @@ class Conductor:
         """Start ranks with barepp's own launcher."""
         script = self._folder / "ours.py"
         script.write_text(SCRIPT)
-        command = ["barepp.launch", "--world", str(world_size), *flags, str(script), self._path]
-        return self._start(BAREPP, world_size, [command])
+        command = ["barepp.launch", "--world", str(world_size), *flags, str(script)]
+        return self._start("barepp", world_size, [[*command, self._path, self._number()]])
 
     def start_torch(self, world_size: int) -> Team:
         """Start ranks of torch.distributed over gloo."""
-        store = str(self._folder / f"store-{len(self._teams)}")
-        return self._start(
-            TORCH,
-            world_size,
-            [
-                ["barepp.bench.gloo", self._path, str(rank), str(world_size), store]
-                for rank in range(world_size)
-            ],
-        )
+        store = str(self._folder / f"store-{self._number()}")
+        start = ["barepp.bench.gloo", self._path, self._number(), store, str(world_size)]
+        return self._start("torch", world_size, [[*start, str(rank)] for rank in range(world_size)])
 
     def start_alone(self) -> Team:
         """Start one process with the whole model."""
-        return self._start(ALONE, 1, [["barepp.bench.alone", self._path]])
+        command = ["barepp.bench.alone", self._path, self._number()]
+        return self._start("one-process", 1, [command])
+
+    def _number(self) -> str:
+        return str(len(self._teams))
 
     def _start(self, name: str, size: int, modules: list[list[str]]) -> Team:
-        team = Team(name, size, [], self._folder / f"log-{len(self._teams)}")
+        number = len(self._teams)
+        team = Team(name, number, size, [], self._folder / f"log-{number}")
         self._teams.append(team)  # before the first process: whatever happens, `close` ends it
         with team.log.open("wb") as log:
             for module in modules:
@@ -170,22 +174,14 @@ class Conductor:
                 if time.monotonic() > deadline:
                     raise team.broken(f"not all of it came within {START_S:g} s")
             with contextlib.suppress(TimeoutError):
-                self._admit(self._listening.accept()[0], missing)
+                self._admit(self._listening.accept()[0])
 
-    def _admit(self, sock: socket.socket, missing: list[Team]) -> None:
+    def _admit(self, sock: socket.socket) -> None:
         sock.settimeout(ANSWER_S)
         stream = sock.makefile("rw")
         sock.close()  # the stream keeps it open
         hello = json.loads(stream.readline())
-        for team in missing:
-            if team.name == hello["team"] and hello["rank"] not in team.streams:
-                team.streams[hello["rank"]] = stream
-                return
-
-    def dismiss(self, team: Team) -> None:
-        """End one team before the others."""
-        self._teams.remove(team)
-        team.stop()
+        self._teams[hello["team"]].streams[hello["rank"]] = stream
 
     def close(self) -> None:
         """End all teams and remove what they left."""
