@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from barepp.errors import BareppError
@@ -38,16 +40,16 @@ def gather(world_size: int) -> dict[str, Any]:
     """
     secret = new_secret()
     server = RendezvousServer(world_size, secret)
-    go_read, go_write = os.pipe()
-    go = os.fdopen(go_write, "wb")  # closing it is the word to join
+    go_ends = os.pipe()
+    go = os.fdopen(go_ends[1], "wb")  # closing it is the word to join
     result_read, result_write = os.pipe()
     began = time.monotonic()
     # All forks come first: a process that is forked later would hold the earlier ones' connections.
     children = [
-        _fork(rank, world_size, server.address, secret, (go_read, go_write), result_write)
+        _fork(partial(_be_a_rank, world_size, rank, server.address, secret, go_ends), result_write)
         for rank in range(world_size)
     ]
-    os.close(go_read)
+    os.close(go_ends[0])
     os.close(result_write)
     try:
         _serve(server, EventKind.ATTACHED, world_size)
@@ -85,15 +87,8 @@ def _serve(server: RendezvousServer, awaited: EventKind, count: int) -> None:
             raise BareppError(f"{count} bare processes are missing after {LIMIT_S:g} s")
 
 
-def _fork(
-    rank: int,
-    world_size: int,
-    address: tuple[str, int],
-    secret: bytes,
-    go: tuple[int, int],
-    result: int,
-) -> int:
-    """Return the process id of a child that is a bare rank."""
+def _fork(live: Callable[[], dict[str, Any]], result: int) -> int:
+    """Return the process id of a child that lives, writes what came of it, and ends."""
     parent = os.getpid()
     child = os.fork()
     if child:
@@ -101,9 +96,8 @@ def _fork(
     code = 1
     try:
         die_with_parent(parent)
-        os.close(go[1])
-        line = _be_a_rank(rank, world_size, ControlClient(address, secret, rank), go[0])
-        os.write(result, (json.dumps(line) + "\n").encode())  # short enough to stay in one piece
+        line = json.dumps(live()) + "\n"
+        os.write(result, line.encode())  # short enough to stay in one piece, pipe(7)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -111,8 +105,12 @@ def _fork(
         os._exit(code)
 
 
-def _be_a_rank(rank: int, world_size: int, control: ControlClient, go: int) -> dict[str, Any]:
-    os.read(go, 1)
+def _be_a_rank(
+    world_size: int, rank: int, address: tuple[str, int], secret: bytes, go: tuple[int, int]
+) -> dict[str, Any]:
+    control = ControlClient(address, secret, rank)
+    os.close(go[1])
+    os.read(go[0], 1)  # returns at the end of the file
     control.join(world_size, ADDRESS, LIMIT_S)
     joined = time.monotonic()
     times = []

@@ -21,12 +21,14 @@ class Ours:
         self._world = world
         self._case = Case()
         self._pipelines: dict[str, Pipeline] = {}
-        self._sockets = _count_sockets()  # that listen, and to the launcher and the conductor
+        self._sockets: int | None = None  # open before the first step
 
     def build(self, case: Case) -> None:
         """Forget the last case; the pipelines are built when they are asked for."""
         self._case = case
         self._pipelines.clear()
+        if self._sockets is None:  # those that listen, and those to the launcher and the conductor
+            self._sockets = _count_sockets()
 
     def train(self, schedule: str, steps: int) -> dict[str, Any]:
         """Run steps; the summary is all ranks' together."""
@@ -51,7 +53,7 @@ class Ours:
             "computing_ms": summary.computing_ms,
             "waiting_ms": summary.waiting_ms,
             "moving_ms": summary.moving_ms,
-            "connections": _count_sockets() - self._sockets,
+            "connections": _count_sockets() - (self._sockets or 0),
         }
 
 
@@ -67,6 +69,6 @@ def _count_sockets() -> int:
 
 
 def main() -> None:
-    """Run as a rank that `python -m barepp.launch` has started; arguments: the conductor's path, the team."""
+    """Run as a rank of the launcher's; the arguments are the conductor's path and the team."""
     with init() as world:
         serve(sys.argv[1], int(sys.argv[2]), world.rank, Ours(world))
