@@ -122,7 +122,10 @@ def time_start(module: Sequence[str], script: str, world_size: int) -> Start:
         times_ns = [int(path.read_text()) for path in told.iterdir()]
         if process.returncode != 0 or len(times_ns) != world_size:
             tail = said.decode(errors="replace")[-2000:]
-            raise BenchError(f"{module[0]} ended with {process.returncode}:\n{tail}")
+            raise BenchError(
+                f"{module[0]} ended with {process.returncode}, and {len(times_ns)} of {world_size} "
+                f"ranks came to the barrier:\n{tail}".rstrip()
+            )
         return Start((max(times_ns) - began_ns) / 1e9, (end_ns - began_ns) / 1e9)
 
 

@@ -117,8 +117,8 @@ class Conductor:
     """Starts teams and lets them take turns."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="barepp-bench-"))  # readable by its owner only
-        self._path = str(self._folder / "conductor")
+        self.folder = Path(tempfile.mkdtemp(prefix="barepp-bench-"))  # readable by its owner only
+        self._path = str(self.folder / "conductor")
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(self._path)
         self._listening.listen(256)
@@ -126,14 +126,14 @@ class Conductor:
 
     def start_barepp(self, world_size: int, *flags: str) -> Team:
         """Start ranks with barepp's own launcher."""
-        script = self._folder / "ours.py"
+        script = self.folder / "ours.py"
         script.write_text(SCRIPT)
         command = ["barepp.launch", "--world", str(world_size), *flags, str(script)]
         return self._start("barepp", world_size, [[*command, self._path, self._number()]])
 
     def start_torch(self, world_size: int) -> Team:
         """Start ranks of torch.distributed over gloo."""
-        store = str(self._folder / f"store-{self._number()}")
+        store = str(self.folder / f"store-{self._number()}")
         start = ["barepp.bench.gloo", self._path, self._number(), store, str(world_size)]
         return self._start("torch", world_size, [[*start, str(rank)] for rank in range(world_size)])
 
@@ -147,7 +147,7 @@ class Conductor:
 
     def _start(self, name: str, size: int, modules: list[list[str]]) -> Team:
         number = len(self._teams)
-        team = Team(name, number, size, [], self._folder / f"log-{number}")
+        team = Team(name, number, size, [], self.folder / f"log-{number}")
         self._teams.append(team)  # before the first process: whatever happens, `close` ends it
         with team.log.open("wb") as log:
             for module in modules:
@@ -188,7 +188,7 @@ class Conductor:
         for team in self._teams:
             team.stop()
         self._listening.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Conductor:
         return self

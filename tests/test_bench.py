@@ -1,0 +1,327 @@
+"""The benchmarks: their arithmetic, that they end cleanly, and one small run of each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import MARK, ROOT, marked, nothing_left
+
+from barepp.bench import __main__ as command_line
+from barepp.bench import growth as growth_bench
+from barepp.bench import start as start_bench
+from barepp.bench import training
+from barepp.bench.alone import Alone
+from barepp.bench.case import Case
+from barepp.bench.figures import growth, ratio, spread, table
+from barepp.bench.member import serve
+from barepp.bench.ours import Ours
+from barepp.bench.teams import BenchError, Conductor, step_times
+from barepp.world import World
+from transport.inproc import InprocHub, InprocTransport
+
+TINY = Case(layers=3, hidden=8, batch=6, microbatches=3)
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0]).to_record() == {"median": 3, "low": 2, "high": 4}
+    assert spread([7.0]).to_record() == {"median": 7, "low": 7, "high": 7}
+
+
+def test_a_ratio_pairs_the_rounds_so_that_a_slow_round_cancels_out() -> None:
+    ours = [[1.0, 1.0], [50.0, 50.0], [1.0, 1.0]]
+    theirs = [[2.0, 2.0], [100.0, 100.0], [2.0, 2.0]]
+    assert ratio(ours, theirs).to_record() == {"median": 0.5, "low": 0.5, "high": 0.5}
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(0.0, 3.0), (100.0, 0.5), (4.0, 1e-6)])
+def test_a_straight_line_is_found(fixed: float, each: float) -> None:
+    sizes = [2.0**k for k in range(9)]
+    found = growth(sizes, [fixed + each * size for size in sizes])
+    assert found.fixed == pytest.approx(fixed, abs=1e-9)
+    assert found.each == pytest.approx(each, rel=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_the_exponent_tells_linear_growth_from_faster(power: float) -> None:
+    sizes = [2.0**k for k in range(9)]
+    assert growth(sizes, [5 * size**power for size in sizes]).exponent == pytest.approx(power)
+
+
+def test_a_fixed_cost_does_not_hide_growth_at_the_large_end() -> None:
+    sizes = [1.0, 2, 4, 8, 16, 32, 64, 128, 256]
+    quadratic = growth(sizes, [1000 + size**2 for size in sizes]).exponent
+    linear = growth(sizes, [1000 + size for size in sizes]).exponent
+    assert linear < 1 < quadratic
+
+
+def test_two_sizes_are_enough() -> None:
+    found = growth([1, 4], [10, 40])
+    assert (found.exponent, found.each) == (pytest.approx(1), pytest.approx(10))
+
+
+def test_a_table_is_aligned_and_says_nothing_where_nothing_is() -> None:
+    assert table([{"": "a", "x": "1"}, {"": "long", "y": "22"}]) == [
+        "      x   y",
+        "a     1",
+        "long     22",
+    ]
+
+
+# -- steps and who computes what ------------------------------------------------------------------
+
+
+def test_a_step_ends_with_its_last_rank_and_no_time_is_lost_or_counted_twice() -> None:
+    first, second = [10, 30, 47, 60], [20, 25, 55, 58]
+    times = step_times([{"ends": first}, {"ends": second}])
+    assert times == [pytest.approx(ns / 1e9) for ns in (10, 25, 5)]
+    assert math.fsum(times) == pytest.approx((60 - 20) / 1e9)
+
+
+def test_whoever_computes_another_gradient_is_not_compared() -> None:
+    same = {("alone", "one process"): [{"gradient_square": 2.0}]}
+    agreeing = {("barepp", "1f1b"): [{"gradient_square": 1.5}, {"gradient_square": 0.5001}]}
+    training.check_same_gradients({**same, **agreeing})
+    for wrong in (1.9, float("nan")):
+        other = {("torch", "1f1b"): [{"gradient_square": wrong}]}
+        with pytest.raises(BenchError, match=r"torch 1f1b computed .* cannot be compared"):
+            training.check_same_gradients({**same, **agreeing, **other})
+
+
+def test_all_workers_train_the_same_case() -> None:
+    """The reference, barepp's pipeline and the stages of the ideal: one gradient, to rounding."""
+    alone = Alone()
+    alone.build(TINY)
+    expected = alone.train("one process", 2)["gradient_square"]
+    assert expected > 0
+    ours = Ours(World(InprocTransport(InprocHub(1), 0)))
+    ours.build(TINY)
+    assert ours.train("1f1b", 2)["gradient_square"] == pytest.approx(expected, rel=1e-5)
+    costs = alone.costs(2, 3)
+    assert [len(costs[name]) for name in ("forward_s", "backward_s")] == [3, 3]
+    assert all(len(row) == 2 and min(row) > 0 for rows in costs.values() for row in rows)
+
+
+# -- teams ----------------------------------------------------------------------------------------
+
+
+def test_a_team_that_breaks_says_what_it_printed_and_leaves_nothing() -> None:
+    with (
+        nothing_left(),
+        pytest.raises(BenchError, match=r"broken team broke(?s:.*)no_such_module"),
+        Conductor() as conductor,
+    ):
+        folder = conductor.folder
+        conductor._start("broken", 1, [["no_such_module"]])
+        conductor.gather()
+    assert not folder.exists()
+
+
+def test_a_member_whose_conductor_is_gone_ends(tmp_path: Path) -> None:
+    path = str(tmp_path / "conductor")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        member = threading.Thread(target=serve, args=(path, 3, 1, Alone()))
+        member.start()
+        sock, _ = listening.accept()
+        with sock, sock.makefile("rw") as stream:
+            assert json.loads(stream.readline()) == {"team": 3, "rank": 1}
+            order = {"order": "build", "case": TINY.to_record()}
+            stream.write(json.dumps(order) + "\n")
+            stream.flush()
+            assert json.loads(stream.readline()) == {}
+    member.join(30)
+    assert not member.is_alive()
+
+
+class InThisProcess:
+    """A conductor whose teams are one rank in this process, so that a series costs no start."""
+
+    def start_barepp(self, world_size: int, *flags: str) -> InThisProcess:
+        self.worker = Ours(World(InprocTransport(InprocHub(1), 0)))
+        return self
+
+    def gather(self) -> None:
+        pass
+
+    def build(self, case: Case) -> None:
+        self.worker.build(case)
+
+    def train(self, schedule: str, steps: int) -> list[dict[str, Any]]:
+        return [self.worker.train(schedule, steps + 1)]
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def growth_of(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    parser = argparse.ArgumentParser()
+    growth_bench.add_arguments(parser)
+    lines: list[str] = []
+    return growth_bench.run(parser.parse_args(arguments), lines.append)["series"], lines
+
+
+NOT_LAUNCHED = ["--rendezvous", "none", "--launch", "none"]
+
+
+def test_the_training_series_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth_bench, "Conductor", InThisProcess)
+    monkeypatch.setattr(growth_bench, "TURN_S", 0.01)
+    sizes = ["--microbatches", "1,2,4", "--bytes", "64,4096", "--ranks", "1,2", "--rounds", "1"]
+    series, lines = growth_of([*sizes, *NOT_LAUNCHED])
+    assert [row["size"] for row in series["microbatches"]["rows"]] == [1, 2, 4]
+    assert [row["size"] for row in series["bytes"]["rows"]] == [64, 4096]
+    for found in series.values():
+        costs = [
+            value for row in found["rows"] for key, value in row.items() if key != "connections"
+        ]
+        assert min(costs) > 0
+        assert all(math.isfinite(fit["exponent"]) for fit in found["growth"].values())
+    assert "microbatches" in "".join(lines)
+
+
+def test_start_and_launch_put_their_figures_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launchers themselves are run below; here they answer at once."""
+    monkeypatch.setattr(start_bench, "launch_barepp", lambda world: start_bench.Start(1.0, 1.5))
+    monkeypatch.setattr(start_bench, "launch_torch", lambda world: start_bench.Start(4.0, 5.0))
+    monkeypatch.setattr(
+        growth_bench, "launch_barepp", lambda world: start_bench.Start(2.0 * world, 9.0)
+    )
+    parser = argparse.ArgumentParser()
+    start_bench.add_arguments(parser)
+    lines: list[str] = []
+    results = start_bench.run(parser.parse_args(["--rounds", "3"]), lines.append)
+    ours, theirs = results["rows"]
+    assert ours["barrier_s_times_torch"]["median"] == 0.25
+    assert ours["end_s_times_torch"]["median"] == 0.3
+    assert theirs["barrier_s"] == {"median": 4.0, "low": 4.0, "high": 4.0}
+    assert "0.25" in lines[-2]
+    none = ["--microbatches", "none", "--ranks", "none", "--bytes", "none", "--rendezvous", "none"]
+    series, _ = growth_of([*none, "--launch", "1,2,4"])
+    assert [row["barrier_ms"] for row in series["launch"]["rows"]] == [2e3, 4e3, 8e3]
+    assert series["launch"]["growth"]["barrier_ms"]["exponent"] == pytest.approx(1)
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def test_every_benchmark_of_the_list_is_a_module_that_says_what_it_does() -> None:
+    for name in command_line.BENCHMARKS:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([name, "--help"])
+        assert ended.value.code == 0
+
+
+def test_flags_alone_are_those_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["--sizes", "7"]) == 2
+    assert "there is no size '7'; there are 128, 512, 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "there is no benchmark 'nonsense'"),
+        (["training", "--ranks", "two"], "--ranks is numbers"),
+        (["training", "--ranks", "1"], "--ranks start at 2"),
+        (["training", "--schedules", "2f2b"], "2f2b"),
+        (["start", "--world", "0"], "--world and --rounds start at 1"),
+        (["growth", "--ranks", "4,2"], "smallest first"),
+        (["growth", "--bytes", "many"], "--bytes is numbers"),
+    ],
+)
+def test_what_a_person_got_wrong_is_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command line for real; return its JSON, having checked that nothing is left."""
+    mark = uuid.uuid4().hex
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    path = folder / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "barepp.bench", *arguments, "--json", str(path)],
+        env={**os.environ, MARK: mark, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    left = marked(mark)
+    for process in left:
+        process.kill()
+    assert done.returncode == 0, done.stderr
+    assert not left
+    assert [p.name for p in temporary.iterdir() if not p.name.startswith("torchinductor_")] == []
+    figures: dict[str, Any] = json.loads(path.read_text())
+    assert figures["machine"]["cores"] >= 1
+    return figures
+
+
+def test_training_beside_torch(tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed.pipelining")
+    flags = ["--sizes", "128", "--ranks", "2", "--rounds", "2", "--steps", "2"]
+    figures = bench(tmp_path, *flags, "--schedules", "1f1b")
+    assert figures["benchmark"] == "training"
+    [measured] = figures["results"]
+    assert measured["case"] == Case().to_record()
+    alone, ours, theirs = measured["rows"]
+    assert [row["team"] for row in measured["rows"]] == ["alone", "barepp", "torch"]
+    for row in measured["rows"]:
+        assert 0 < row["step_ms"]["low"] <= row["step_ms"]["median"] <= row["step_ms"]["high"]
+        assert row["cpu_ms"]["median"] > 0
+    assert alone["times_alone"]["median"] == 1
+    assert ours["times_torch"]["median"] > 0
+    assert ours["ideal_ms"] == theirs["ideal_ms"] > 0
+    assert 0 < ours["bubble"] < 1
+    for part in ("computing_ms", "waiting_ms", "moving_ms", "own_us_per_action"):
+        assert len(ours[part]) == 2 and min(ours[part]) > 0
+    assert [len(measured["costs_ms"][kind]) for kind in ("forward", "backward")] == [2, 2]
+
+
+def test_growth_with_ranks_and_the_rendezvous(tmp_path: Path) -> None:
+    left_out = ["--microbatches", "none", "--bytes", "none", "--launch", "none"]
+    flags = [*left_out, "--ranks", "1,3", "--rendezvous", "1,8", "--rounds", "1"]
+    series = bench(tmp_path, "growth", *flags)["series"]
+    one, three = series["ranks"]["rows"]
+    assert (one["connections"], three["connections"]) == (0, 2)  # neighbours, not everybody
+    assert min(one["cpu_ms"], three["step_ms"]) > 0
+    for row in series["rendezvous"]["rows"]:
+        assert min(row["attach_ms"], row["join_ms"], row["barrier_ms"]) > 0
+
+
+def test_starts_are_timed_until_the_last_rank_is_through() -> None:
+    with nothing_left():
+        ours = start_bench.launch_barepp(2)
+        theirs = start_bench.launch_torch(1)
+    for start in (ours, theirs):
+        assert 0 < start.barrier_s <= start.end_s
+
+
+def test_a_start_that_fails_says_why() -> None:
+    with pytest.raises(BenchError, match=r"ended with 1(?s:.*)ZeroDivisionError"):
+        start_bench.time_start(["cProfile"], "1 / 0", 1)
+    with pytest.raises(BenchError, match="ended with 0, and 0 of 1 ranks came to the barrier"):
+        start_bench.time_start(["cProfile"], "", 1)
