@@ -130,6 +130,32 @@ def test_a_team_that_breaks_says_what_it_printed_and_leaves_nothing() -> None:
     assert not folder.exists()
 
 
+def test_a_team_that_breaks_in_its_turn_says_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One member ends without an answer while the other waits: both are gone afterwards."""
+    (tmp_path / "member_of_a_test.py").write_text(
+        "import json, socket, sys\n"
+        "sock = socket.socket(socket.AF_UNIX)\n"
+        "sock.connect(sys.argv[1])\n"
+        "stream = sock.makefile('rw')\n"
+        "stream.write(json.dumps({'team': 0, 'rank': int(sys.argv[2])}) + '\\n')\n"
+        "stream.flush()\n"
+        "stream.readline()\n"
+        "if sys.argv[2] == '1':\n"
+        "    sys.exit('the reason')\n"
+        "stream.readline()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = r"doomed team broke: rank 1 of it has ended(?s:.*)the reason"
+    with nothing_left(), pytest.raises(BenchError, match=words), Conductor() as conductor:
+        path = str(conductor.folder / "conductor")
+        members = [["member_of_a_test", path, rank] for rank in ("0", "1")]
+        team = conductor._start("doomed", 2, members)
+        conductor.gather()
+        team.ask({"order": "train"})
+
+
 def test_a_member_whose_conductor_is_gone_ends(tmp_path: Path) -> None:
     path = str(tmp_path / "conductor")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -253,6 +279,25 @@ def test_what_a_person_got_wrong_is_one_sentence(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_benchmark_that_broke_is_no_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(arguments: argparse.Namespace, show: object) -> dict[str, Any]:
+        raise BenchError("the barepp team broke")
+
+    monkeypatch.setattr(start_bench, "run", broken)
+    assert command_line.main(["start"]) == 1
+    assert "the barepp team broke" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_is_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start_bench, "run", None)
+    assert command_line.main(["start", "--json", str(tmp_path / "missing" / "x.json")]) == 2
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 def bench(folder: Path, *arguments: str) -> dict[str, Any]:

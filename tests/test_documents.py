@@ -52,6 +52,12 @@ def test_every_file_of_a_room_is_on_its_list(room):
     assert listed == there
 
 
+def test_every_file_of_the_benchmarks_is_on_its_list():
+    listed = set(re.findall(r"\]\(bench/(\w+\.py)\)", ROOMS["barepp"]))
+    there = {path.name for path in (ROOT / "barepp/bench").glob("*.py")}
+    assert listed == there - {"__init__.py", "__main__.py"}
+
+
 def test_the_commands_of_the_course_name_what_exists():
     commands = re.findall(r"`(python [^`]+)`", README)
     assert len(commands) > 8

@@ -13,7 +13,12 @@ import pytest
 from jobs import LIMIT_S, ROOT, launch
 
 PACKAGES = ["demos", "barepp", "transport"]  # each may use itself and what stands after it
-MAY_NAME_TORCH_DISTRIBUTED = {"transport/torch_dist.py", "transport/bench.py", "barepp/bench.py"}
+MAY_NAME_TORCH_DISTRIBUTED = {
+    "transport/torch_dist.py",
+    "transport/bench.py",
+    "barepp/bench/gloo.py",
+    "barepp/bench/start.py",  # in the text of the script that torchrun runs
+}
 
 
 def sources(package: str) -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, cast
 
 from barepp.bench.machine import machine, sentence
-from barepp.errors import BareppError
+from barepp.errors import BareppError, UsageError
 
 BENCHMARKS: Final = {
     "training": "step time beside torch.distributed.pipelining, one process, and the ideal",
@@ -75,17 +75,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     benchmark.add_arguments(parser)
     parsed = parser.parse_args(rest)
-    here = machine()
-    print(sentence(here), flush=True)
     try:
+        _check_writable(parsed.json)
+        here = machine()
+        print(sentence(here), flush=True)
         results = benchmark.run(parsed, lambda line: print(line, flush=True))
     except BareppError as error:
         print(f"barepp.bench: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
     if parsed.json is not None:
         figures = {"benchmark": name, "machine": here, **results}
         parsed.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
+
+
+def _check_writable(path: Path | None) -> None:
+    """Find out before minutes of measuring, not after."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise UsageError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(middle, low, high)
 
 
+def medians(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Return the median of each column."""
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
 def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Spread:
     """Return ours / theirs, round by round: what slowed a whole round down cancels out."""
     pairs = zip(ours, theirs, strict=True)

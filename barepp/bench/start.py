@@ -10,7 +10,6 @@ command has returned. The scripts do nothing else.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import signal
@@ -115,10 +114,13 @@ def time_start(module: Sequence[str], script: str, world_size: int) -> Start:
         )
         try:
             said, _ = process.communicate(timeout=LIMIT_S)
-        finally:
-            end_ns = time.monotonic_ns()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # nothing is left when it has ended well
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BenchError(f"{module[0]} has not ended after {LIMIT_S:g} s") from None
+            raise
+        end_ns = time.monotonic_ns()
         times_ns = [int(path.read_text()) for path in told.iterdir()]
         if process.returncode != 0 or len(times_ns) != world_size:
             tail = said.decode(errors="replace")[-2000:]

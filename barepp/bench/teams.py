@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final
 
 from barepp.errors import BareppError
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 START_S: Final = 120.0  # for all members to come
 ANSWER_S: Final = 600.0  # for one answer
-STOP_S: Final = 10.0  # for a team to end by itself
+STOP_S: Final = 5.0  # for a team to end by itself
 TAIL: Final = 2000  # characters of what a team said before it broke
 
 # What the launcher runs on every rank. A text: a file of this package, run as a script, would put
@@ -57,21 +58,40 @@ class Team:
     size: int
     processes: list[subprocess.Popen[bytes]]
     log: Path
-    streams: dict[int, TextIO] = dataclasses.field(default_factory=dict)
+    members: dict[int, socket.socket] = dataclasses.field(default_factory=dict)
 
     def ask(self, order: dict[str, Any]) -> list[dict[str, Any]]:
         """Give every member the order; return their answers in rank order."""
-        line = json.dumps(order) + "\n"
         try:
-            for stream in self.streams.values():
-                stream.write(line)
-                stream.flush()
-            answers = [self.streams[rank].readline() for rank in range(self.size)]
+            self._tell(order)
+            answers = self._answers()
         except OSError as error:
             raise self.broken(f"{type(error).__name__}: {error}") from error
-        if not all(answers):
-            raise self.broken("a process of it has ended")
-        return [json.loads(answer) for answer in answers]
+        return [json.loads(answers[rank]) for rank in range(self.size)]
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        for sock in self.members.values():
+            sock.sendall(json.dumps(order).encode() + b"\n")
+
+    def _answers(self) -> dict[int, bytearray]:
+        """Read one line from every member; from all at once, to find the one that has ended."""
+        answers = {rank: bytearray() for rank in self.members}
+        deadline = time.monotonic() + ANSWER_S
+        with selectors.DefaultSelector() as waiting:
+            for rank, sock in self.members.items():
+                waiting.register(sock, selectors.EVENT_READ, rank)
+            while waiting.get_map():
+                ready = waiting.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise self.broken(f"no answer after {ANSWER_S:g} s")
+                for key, _ in ready:
+                    data = self.members[key.data].recv(1 << 16)
+                    if not data:
+                        raise self.broken(f"rank {key.data} of it has ended")
+                    answers[key.data] += data
+                    if data.endswith(b"\n"):
+                        waiting.unregister(key.fileobj)
+        return answers
 
     def build(self, case: Case) -> None:
         """Let every member build a case."""
@@ -88,14 +108,11 @@ class Team:
 
     def stop(self) -> None:
         """Let the processes end; kill those that do not."""
-        for stream in self.streams.values():
-            with contextlib.suppress(OSError, ValueError):
-                stream.write('{"order": "stop"}\n')
-                stream.flush()
-        for stream in self.streams.values():
-            with contextlib.suppress(OSError):
-                stream.close()
-        deadline = time.monotonic() + (STOP_S if len(self.streams) == self.size else 0)
+        with contextlib.suppress(OSError):
+            self._tell({"order": "stop"})
+        for sock in self.members.values():
+            sock.close()
+        deadline = time.monotonic() + (STOP_S if len(self.members) == self.size else 0)
         for process in self.processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -167,7 +184,7 @@ class Conductor:
         """Block until every member of every team has come."""
         deadline = time.monotonic() + START_S
         self._listening.settimeout(0.2)
-        while missing := [team for team in self._teams if len(team.streams) < team.size]:
+        while missing := [team for team in self._teams if len(team.members) < team.size]:
             for team in missing:
                 if any(process.poll() is not None for process in team.processes):
                     raise team.broken("a process of it ended before it came")
@@ -177,11 +194,10 @@ class Conductor:
                 self._admit(self._listening.accept()[0])
 
     def _admit(self, sock: socket.socket) -> None:
-        sock.settimeout(ANSWER_S)
-        stream = sock.makefile("rw")
-        sock.close()  # the stream keeps it open
-        hello = json.loads(stream.readline())
-        self._teams[hello["team"]].streams[hello["rank"]] = stream
+        sock.settimeout(START_S)
+        with sock.makefile() as stream:
+            hello = json.loads(stream.readline())
+        self._teams[hello["team"]].members[hello["rank"]] = sock
 
     def close(self) -> None:
         """End all teams and remove what they left."""

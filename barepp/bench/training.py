@@ -23,25 +23,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any, Final
 
 from barepp.bench.case import LARGE, MICROPP, MIDDLE, Case
-from barepp.bench.figures import flat, ratio, spread, table
+from barepp.bench.figures import medians
 from barepp.bench.teams import BenchError, Conductor, Team, step_times
+from barepp.bench.training_report import ALONE, ONE_PROCESS, Answers, Turns, figures, report
 from barepp.errors import UsageError
-from barepp.schedules import make_schedule, schedule_names
-from barepp.simulate import Costs, simulate
+from barepp.schedules import make_schedule
 
 SIZES: Final = {"128": MICROPP, "512": MIDDLE, "1024": LARGE}
 THEIR_SCHEDULES: Final = ("gpipe", "1f1b")
 TURN_S: Final = 0.3  # what one turn should last, 3 to 50 steps
 TOLERANCE: Final = 1e-3  # of the gradient's square: float32, summed in another order
-ALONE_SCHEDULE: Final = "one process"
-
-Turns = dict[tuple[str, str], list[list[dict[str, Any]]]]  # (team, schedule) -> round -> rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--ranks", default="2,4", help="world sizes, with commas between")
-    names = ",".join(name for name in schedule_names() if name in ("naive", "gpipe", "1f1b"))
-    parser.add_argument("--schedules", default=names, help=f"with commas between ({names})")
+    parser.add_argument(
+        "--schedules", default="naive,gpipe,1f1b", help="with commas between (naive,gpipe,1f1b)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (7)")
     parser.add_argument("--steps", type=int, default=0, help="in a turn (as many as 0.3 s hold)")
     parser.add_argument("--transport", default="auto", help="barepp's (auto)")
@@ -76,8 +73,9 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         arguments.rounds,
         arguments.steps,
     )
-    for schedule in plan.schedules:
-        make_schedule(schedule, max(ranks), MICROPP.microbatches)
+    for world_size in ranks:
+        for schedule in plan.schedules:
+            make_schedule(schedule, world_size, MICROPP.microbatches)
     results = []
     for world_size in ranks:
         with Conductor() as conductor:
@@ -106,7 +104,7 @@ class Plan:
 
     def entries(self) -> list[tuple[str, str]]:
         """Return (team, schedule), in the order in which they take turns."""
-        entries = [("alone", ALONE_SCHEDULE)]
+        entries = [(ALONE, ONE_PROCESS)]
         for schedule in self.schedules:
             entries.append(("barepp", schedule))
             if self.against_torch and schedule in THEIR_SCHEDULES:
@@ -146,11 +144,10 @@ def measure(case: Case, world_size: int, teams: Teams, plan: Plan) -> dict[str, 
         [costs] = teams.alone.ask(order)
         forward += costs["forward_s"][1:]
         backward += costs["backward_s"][1:]
-    costs_s = Costs(forward=_medians(forward), backward_input=_medians(backward), backward_weight=0)
-    return figures(case, world_size, turns, costs_s)
+    return figures(case, world_size, turns, medians(forward), medians(backward))
 
 
-def check_same_gradients(first: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+def check_same_gradients(first: dict[tuple[str, str], Answers]) -> None:
     """Raise `BenchError` unless all have computed the same gradient."""
     squares = {
         entry: sum(answer["gradient_square"] for answer in answers)
@@ -165,113 +162,5 @@ def check_same_gradients(first: dict[tuple[str, str], list[dict[str, Any]]]) -> 
             )
 
 
-def _steps_for(answers: list[dict[str, Any]]) -> int:
+def _steps_for(answers: Answers) -> int:
     return max(3, min(50, round(TURN_S / statistics.median(step_times(answers)))))
-
-
-def _medians(rows: list[list[float]]) -> list[float]:
-    return [statistics.median(column) for column in zip(*rows, strict=True)]
-
-
-def figures(case: Case, world_size: int, turns: Turns, costs_s: Costs) -> dict[str, Any]:
-    """Put the figures of one case together."""
-    times = {entry: [step_times(answers) for answers in rounds] for entry, rounds in turns.items()}
-    alone = times["alone", ALONE_SCHEDULE]
-    alone_cpu_ms = [_cpu_ms(answers) for answers in turns["alone", ALONE_SCHEDULE]]
-    rows = []
-    for (team, schedule), rounds in turns.items():
-        mine = times[team, schedule]
-        row: dict[str, Any] = {
-            "team": team,
-            "schedule": schedule,
-            "step_ms": spread([1e3 * value for value in flat(mine)]).to_record(),
-            "times_alone": ratio(mine, alone).to_record(),
-            "cpu_ms": spread([_cpu_ms(answers) for answers in rounds]).to_record(),
-        }
-        if team != "alone":
-            row |= _ideal(row["step_ms"]["median"], schedule, case, world_size, costs_s)
-            added_ms = row["cpu_ms"]["median"] - statistics.median(alone_cpu_ms)
-            row["added_us_per_action"] = 1e3 * added_ms / (2 * case.microbatches * world_size)
-        if team == "barepp":
-            row |= _inside(rounds, case)
-            if ("torch", schedule) in times:
-                row["times_torch"] = ratio(mine, times["torch", schedule]).to_record()
-        rows.append(row)
-    return {
-        "case": case.to_record(),
-        "ranks": world_size,
-        "rounds": len(alone),
-        "costs_ms": {
-            "forward": _in_ms(costs_s.forward),
-            "backward": _in_ms(costs_s.backward_input),
-        },
-        "rows": rows,
-    }
-
-
-def _in_ms(costs: Any) -> list[float]:
-    return [1e3 * cost for cost in costs]
-
-
-def _cpu_ms(answers: list[dict[str, Any]]) -> float:
-    used_s: float = sum(answer["cpu_s"] for answer in answers)
-    return 1e3 * used_s / len(answers[0]["ends"])
-
-
-def _ideal(
-    step_ms: float, schedule: str, case: Case, world_size: int, costs_s: Costs
-) -> dict[str, Any]:
-    order = make_schedule(schedule, world_size, case.microbatches).order
-    timeline = simulate(order, world_size, costs_s)
-    makespan = float(timeline.makespan)
-    shared = float(timeline.busy) / len(os.sched_getaffinity(0))
-    ideal_ms = 1e3 * max(makespan, shared)
-    return {
-        "ideal_ms": ideal_ms,
-        "times_ideal": step_ms / ideal_ms,
-        "makespan_ms": 1e3 * makespan,
-        "bubble_ideal": timeline.bubble,
-    }
-
-
-def _inside(rounds: list[list[dict[str, Any]]], case: Case) -> dict[str, Any]:
-    """Return where barepp's step time goes: medians over the rounds, means over the ranks."""
-    summaries = [answers[0] for answers in rounds]
-    inside: dict[str, Any] = {"bubble": statistics.median(s["bubble"] for s in summaries)}
-    for part in ("computing_ms", "waiting_ms", "moving_ms"):
-        inside[part] = _medians([summary[part] for summary in summaries])
-    actions = 2 * case.microbatches  # on each rank
-    inside["own_us_per_action"] = [1e3 * moving / actions for moving in inside["moving_ms"]]
-    return inside
-
-
-def report(measured: dict[str, Any]) -> list[str]:
-    """Return the table for a person."""
-    case, ranks = Case(**measured["case"]), measured["ranks"]
-    lines = [_line(row) for row in measured["rows"]]
-    return ["", f"{case}, {ranks} ranks", *table(lines)]
-
-
-def _line(row: dict[str, Any]) -> dict[str, str]:
-    step = row["step_ms"]
-    line = {
-        "": row["schedule"] if row["team"] == "alone" else f"{row['schedule']} {row['team']}",
-        "step ms": f"{step['median']:.2f}",
-        "[quartiles]": f"[{step['low']:.2f} {step['high']:.2f}]",
-        "x torch": f"{row['times_torch']['median']:.2f}" if "times_torch" in row else "",
-        "x alone": f"{row['times_alone']['median']:.2f}",
-        "ideal ms": f"{row['ideal_ms']:.2f}" if "ideal_ms" in row else "",
-        "x ideal": f"{row['times_ideal']:.2f}" if "times_ideal" in row else "",
-        "CPU ms": f"{row['cpu_ms']['median']:.2f}",
-        "+us/act": f"{row['added_us_per_action']:.0f}" if "added_us_per_action" in row else "",
-    }
-    if "bubble" in row:
-        parts = (row["computing_ms"], row["waiting_ms"], row["moving_ms"])
-        line |= {
-            "bubble": f"{row['bubble']:.0%}",
-            "comp": f"{statistics.mean(parts[0]):.2f}",
-            "wait": f"{statistics.mean(parts[1]):.2f}",
-            "move": f"{statistics.mean(parts[2]):.2f}",
-            "us/act": f"{statistics.mean(row['own_us_per_action']):.0f}",
-        }
-    return line
