@@ -219,8 +219,8 @@ class TcpTransport(Transport):
         """Take from a message's frame what it says of the payload."""
         if frame.kind is FrameKind.SUMMED:
             arrival.sum = frame.word
-        elif frame.kind is not FrameKind.MESSAGE:
-            raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
+        elif frame.kind is FrameKind.LENT:
+            raise ProtocolError(f"rank {connection.peer} lends memory, which {self.name} cannot map")
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
@@ -267,10 +267,6 @@ class TcpTransport(Transport):
             return ()
         if frame.kind not in MESSAGES or peer.left:
             raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
-        if frame.kind is FrameKind.LENT:
-            raise ProtocolError(
-                f"rank {connection.peer} lends memory, which {self.name} cannot map"
-            )
         spec: MessageSpec = frame.meta
         spec.fit(frame.payload_nbytes)
         src, tag = connection.peer, frame.tag
