@@ -6,10 +6,10 @@
               [4] backward ←── gradient ←──[3] gradient_of
 
 Autograd's graph ends at [1] and a new one starts at [2]: each stage has a graph of its own, and
-the pipeline carries the gradient over the gap by hand.
+the pipeline carries the gradient over the gap by hand. [4] is barepp/backward.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,33 +17,44 @@ from torch import Tensor
 
 from barepp.canonical import canonical
 
-Value = Tensor | tuple[Tensor, ...]
+Value = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """What one layer hands to the next."""
 
 Gradient = Tensor | tuple[Tensor | None, ...] | None
-"""The same form as the value that it belongs to. None where no gradient reaches: for integers,
-or for what a stage took in and never used. That is not the same as zeros: a weight without a
-gradient is left alone by the optimizer, a weight with zeros still decays."""
+"""That of a single tensor, or a tuple for the tensors of a tuple or a dict, in their order. None
+where no gradient reaches: for integers, or for what a stage took in and never used. That is not
+the same as zeros: a weight without a gradient is left alone by the optimizer, a weight with zeros
+still decays."""
 
 
 @dataclass(slots=True)
 class Entered:
-    """The inputs of a stage: the leaves that will catch the gradient, and what the layers get."""
+    """The inputs of a graph: the leaves that will catch the gradient, and what the layers get."""
 
-    leaves: Value
+    leaves: tuple[Tensor, ...]
     value: Value
 
 
 def tensors(value: Value) -> tuple[Tensor, ...]:
     """Return the tensors of a value."""
-    return value if isinstance(value, tuple) else (value,)
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple(value.values()) if isinstance(value, dict) else value
+
+
+def like(value: Value, parts: Iterable[Tensor]) -> Value:
+    """Return `parts` in the form of `value`: one tensor, a tuple, or a dict with its keys."""
+    if isinstance(value, dict):
+        return dict(zip(value, parts, strict=True))
+    if isinstance(value, tuple):
+        return tuple(parts)
+    (part,) = parts
+    return part
 
 
 def leave(value: Value) -> Value:
     """[1] Cut the value off the graph behind it, which stays with the stage until its backward."""
-    if isinstance(value, tuple):
-        return tuple(tensor.detach() for tensor in value)
-    return value.detach()
+    return like(value, [tensor.detach() for tensor in tensors(value)])
 
 
 def enter(value: Value, wanted: Sequence[bool]) -> Entered:
@@ -51,9 +62,7 @@ def enter(value: Value, wanted: Sequence[bool]) -> Entered:
     gradient.
     """
     pairs = [_enter_tensor(*pair) for pair in zip(tensors(value), wanted, strict=True)]
-    if isinstance(value, tuple):
-        return Entered(tuple(leaf for leaf, _ in pairs), tuple(start for _, start in pairs))
-    return Entered(*pairs[0])
+    return Entered(tuple(leaf for leaf, _ in pairs), like(value, [start for _, start in pairs]))
 
 
 def _enter_tensor(tensor: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -72,22 +81,13 @@ def _enter_tensor(tensor: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     return leaf, torch.unsafe_chunk(leaf, 1)[0] if leaf.dim() else leaf.clone()
 
 
-def gradient_of(leaves: Value) -> Gradient:
-    """[3] Return what backward has left in the leaves."""
-    if isinstance(leaves, tuple):
-        return tuple(leaf.grad for leaf in leaves)
-    return leaves.grad
+def gradient_of(is_tensor: bool, gradients: Sequence[Tensor | None]) -> Gradient:
+    """[3] Return what backward has left in the leaves of a value, in the form that it travels."""
+    return gradients[0] if is_tensor else tuple(gradients)
 
 
-def backward(value: Value, gradient: Gradient) -> None:
-    """[4] Run the backward of the graph behind `value`, from the gradient that came back for it."""
-    gradients = gradient if isinstance(gradient, tuple) else (gradient,)
-    # A frozen stage's output has no graph behind it: the gradient that arrives ends here.
-    pairs = [
-        (tensor, tensor_gradient)
-        for tensor, tensor_gradient in zip(tensors(value), gradients, strict=True)
-        if tensor.requires_grad and tensor_gradient is not None
-    ]
-    if pairs:
-        # One call for all tensors: two would walk the shared part of the graph twice.
-        torch.autograd.backward([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+def gradients_for(num_tensors: int, gradient: Gradient) -> Sequence[Tensor | None]:
+    """Return one gradient for each of a value's tensors; None stands for none at all."""
+    if gradient is None:
+        return [None] * num_tensors
+    return gradient if isinstance(gradient, tuple) else (gradient,)

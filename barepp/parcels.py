@@ -3,11 +3,13 @@
 The usual case, one tensor whose gradient is wanted, travels as it is. The others say more:
 
     activation   tensor                       one tensor, and its gradient has a use
-                 (flags, tensor, ...)         flags: is it a tuple, then for each tensor whether
-                                              its gradient has a use
+                 (flags, tensor, ...)         flags: the form (0 a tensor, 1 a tuple), then for each
+                                              tensor whether its gradient has a use
+                 (flags, keys, tensor, ...)   form 2, a dict: its keys as a JSON array in UTF-8
     gradient     tensor                       that of a single tensor
                  ()                           none: the graph does not reach that far
-                 (flags, tensor, ...)         a tuple's; flags: for each member whether it has one
+                 (flags, tensor, ...)         those of a tuple, or of a dict in the order of its
+                                              keys; flags: for each member whether it has one
 
 Why say that there is no gradient instead of sending zeros? An optimizer leaves a weight without a
 gradient alone; one with zeros still decays. And why tell whether a gradient has a use? Behind a
@@ -16,19 +18,25 @@ frozen stage it would be computed for nothing, and a layer may choose another ke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
-from barepp.boundary import Gradient, Value, tensors
+from barepp.boundary import Gradient, Value
 from transport.tensors import Message
+
+_TENSOR, _TUPLE, _DICT = range(3)
 
 
 def pack_activation(value: Value, wanted: Sequence[bool]) -> Message:
     """Return the message for a stage's output; `wanted` as from `Stage.output_requires_grad`."""
-    if isinstance(value, torch.Tensor) and all(wanted):
-        return value
-    return (_flags([isinstance(value, tuple), *wanted]), *tensors(value))
+    if isinstance(value, torch.Tensor):
+        return value if wanted[0] else (_flags([_TENSOR, False]), value)
+    if isinstance(value, dict):
+        return (_flags([_DICT, *wanted]), _keys(tuple(value)), *value.values())
+    return (_flags([_TUPLE, *wanted]), *value)
 
 
 def unpack_activation(message: Message) -> tuple[Value, Sequence[bool] | None]:
@@ -36,8 +44,12 @@ def unpack_activation(message: Message) -> tuple[Value, Sequence[bool] | None]:
     if isinstance(message, torch.Tensor):
         return message, None
     flags, *parts = message
-    is_tuple, *wanted = flags.tolist()
-    return (tuple(parts) if is_tuple else parts[0]), wanted
+    form, *wanted = flags.tolist()
+    if form == _DICT:
+        keys, *parts = parts
+        names = json.loads(bytes(keys.tolist()))
+        return dict(zip(names, parts, strict=True)), list(map(bool, wanted))
+    return (tuple(parts) if form == _TUPLE else parts[0]), list(map(bool, wanted))
 
 
 def pack_gradient(gradient: Gradient) -> Message:
@@ -68,5 +80,11 @@ def copied(message: Message) -> Message:
     return tuple(tensor.clone() for tensor in message)
 
 
-def _flags(values: Sequence[bool]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.bool)
+def _flags(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def _keys(names: tuple[str, ...]) -> torch.Tensor:
+    # Never written to: it is sent, or copied. A layer's keys are the same in each microbatch.
+    return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)

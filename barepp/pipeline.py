@@ -22,12 +22,13 @@ from barepp.actions import Kind
 from barepp.boundary import Value
 from barepp.errors import UsageError
 from barepp.executor import Batch, Executor
+from barepp.layers import LossFunction
 from barepp.lowering import Program, Step, lower, placement
 from barepp.microbatch import microbatch_sizes, split
 from barepp.models import LayerBuilder
 from barepp.partition import partition as cut
 from barepp.schedules import Schedule, make_schedule
-from barepp.stage import LossFunction, Stage
+from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
 from transport.collectives import broadcast

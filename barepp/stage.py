@@ -2,19 +2,23 @@
 
 The rules:
 1. A stage builds its own layers and no others.
-2. A microbatch goes forward once, then backward once; in between it is in flight, and the graph
-   of its forward is kept. Backward uses that graph and frees it.
-3. Gradients accumulate in `.grad` in the order in which backward is called.
-4. A stage takes in one value (a tensor, or a tuple of tensors) and gives one. After the first
-   stage, each floating-point input gets its gradient sent back, unless the caller says that the
-   stage before has no use for it (`input_requires_grad`).
+2. A microbatch goes forward once, then backward once: whole (`backward`), or first for its input
+   (`backward_inputs`) and later for its weights (`backward_weights`). In between it is in flight,
+   and the graph of its forward is kept, or its input if it is to be recomputed. Backward uses
+   that and frees it.
+3. Gradients accumulate in `.grad` in the order in which `backward` and `backward_weights` are
+   called.
+4. A stage takes in one value (a tensor, or a tuple or dict of tensors) and gives one. After the
+   first stage, each floating-point input gets its gradient sent back, unless the caller says that
+   the stage before has no use for it (`input_requires_grad`).
 5. A stage owns what it is given after the first stage: a layer may write to it in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +26,36 @@ import torch
 from torch import Tensor, nn
 
 from barepp import boundary
-from barepp.boundary import Gradient, Value
-from barepp.canonical import canonical_output
-from barepp.errors import ScheduleError, UsageError
+from barepp.backward import Backward, Graph, InPlaceWrites
+from barepp.boundary import Gradient, Value, tensors
+from barepp.errors import ScheduleError
+from barepp.layers import Layers, LossFunction, Turn, add_note
 from barepp.models import LayerBuilder
+from barepp.recompute import Buffers, copy_of, forgetting
 from barepp.seeding import LayerRandomness
 
-LossFunction = Callable[[Any, Any], Tensor]
+
+@dataclass(slots=True)
+class _Recipe:
+    """What it takes to run a forward again."""
+
+    value: Value
+    wanted: Sequence[bool]
+    turn: Turn
+    split: bool
+    buffers: Buffers
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """What a forward keeps: where its gradient will arrive, and the graph's end to start from."""
+    """A microbatch between its forward and the end of its backward."""
 
-    leaves: Value
-    output: Value
+    kept: Backward | _Recipe
+    input_is_tensor: bool
+    output_requires_grad: tuple[bool, ...]
+    start: Tensor | None  # on the last stage: d loss / d loss
+    step: int
+    inputs_done: bool = False
 
 
 class Stage:
@@ -59,17 +78,13 @@ class Stage:
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
         self.peak_in_flight = 0
-        self._loss_fn = loss_fn
         self._randomness = LayerRandomness(seed, lock, device)
         self._in_flight: dict[int, _InFlight] = {}
-        # The names are the layers' numbers in the whole model, so that a state_dict has the same
-        # keys (`5.weight`) wherever the model is cut.
-        self.layers = nn.ModuleDict(
-            {str(layer): self._build(layer, builders[layer]) for layer in layer_range}
+        loss = loss_fn if self.is_last else None
+        self._layers = Layers(
+            index, layer_range, builders, loss, randomness=self._randomness, device=device
         )
-        if device is not None:
-            self.layers.to(device)  # built on the CPU: the same initial weights on each device
-        self._numbered_layers = list(zip(layer_range, self.layers.values(), strict=True))
+        self.layers: nn.ModuleDict = self._layers.modules
 
     def forward(
         self,
@@ -80,6 +95,8 @@ class Stage:
         target: Any = None,
         loss_weight: float = 1.0,
         input_requires_grad: Sequence[bool] | None = None,
+        split: bool = False,
+        recompute: bool = False,
     ) -> Value:
         """Run the layers on `x` and keep what backward needs.
 
@@ -91,64 +108,90 @@ class Stage:
         all gradients are computed: also right, but behind a frozen stage it is work for nothing,
         and a layer may pick another kernel because of it. (A frozen nn.TransformerEncoderLayer in
         evaluation mode does, and rounds differently.)
+
+        `split` prepares for a backward in two parts (either kind of backward is right without it,
+        but a W would compute all input gradients again); with `recompute` only `x` is kept, and
+        backward runs the layers once more.
         """
         if microbatch in self._in_flight:
             raise ScheduleError(
                 f"stage {self.index}: a second forward of microbatch {microbatch} before its "
                 "backward; let each microbatch go forward once, then backward"
             )
-        num_tensors = len(boundary.tensors(x))
+        num_tensors = len(tensors(x))
         wanted = input_requires_grad or [True] * num_tensors
-        entered = boundary.enter(x, [False] * num_tensors if self.is_first else wanted)
+        if self.is_first:
+            wanted = [False] * num_tensors
+        turn = Turn(microbatch, step, target, loss_weight)
+        kept: Backward | _Recipe
         with self._randomness:
-            output = self._run(entered.value, microbatch, step)
-            if self.is_last:
-                output = self._loss(output, target, microbatch, step) * loss_weight  # []
-        self._in_flight[microbatch] = _InFlight(entered.leaves, output)
+            if recompute:
+                buffers = Buffers(self.layers)
+                with forgetting():
+                    output = self._run(copy_of(x), wanted, turn, split=False)[1]
+                buffers.keep_changed()
+                kept = _Recipe(x, wanted, turn, split, buffers)
+            else:
+                kept, output = self._run(x, wanted, turn, split)
+        needed = tuple(tensor.requires_grad for tensor in tensors(output))
+        # (`loss.backward()` makes the same tensor.)
+        start = torch.ones_like(tensors(output)[0]) if self.is_last else None  # []
+        self._in_flight[microbatch] = _InFlight(kept, isinstance(x, Tensor), needed, start, step)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         return boundary.leave(output)
 
     def backward(self, microbatch: int, gradient: Gradient = None) -> Gradient:
-        """Use and free what forward kept; return the gradient of the stage's input.
+        """B: use and free what forward kept; return the gradient of the stage's input.
 
         `gradient` is that of the stage's output; None on the last stage, which starts from its
         loss, and elsewhere where no gradient came back. None also comes out where none goes on.
         """
-        kept = self._in_flight.pop(microbatch, None)
-        if kept is None:
+        flight = self._flight(microbatch, "backward")
+        del self._in_flight[microbatch]
+        with self._computing("backward", microbatch):
+            gradients = self._given(flight, gradient)
+            found = self._revived(flight).full(gradients, self._layers.cut(flight.step).weights)
+        return boundary.gradient_of(flight.input_is_tensor, found)
+
+    def backward_inputs(self, microbatch: int, gradient: Gradient = None) -> Gradient:
+        """I: as `backward`, but leave the weights' gradients for `backward_weights`."""
+        flight = self._flight(microbatch, "input gradients (I)")
+        with self._computing("input gradients (I)", microbatch):
+            gradients = self._given(flight, gradient)
+            flight.kept = self._revived(flight)
+            found = flight.kept.inputs(gradients)
+        flight.inputs_done = True
+        return boundary.gradient_of(flight.input_is_tensor, found)
+
+    def backward_weights(self, microbatch: int) -> None:
+        """W: add to the weights' `.grad` and free what `backward_inputs` has left."""
+        flight = self._in_flight.get(microbatch)
+        if flight is None or not flight.inputs_done:
             raise ScheduleError(
-                f"stage {self.index}: backward of microbatch {microbatch}, which is not in flight; "
-                "its forward has to come first, and each forward has one backward"
+                f"stage {self.index}: weight gradients (W) of microbatch {microbatch} before its "
+                "input gradients (I); let I come first, and each I have one W"
             )
-        if self.is_last:
-            # Backward starts from d loss / d loss = 1. (`loss.backward()` makes the same tensor.)
-            gradient = torch.ones_like(boundary.tensors(kept.output)[0])  # []
-        try:
-            # A turn of its own: a layer under torch.utils.checkpoint runs its forward again here.
-            with self._randomness:
-                boundary.backward(kept.output, gradient)
-        except Exception as error:
-            _add_note(error, f"in stage {self.index}, backward of microbatch {microbatch}")
-            raise
-        return boundary.gradient_of(kept.leaves)
+        del self._in_flight[microbatch]
+        with self._computing("weight gradients (W)", microbatch):
+            assert isinstance(flight.kept, Backward)
+            flight.kept.weights(self._layers.cut(flight.step).weights)
 
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
         with torch.no_grad(), self._randomness:
-            value = boundary.enter(x, [False] * len(boundary.tensors(x))).value
-            return self._run(value, microbatch, step)
+            value = boundary.enter(x, [False] * len(tensors(x))).value
+            return self._layers.run(self._layers.without_loss, value, Turn(microbatch, step))
 
     def output_requires_grad(self, microbatch: int) -> tuple[bool, ...]:
         """Return for each tensor of the output of a microbatch in flight: has its gradient a use?
 
         False for integers, and where all is frozen from the first layer to here.
         """
-        output = self._in_flight[microbatch].output
-        return tuple(tensor.requires_grad for tensor in boundary.tensors(output))
+        return self._in_flight[microbatch].output_requires_grad
 
     @property
     def in_flight(self) -> int:
-        """How many microbatches have gone forward and not yet backward."""
+        """How many microbatches have gone forward and not yet all the way backward."""
         return len(self._in_flight)
 
     def clear(self) -> None:
@@ -175,66 +218,51 @@ class Stage:
         """Put the layers in evaluation mode."""
         self.layers.eval()
 
-    def _build(self, layer: int, builder: LayerBuilder) -> nn.Module:
+    def _run(
+        self, value: Value, wanted: Sequence[bool], turn: Turn, split: bool
+    ) -> tuple[Backward, Value]:
+        """Run the layers, in one graph or in one for each; return what to keep, and the output."""
+        # In a graph for the whole stage nobody asks which layers have weights: B is for all.
+        groups = self._layers.cut(turn.step).groups if split else [(self._layers.whole, True)]
+        graphs: list[Graph] = []
+        writes = InPlaceWrites()
+        for links, has_weights in groups:
+            entered = boundary.enter(value, wanted)
+            output = self._layers.run(links, entered.value, turn)
+            if graphs:
+                writes.look(value, entered, output)
+            graphs.append(Graph(entered, output, has_weights))
+            value, wanted = output, [tensor.requires_grad for tensor in tensors(output)]
+        return Backward(graphs), value
+
+    def _revived(self, flight: _InFlight) -> Backward:
+        """Return the graphs of a microbatch, which a recipe makes now."""
+        kept = flight.kept
+        if isinstance(kept, Backward):
+            return kept
+        with torch.enable_grad(), kept.buffers.as_they_were():
+            return self._run(copy_of(kept.value), kept.wanted, kept.turn, kept.split)[0]
+
+    def _given(self, flight: _InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
+        start = flight.start if self.is_last else gradient
+        return boundary.gradients_for(len(flight.output_requires_grad), start)
+
+    def _flight(self, microbatch: int, what: str) -> _InFlight:
+        flight = self._in_flight.get(microbatch)
+        if flight is None or flight.inputs_done:
+            raise ScheduleError(
+                f"stage {self.index}: {what} of microbatch {microbatch}, which is not in flight; "
+                "its forward has to come first, and each forward has one backward"
+            )
+        return flight
+
+    @contextlib.contextmanager
+    def _computing(self, what: str, microbatch: int) -> Iterator[None]:
+        # A turn of its own: a layer under torch.utils.checkpoint runs its forward again here, and
+        # so does a microbatch that is recomputed.
         try:
             with self._randomness:
-                self._randomness.seed_initial(layer)
-                module = builder()
+                yield
         except Exception as error:
-            _add_note(error, f"while building layer {layer} of stage {self.index}")
+            add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")
             raise
-        if not isinstance(module, nn.Module):
-            raise UsageError(
-                f"the builder of layer {layer} returned {_type_name(module)}, not an nn.Module; "
-                "give callables that build a layer, e.g. functools.partial(nn.Linear, 64, 128)"
-            )
-        return module
-
-    def _run(self, value: Value, microbatch: int, step: int) -> Value:
-        layer, module = self._numbered_layers[0]
-        try:
-            for layer, module in self._numbered_layers:
-                self._randomness.seed_layer(layer, step, microbatch)
-                value = self._checked_output(layer, module(value))
-        except Exception as error:
-            _add_note(
-                error,
-                f"in layer {layer} ({_type_name(module)}) of stage {self.index}, "
-                f"forward of microbatch {microbatch}",
-            )
-            raise
-        return value
-
-    def _checked_output(self, layer: int, output: Any) -> Value:
-        if isinstance(output, Tensor):
-            return canonical_output(output)  # [rows, ...]
-        if isinstance(output, tuple) and all(isinstance(item, Tensor) for item in output):
-            return tuple(canonical_output(tensor) for tensor in output)
-        raise UsageError(
-            f"layer {layer} returned {_type_name(output)}; from layer to layer goes a tensor or a "
-            "tuple of tensors"
-        )
-
-    def _loss(self, output: Value, target: Any, microbatch: int, step: int) -> Tensor:
-        # A loss may draw random numbers too; it counts as the layer behind the last one.
-        self._randomness.seed_layer(self.layer_range.stop, step, microbatch)
-        try:
-            loss = self._loss_fn(output, target)
-        except Exception as error:
-            _add_note(error, f"in the loss of microbatch {microbatch}, on stage {self.index}")
-            raise
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            what = list(loss.shape) if isinstance(loss, Tensor) else _type_name(loss)
-            raise UsageError(
-                f"loss_fn returned {what}, not a 0-dimensional tensor; it must be a mean over rows"
-            )
-        return loss
-
-
-def _type_name(thing: object) -> str:
-    return type(thing).__name__
-
-
-def _add_note(error: Exception, note: str) -> None:
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(note)

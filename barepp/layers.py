@@ -1,0 +1,167 @@
+"""A stage's layers: built and run under their own seeds, and checked as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from barepp.boundary import Value
+from barepp.canonical import canonical_output
+from barepp.errors import UsageError
+from barepp.models import LayerBuilder
+from barepp.seeding import LayerRandomness
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class Turn(NamedTuple):
+    """Which forward this is, and on the last stage what its loss needs."""
+
+    microbatch: int
+    step: int
+    target: Any = None
+    loss_weight: float = 1.0
+
+
+class Link(NamedTuple):
+    """A layer under its number in the whole model; the last one, on the last stage, is the loss."""
+
+    layer: int
+    module: nn.Module | None  # None: the loss
+
+
+class Cut(NamedTuple):
+    """The layers of a stage as a split backward needs them, valid for one step.
+
+    A layer with weights to train stands alone (True), others stand with their neighbours.
+    """
+
+    step: int | None
+    groups: list[tuple[list[Link], bool]]
+    weights: list[nn.Parameter]  # to be trained, of all layers
+
+
+class Layers:
+    """The layers of stage `stage`; whoever runs them has the turn at the random generators."""
+
+    def __init__(
+        self,
+        stage: int,
+        layer_range: range,
+        builders: Sequence[LayerBuilder],
+        loss_fn: LossFunction | None,
+        *,
+        randomness: LayerRandomness,
+        device: torch.device | None,
+    ) -> None:
+        self._stage = stage
+        self._loss_fn = loss_fn
+        self._randomness = randomness
+        # The names are the layers' numbers in the whole model, so that a state_dict has the same
+        # keys (`5.weight`) wherever the model is cut.
+        self.modules = nn.ModuleDict(
+            {str(layer): self._build(layer, builders[layer]) for layer in layer_range}
+        )
+        if device is not None:
+            self.modules.to(device)  # built on the CPU: the same initial weights on each device
+        modules = self.modules.values()
+        self.without_loss = [Link(*pair) for pair in zip(layer_range, modules, strict=True)]
+        loss = [] if loss_fn is None else [Link(layer_range.stop, None)]
+        self.whole = [*self.without_loss, *loss]
+        self._cut = Cut(None, [], [])
+
+    def cut(self, step: int) -> Cut:
+        """Return the links in groups, each with its own graph when a backward is split.
+
+        Found anew in each step: a script may freeze and thaw layers between steps.
+        """
+        if self._cut.step != step:
+            groups: list[tuple[list[Link], bool]] = []
+            for link in self.whole:
+                held = () if link.module is None else link.module.parameters()
+                trained = any(weight.requires_grad for weight in held)
+                if trained or not groups or groups[-1][1]:
+                    groups.append(([link], trained))
+                else:
+                    groups[-1][0].append(link)
+            weights = [weight for weight in self.modules.parameters() if weight.requires_grad]
+            self._cut = Cut(step, groups, weights)
+        return self._cut
+
+    def run(self, links: Sequence[Link], value: Value, turn: Turn) -> Value:
+        """Run layers on `value`, one behind the other."""
+        for layer, module in links:
+            # A loss may draw random numbers too; it counts as the layer behind the last one.
+            self._randomness.seed_layer(layer, turn.step, turn.microbatch)
+            try:
+                if module is None:
+                    value = self._loss(value, turn)
+                else:
+                    value = _checked_output(layer, module(value))
+            except Exception as error:
+                add_note(error, self._where(layer, module, turn))
+                raise
+        return value
+
+    def _where(self, layer: int, module: nn.Module | None, turn: Turn) -> str:
+        if module is None:
+            return f"in the loss of microbatch {turn.microbatch}, on stage {self._stage}"
+        name = f"layer {layer} ({_type_name(module)}) of stage {self._stage}"
+        return f"in {name}, forward of microbatch {turn.microbatch}"
+
+    def _build(self, layer: int, builder: LayerBuilder) -> nn.Module:
+        try:
+            with self._randomness:
+                self._randomness.seed_initial(layer)
+                module = builder()
+        except Exception as error:
+            add_note(error, f"while building layer {layer} of stage {self._stage}")
+            raise
+        if not isinstance(module, nn.Module):
+            raise UsageError(
+                f"the builder of layer {layer} returned {_type_name(module)}, not an nn.Module; "
+                "give callables that build a layer, e.g. functools.partial(nn.Linear, 64, 128)"
+            )
+        return module
+
+    def _loss(self, output: Value, turn: Turn) -> Tensor:
+        assert self._loss_fn is not None
+        loss = self._loss_fn(output, turn.target)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            what = list(loss.shape) if isinstance(loss, Tensor) else _type_name(loss)
+            raise UsageError(
+                f"loss_fn returned {what}, not a 0-dimensional tensor; it must be a mean over rows"
+            )
+        return loss * turn.loss_weight  # []
+
+
+def _checked_output(layer: int, output: Any) -> Value:
+    if isinstance(output, Tensor):
+        return canonical_output(output)  # [rows, ...]
+    keyed = isinstance(output, dict) and all(isinstance(key, str) for key in output)
+    parts = output.values() if keyed else output if isinstance(output, tuple) else (None,)
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise UsageError(
+            f"layer {layer} returned {_type_name(output)}; from layer to layer goes a tensor, or a "
+            "tuple of tensors, or a dict of tensors whose keys are strings"
+        )
+    seen: set[int] = set()
+    apart = []
+    for part in parts:
+        # The same tensor twice is two tensors for another stage: two gradients, added at the end.
+        apart.append(canonical_output(part.clone() if id(part) in seen else part))
+        seen.add(id(part))
+    return dict(zip(output, apart, strict=True)) if keyed else tuple(apart)
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add a line to what is shown of an error, where Python can (from 3.11 on)."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+
+
+def _type_name(thing: object) -> str:
+    return type(thing).__name__
