@@ -31,6 +31,7 @@ from barepp.parcels import (
     unpack_activation,
     unpack_gradient,
 )
+from barepp.recompute import is_recomputed
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
@@ -48,24 +49,31 @@ class Batch:
 
     step: int
     weights: Sequence[float]  # rows of the microbatch / rows of the batch
-    inputs: Sequence[torch.Tensor] | None  # on the rank of the first stage
-    targets: Sequence[torch.Tensor] | None  # on the rank of the last stage
+    inputs: Sequence[Value] | None  # on the rank of the first stage
+    targets: Sequence[Value] | None  # on the rank of the last stage
 
 
 Result: TypeAlias = "Message | None"
 
 
 class Executor:
-    """Executes programs on this rank's stages.
+    """Executes programs on this rank's stages; `recompute` says which forwards each runs again.
 
-    `losses` holds the weighted loss of each microbatch of the last step (last stage only), and
-    `outputs` what each microbatch came to in a forward without gradients (last stage only).
+    `peak_in_flight` is the most stage forwards at one time whose backward (W, where it is split)
+    had not run yet. `losses` holds the weighted loss of each microbatch of the last step (last
+    stage only), `outputs` what each came to in a forward without gradients (last stage only).
     """
 
-    def __init__(self, world: World, stages: Mapping[int, Stage], num_stages: int) -> None:
+    def __init__(
+        self, world: World, stages: Mapping[int, Stage], num_stages: int, recompute: Sequence[str]
+    ) -> None:
         self._world = world
         self._stages = stages
         self._last = num_stages - 1
+        self._recompute = recompute
+        self._split: set[tuple[int, int]] = set()  # (stage, microbatch) of each I
+        self._in_flight = 0
+        self.peak_in_flight = 0
         self._local: dict[int, Result] = {}  # handed from stage to stage on one rank, by tag
         self._batch = Batch(0, (), None, None)
         self.losses: dict[int, torch.Tensor] = {}
@@ -77,7 +85,16 @@ class Executor:
         What was computed and waited for is added to the recorder's current step.
         """
         self.losses = {}
-        self._run(program, batch, {Kind.F: self._forward, Kind.B: self._backward}, recorder)
+        self._in_flight = 0
+        actions = [step.action for step in program]
+        self._split = {(a.stage, a.microbatch) for a in actions if a.kind is Kind.I}
+        methods = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._backward_inputs,
+            Kind.W: self._backward_weights,
+        }
+        self._run(program, batch, methods, recorder)
 
     def infer(self, program: Sequence[Step], batch: Batch) -> None:
         """Run forwards only, without gradients; the last stage's results go to `outputs`."""
@@ -161,7 +178,11 @@ class Executor:
             target=target,
             loss_weight=batch.weights[microbatch],
             input_requires_grad=wanted,
+            split=(stage, microbatch) in self._split,
+            recompute=is_recomputed(self._recompute[stage], microbatch, len(batch.weights)),
         )
+        self._in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
         if stage < self._last:
             return pack_activation(made, self._stages[stage].output_requires_grad(microbatch))
         assert isinstance(made, torch.Tensor)
@@ -171,7 +192,19 @@ class Executor:
     def _backward(self, action: Action, taken: Result) -> Result:
         stage = self._stages[action.stage]
         made = stage.backward(action.microbatch, None if taken is None else unpack_gradient(taken))
+        self._in_flight -= 1
         return None if action.stage == 0 else pack_gradient(made)
+
+    def _backward_inputs(self, action: Action, taken: Result) -> Result:
+        stage = self._stages[action.stage]
+        given = None if taken is None else unpack_gradient(taken)
+        made = stage.backward_inputs(action.microbatch, given)
+        return None if action.stage == 0 else pack_gradient(made)
+
+    def _backward_weights(self, action: Action, _: Result) -> Result:
+        self._stages[action.stage].backward_weights(action.microbatch)
+        self._in_flight -= 1
+        return None
 
     def _infer(self, action: Action, taken: Result) -> Result:
         value, _ = self._input(action, taken)

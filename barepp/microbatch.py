@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from barepp.boundary import Value, like, tensors
 from barepp.canonical import canonical
 from barepp.errors import UsageError
 from barepp.partition import uniform_sizes
@@ -22,13 +22,34 @@ def microbatch_sizes(num_rows: int, num_microbatches: int) -> list[int]:
     return uniform_sizes(num_rows, min(num_rows, num_microbatches))
 
 
-def split(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Cut `tensor` along its rows into microbatches of these sizes, each in canonical form."""
-    if tensor.dim() == 0 or tensor.shape[0] != sum(sizes):
+def num_rows(value: Value) -> int:
+    """Return the rows of a batch, 0 if it has none: of a tuple or dict, those of its tensors."""
+    parts = tensors(value)
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in parts}
+    if len(counts) > 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in parts)
+        raise UsageError(f"the tensors of a batch need the same number of rows: {shapes}")
+    return counts.pop() if counts else 0
+
+
+def split(batch: Value, sizes: Sequence[int]) -> list[Value]:
+    """Cut a batch along its rows into microbatches of these sizes, each in canonical form."""
+    if num_rows(batch) != sum(sizes):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(batch))
         raise UsageError(
-            f"a tensor of shape {tuple(tensor.shape)} cannot be cut into microbatches of "
+            f"a batch of shape {shapes} cannot be cut into microbatches of "
             f"{list(sizes)} rows: it must have {sum(sizes)} rows"
         )
     # A slice is a view: its first row starts in the middle of the batch's memory, at an odd
     # address when rows have an odd width. Canonical form copies just those.
-    return [canonical(rows) for rows in torch.split(tensor, list(sizes))]  # each: [size, ...]
+    columns = [torch.split(tensor, list(sizes)) for tensor in tensors(batch)]
+    return [
+        like(batch, [canonical(rows) for rows in microbatch])  # each: [size, ...]
+        for microbatch in zip(*columns, strict=True)
+    ]
+
+
+def join(parts: Sequence[Value]) -> Value:
+    """Undo `split`."""
+    columns = zip(*(tensors(part) for part in parts), strict=True)
+    return like(parts[0], [torch.cat(column) for column in columns])

@@ -11,7 +11,6 @@ with barepp.init() as world:
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,20 +21,20 @@ from barepp.actions import Kind
 from barepp.boundary import Value
 from barepp.errors import UsageError
 from barepp.executor import Batch, Executor
+from barepp.hashing import hash_parameters
 from barepp.layers import LossFunction
 from barepp.lowering import Program, Step, lower, placement
-from barepp.microbatch import microbatch_sizes, split
+from barepp.microbatch import join, microbatch_sizes, num_rows, split
 from barepp.models import LayerBuilder
 from barepp.partition import partition as cut
+from barepp.recompute import recompute_of_stages
 from barepp.schedules import Schedule, make_schedule
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
 from transport.collectives import broadcast
-from transport.tensors import memory
 
-_EXPORT_TAG = -8  # parameters on their way to the rank that hashes them
-_GO_TAG = -9
+_STAGES_PER_RANK = {"interleaved_1f1b": 2, "zb_v": 2}  # when nobody says; 1 if not named here
 
 
 class Pipeline:
@@ -47,10 +46,14 @@ class Pipeline:
             this rank's stages are called, each under its own seed.
         loss_fn: (output, target) -> a scalar, the mean over the rows.
         schedule: a name that `barepp.plan` knows.
+        num_stages: into how many stages the layers are cut; by default one for each rank, and two
+            for "interleaved_1f1b" and "zb_v". The schedule decides which rank holds which.
         num_microbatches: into how many microbatches a batch is cut; a batch with fewer rows makes
             as many microbatches as it has rows.
         partition: "uniform", or the number of layers of each stage.
         seed: decides all initial weights and dropout masks, whatever the number of ranks.
+        recompute: which microbatches keep only their stage's input and run its forward once more in
+            backward: "off", "all" or "all_but_last"; or one of these for each stage.
 
     Raises:
         ScheduleError, PartitionError, UsageError: before anything is built or sent.
@@ -63,13 +66,19 @@ class Pipeline:
         loss_fn: LossFunction,
         *,
         schedule: str = "1f1b",
+        num_stages: int | None = None,
         num_microbatches: int = 8,
         partition: str | Sequence[int] = "uniform",
         seed: int = 0,
+        recompute: str | Sequence[str] = "off",
     ) -> None:
-        num_stages = world.world_size
+        if num_stages is None:
+            num_stages = world.world_size * _STAGES_PER_RANK.get(schedule, 1)
         self.world = world
-        self.schedule: Schedule = make_schedule(schedule, num_stages, num_microbatches)
+        self.schedule: Schedule = make_schedule(
+            schedule, num_stages, num_microbatches, world.world_size
+        )
+        recomputed = recompute_of_stages(recompute, num_stages)
         ranges = cut(len(layers), num_stages, partition)
         self._holder = placement(self.schedule.order)
         self.stages: dict[int, Stage] = {
@@ -90,17 +99,18 @@ class Pipeline:
         self._last = num_stages - 1
         self._steps = 0
         self._broken = False
-        self._executor = Executor(world, self.stages, num_stages)
+        self._executor = Executor(world, self.stages, num_stages, recomputed)
         self._programs: dict[tuple[int, bool], Program] = {}
 
     # -- one step ---------------------------------------------------------------------------------
 
-    def step(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> torch.Tensor:
+    def step(self, inputs: Value | None, targets: Value | None) -> torch.Tensor:
         """Run forward and backward of one batch; gradients are added to `.grad`.
 
-        Every rank calls it. `inputs` (rows first) is used on the rank of the first stage,
-        `targets` on that of the last; elsewhere they may be None. Blocks until this rank's part
-        is done, and returns the mean loss over all rows, 0-dimensional, on every rank.
+        Every rank calls it. `inputs` (rows first; a tensor, or a tuple or dict of tensors) is used
+        on the rank of the first stage, `targets` on that of the last; elsewhere they may be None.
+        Blocks until this rank's part is done, and returns the mean loss over all rows,
+        0-dimensional, on every rank.
 
         Raises:
             UsageError: data is missing where it is needed, has no rows, or rows that do not match;
@@ -125,7 +135,7 @@ class Pipeline:
         self._steps += 1
         return loss
 
-    def forward(self, inputs: torch.Tensor | None) -> Value | None:
+    def forward(self, inputs: Value | None) -> Value | None:
         """Return the model's output for `inputs` on the rank of the last stage, None elsewhere.
 
         Every rank calls it. Nothing is kept for a backward. Layers are in the mode that `train()`
@@ -134,13 +144,9 @@ class Pipeline:
         batch = self._batch(inputs, None, training=False)
         self._executor.infer(self._program(len(batch.weights), training=False), batch)
         parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
-        if not parts:
-            return None
-        if isinstance(parts[0], torch.Tensor):
-            return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
-        return tuple(torch.cat(list(column)) for column in zip(*parts, strict=True))
+        return join(parts) if parts else None
 
-    def evaluate(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> torch.Tensor:
+    def evaluate(self, inputs: Value | None, targets: Value | None) -> torch.Tensor:
         """Return the mean loss over all rows on every rank, in `eval()` mode, without gradients."""
         if self._last in self.stages and targets is None:
             raise UsageError("the rank of the last stage needs the targets")
@@ -159,23 +165,21 @@ class Pipeline:
                 loss = self._loss_fn(output, targets).detach().reshape(())
         return self._from_rank(loss, self._holder[self._last], "the loss")
 
-    def _batch(
-        self, inputs: torch.Tensor | None, targets: torch.Tensor | None, *, training: bool
-    ) -> Batch:
+    def _batch(self, inputs: Value | None, targets: Value | None, *, training: bool) -> Batch:
         """Agree on the number of rows (the first rank's word) and cut this rank's data."""
         rows = None
         if 0 in self.stages:
-            if inputs is None or inputs.dim() == 0 or not len(inputs):
+            given = 0 if inputs is None else num_rows(inputs)
+            if not given:
                 raise UsageError("the rank of the first stage needs inputs with at least one row")
-            rows = torch.tensor([len(inputs)])
-        num_rows = int(self._from_rank(rows, self._holder[0], "the number of rows"))
-        sizes = microbatch_sizes(num_rows, self.schedule.num_microbatches)
-        if self._last in self.stages and training and (targets is None or len(targets) != num_rows):
-            found = "no targets" if targets is None else f"{len(targets)} targets"
-            raise UsageError(f"the batch has {num_rows} inputs, but the last stage got {found}")
+            rows = torch.tensor([given])
+        count = int(self._from_rank(rows, self._holder[0], "the number of rows"))
+        sizes = microbatch_sizes(count, self.schedule.num_microbatches)
+        if self._last in self.stages and training:
+            _check_targets(targets, count)
         return Batch(
             self._steps,
-            [size / num_rows for size in sizes],
+            [size / count for size in sizes],
             split(inputs, sizes) if 0 in self.stages and inputs is not None else None,
             split(targets, sizes) if self._last in self.stages and targets is not None else None,
         )
@@ -254,45 +258,25 @@ class Pipeline:
 
     @property
     def peak_in_flight(self) -> int:
-        """The most microbatches whose forward was kept for its backward at one time, summed."""
-        return sum(stage.peak_in_flight for stage in self.stages.values())
+        """The most stage forwards that were kept for their backward at one time."""
+        return self._executor.peak_in_flight
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of the last stage, which gets the targets and has the output: not always p-1."""
+        return self._holder[self._last]
 
     def parameters_sha256(self) -> str:
         """Return the SHA-256 of all parameters; collective, the same on every rank.
 
-        Over their float32 little-endian bytes, in layer order. Rank 0 hashes; parameters come to
-        it a layer at a time, so nobody ever holds the whole model.
+        Over their float32 little-endian bytes, in layer order.
         """
-        digest = hashlib.sha256()
-        for index in range(self._last + 1):
-            holder = self._holder[index]
-            if self.world.rank == holder == 0:
-                for parameter in self.stages[index].parameters():
-                    exported = _exported(parameter)
-                    digest.update(memory(exported))
-            elif self.world.rank == holder:
-                self._export(self.stages[index])
-            elif self.world.rank == 0:
-                self._import(holder, digest)
-        packed = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-        mine = packed if self.world.rank == 0 else None
-        return bytes(self._from_rank(mine, 0, "the parameters' hash").tolist()).hex()
-
-    def _export(self, stage: Stage) -> None:
-        transport = self.world.transport
-        parameters = list(stage.parameters())
-        transport.recv(0, _GO_TAG)  # rank 0 asks, so that nothing waits in its memory
-        transport.send(torch.tensor(len(parameters)), 0, _EXPORT_TAG)
-        for parameter in parameters:
-            transport.send(_exported(parameter), 0, _EXPORT_TAG)
-
-    def _import(self, holder: int, digest: hashlib._Hash) -> None:
-        transport = self.world.transport
-        transport.send(torch.empty(0), holder, _GO_TAG)
-        for _ in range(int(transport.recv(holder, _EXPORT_TAG))):
-            parameter = transport.recv(holder, _EXPORT_TAG)
-            digest.update(memory(parameter))
+        digest = hash_parameters(self.world, self._holder, self.stages)
+        packed = None if digest is None else torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        return bytes(self._from_rank(packed, 0, "the parameters' hash").tolist()).hex()
 
 
-def _exported(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to("cpu", torch.float32).contiguous()
+def _check_targets(targets: Value | None, rows: int) -> None:
+    if targets is None or num_rows(targets) != rows:
+        found = "no targets" if targets is None else f"{num_rows(targets)} targets"
+        raise UsageError(f"the batch has {rows} inputs, but the last stage got {found}")
