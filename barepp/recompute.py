@@ -5,9 +5,10 @@ flight then costs its input instead of all activations, and its backward one for
 
 1. The first forward runs as if it were kept, in grad mode: torch's kernels may differ without. What
    autograd wants to save is dropped on the spot.
-2. The second forward starts from the same numbers: layers get a copy of the input in both, so that
-   none can write to the one that is kept; random numbers come from the layer's seed (seeding.py);
-   buffers that the first forward changed (BatchNorm's averages) have the values of then.
+2. The second forward starts from the same numbers: the first one had a copy of the input, so that
+   a layer that writes in place has left the one that is kept alone; random numbers come from the
+   layer's seed (seeding.py); buffers that the first forward changed (BatchNorm's averages) have
+   the values of before it.
 3. The second forward's changes to buffers are thrown away: each microbatch counts once.
 
 What a layer changes besides its buffers, a plain attribute say, is changed twice: make it a buffer.

@@ -241,7 +241,7 @@ class Stage:
         if isinstance(kept, Backward):
             return kept
         with torch.enable_grad(), kept.buffers.as_they_were():
-            return self._run(copy_of(kept.value), kept.wanted, kept.turn, kept.split)[0]
+            return self._run(kept.value, kept.wanted, kept.turn, kept.split)[0]
 
     def _given(self, flight: _InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
         start = flight.start if self.is_last else gradient

@@ -10,15 +10,15 @@ from functools import partial
 
 import pytest
 import torch
+from stages import as_bytes, backward, carried, every_partition, forward, gradients, make_stages
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import ZOO, Lambda, Model, data, layer, linear
 
-from barepp.boundary import Gradient, Value
+from barepp.boundary import Value
 from barepp.errors import ScheduleError, UsageError
 from barepp.microbatch import microbatch_sizes, split
 from barepp.models import LayerBuilder, mlp
-from barepp.partition import partition
 from barepp.seeding import derive_seed
 from barepp.stage import Stage
 
@@ -29,52 +29,6 @@ GRID = [
     for batch in BATCHES
     if model.rows_are_independent or batch != (6, 6)
 ]
-
-
-def every_partition(num_layers: int) -> list[list[int]]:
-    """All ways to cut a row of layers: a cut or none at each of the inner boundaries."""
-    found = []
-    for cuts in itertools.product((0, 1), repeat=num_layers - 1):
-        bounds = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), num_layers]
-        found.append([b - a for a, b in itertools.pairwise(bounds)])
-    return found
-
-
-def make_stages(
-    layers: list[LayerBuilder],
-    sizes: list[int],
-    seed: int = 3,
-    loss_fn: Callable = functional.cross_entropy,
-) -> list[Stage]:
-    ranges = partition(len(layers), len(sizes), sizes)
-    return [
-        Stage(i, layer_range, len(sizes), layers, loss_fn, seed=seed)
-        for i, layer_range in enumerate(ranges)
-    ]
-
-
-def carried(value: Gradient) -> Gradient:
-    """What a connection does to a value: the same numbers in fresh memory."""
-    if isinstance(value, tuple):
-        return tuple(carried(item) for item in value)
-    return None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def forward(
-    stages: list[Stage], x: Tensor, y: Tensor, *, microbatch: int = 0, **options: float
-) -> Tensor:
-    wanted = None
-    for stage in stages:
-        x = carried(stage.forward(microbatch, x, target=y, input_requires_grad=wanted, **options))
-        wanted = stage.output_requires_grad(microbatch)
-    return x
-
-
-def backward(stages: list[Stage], microbatch: int) -> None:
-    gradient = None
-    for stage in reversed(stages):
-        gradient = carried(stage.backward(microbatch, gradient))
-    assert gradient is None  # in front of the first stage there is nobody to send one to
 
 
 def run_step(
@@ -97,21 +51,6 @@ def run_step(
         for microbatch, _ in parts:
             backward(stages, microbatch)
     return loss.item()
-
-
-def as_bytes(tensor: Tensor | None) -> bytes | None:
-    """Stricter than torch.equal: -0.0 is not 0.0, and NaN is NaN."""
-    if tensor is None:
-        return None
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
-
-
-def gradients(stages: list[Stage]) -> dict[str, bytes | None]:
-    return {
-        name: as_bytes(parameter.grad)
-        for stage in stages
-        for name, parameter in stage.named_parameters()
-    }
 
 
 def train(model: Model, cut: list[int], rows: int, microbatches: int, fill: bool = True) -> dict:

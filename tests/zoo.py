@@ -87,6 +87,39 @@ class Join(nn.Module):
         return hidden + residual.t() + self.embedding(indexes)
 
 
+class KeyedFork(Fork):
+    """Returns such a dict; one key is not ASCII."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(
+            zip(("hidden", "rückwärts", "index", "unused"), super().forward(x), strict=True)
+        )
+
+
+class KeyedMiddle(Middle):
+    """Changes the dict that it is given, and hands it on in another order."""
+
+    def forward(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        hidden = value.pop("hidden")
+        value["hidden"] = torch.tanh(self.linear(hidden)) + hidden
+        return value
+
+
+class KeyedJoin(Join):
+    """Takes such a dict and returns one tensor."""
+
+    def forward(self, value: dict[str, Tensor]) -> Tensor:
+        names = ("hidden", "rückwärts", "index", "unused")
+        return super().forward(tuple(value[name] for name in names))
+
+
+class WritingLinear(nn.Linear):
+    """Writes to what it is given before it uses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(1.5).clamp_(min=-1))
+
+
 def frozen(build: LayerBuilder) -> nn.Module:
     return build().requires_grad_(False)
 
@@ -214,6 +247,36 @@ ZOO: dict[str, Model] = {
         [linear(12, 9), partial(CheckpointedDropout, 9, 9), nn.ReLU, linear(9, 5)],
         (12,),
         draws=True,
+    ),
+    "in place": Model(
+        [
+            linear(12, 9),
+            partial(WritingLinear, 9, 9),
+            partial(WritingLinear, 9, 9),
+            partial(nn.ReLU, inplace=True),
+            linear(9, 5),
+        ],
+        (12,),
+    ),
+    "one tensor twice": Model(
+        [
+            linear(12, 9),
+            layer(lambda x: (x, x)),
+            layer(lambda pair: (pair[0].exp() + pair[1].sin() + pair[0].cos(), pair[1].tanh())),
+            layer(lambda pair: pair[0] * pair[1]),
+            linear(9, 5),
+        ],
+        (12,),
+    ),
+    "dicts": Model(
+        [
+            partial(KeyedFork, 12, 9),
+            partial(KeyedMiddle, 9),
+            partial(KeyedMiddle, 9),
+            partial(KeyedJoin, 12, 9),
+        ],
+        (12,),
+        num_classes=9,
     ),
     "tuples": Model(
         [partial(Fork, 12, 9), partial(Middle, 9), partial(Middle, 9), partial(Join, 12, 9)],
