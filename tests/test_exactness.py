@@ -1,11 +1,14 @@
 """Exactness is the specification: schedule and number of ranks change no bit of what is learnt.
 
-Over inproc, where the ranks are threads, the whole grid takes seconds; over sockets each schedule
-runs once in each world.
+Over inproc, where the ranks are threads, a run takes a tenth of a second: schedules and worlds are
+all there, what goes with them (stages a rank, partition, recompute) is drawn, from a fixed seed.
+Over sockets each schedule runs once in each of its worlds.
 """
 
 import hashlib
 from functools import lru_cache, partial
+from itertools import pairwise
+from random import Random
 
 import monolith
 import pytest
@@ -16,12 +19,15 @@ from torch.nn import functional
 from zoo import ZOO, Model, linear
 
 import barepp
+from barepp.recompute import RECOMPUTE
 from barepp.seeding import derive_seed
+from barepp.simulate import Costs, simulate
 
 SEED = 3
 LAYERS, HIDDEN = 16, 24  # and the head: 17 layers, so at most 17 ranks
 WORLDS = [1, 2, 3, 4, 5, 17]
-SCHEDULES = ["naive", "gpipe", "1f1b"]
+SCHEDULES = barepp.schedule_names()
+TWO_STAGES_A_RANK = ("interleaved_1f1b", "zb_v")  # when nobody says
 ROWS = [20, 13, 20]  # a smaller batch, and a larger one after it
 MICROBATCHES = [1, 2, 3, 8, 30]  # 30: more than any batch has rows
 
@@ -79,6 +85,7 @@ def train(
     schedule: str,
     num_microbatches: int,
     partition: str | list[int] = "uniform",
+    **options: int | str,
 ) -> tuple[list[float], str, int, dict[str, bytes]]:
     pipe = barepp.Pipeline(
         world,
@@ -88,6 +95,7 @@ def train(
         num_microbatches=num_microbatches,
         partition=partition,
         seed=SEED,
+        **options,
     )
     parameters = list(pipe.parameters())
     # AdamW with decay tells a weight without a gradient from one with zeros; the MLP has Adam,
@@ -97,7 +105,7 @@ def train(
     losses = []
     for inputs, targets in data(model, ROWS):
         pipe.zero_grad()
-        first, last = world.rank == 0, world.rank == world.world_size - 1
+        first, last = world.rank == 0, world.rank == pipe.last_rank
         loss = pipe.step(inputs if first else None, targets if last else None)
         if optimizer is not None:
             optimizer.step()
@@ -120,22 +128,44 @@ def test_the_monolith_gives_the_bits_of_plain_torch(num_microbatches: int) -> No
     assert sha256(model.parameters()) == monolith.parameters_sha256(model) == expected[1]
 
 
+# Worlds of 5 and 17 ranks show what a schedule's shape has to do with the number of ranks; what is
+# new in the later schedules (I and W, several stages a rank) the small worlds show.
+GRID = [
+    (world_size, schedule)
+    for schedule in SCHEDULES
+    for world_size in WORLDS
+    if world_size <= 4 or schedule in ("naive", "gpipe", "1f1b")
+]
+OVER_SOCKETS = [
+    (world_size, schedule)
+    for world_size, schedule in GRID
+    if world_size in (2, 4) or schedule in ("naive", "gpipe", "1f1b")
+]
+
+
+def peaks(schedule: str, world_size: int, num_microbatches: int) -> list[int]:
+    """The most stage forwards that each rank keeps: in theory, or as `plan` predicts it."""
+    m, p = num_microbatches, world_size
+    theory = {"naive": [1] * p, "gpipe": [m] * p, "1f1b": [min(m, p - r) for r in range(p)]}
+    num_stages = p * (1 + (schedule in TWO_STAGES_A_RANK))
+    order = barepp.make_schedule(schedule, num_stages, m, p).order
+    return theory.get(schedule) or simulate(order, num_stages, Costs()).peak_in_flight
+
+
 @pytest.mark.parametrize("num_microbatches", MICROBATCHES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("world_size", "schedule"), GRID)
 def test_every_schedule_on_any_number_of_ranks_gives_the_bits_of_plain_torch(
     world_size: int, schedule: str, num_microbatches: int
 ) -> None:
     results = barepp.run(train, world_size, MLP, schedule, num_microbatches, transport="inproc")
+    most = min(num_microbatches, max(ROWS))
+    expected = peaks(schedule, world_size, most)
     for rank, (losses, parameters_sha256, peak_in_flight, _) in enumerate(results):
         assert (losses, parameters_sha256) == plain_torch(num_microbatches), f"rank {rank}"
-        most = min(num_microbatches, max(ROWS))
-        expected = {"naive": 1, "gpipe": most, "1f1b": min(most, world_size - rank)}
-        assert peak_in_flight == expected[schedule], f"rank {rank}"
+        assert peak_in_flight == expected[rank], f"rank {rank}"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("world_size", "schedule"), OVER_SOCKETS)
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_processes_give_the_bits_of_plain_torch(
     transport: str, world_size: int, schedule: str
@@ -150,6 +180,35 @@ def test_processes_give_the_bits_of_plain_torch(
 def test_any_partition_gives_the_bits_of_plain_torch(partition: list[int]) -> None:
     results = barepp.run(train, 3, MLP, "1f1b", 8, partition, transport="inproc")
     assert [result[:2] for result in results] == [plain_torch(8)] * 3
+
+
+def drawn_partition(random: Random, num_layers: int, num_stages: int) -> list[int]:
+    cuts = [0, *sorted(random.sample(range(1, num_layers), num_stages - 1)), num_layers]
+    return [b - a for a, b in pairwise(cuts)]
+
+
+STAGES = [
+    (schedule, world_size, stages_per_rank)
+    for schedule in SCHEDULES
+    for world_size in (1, 2, 3, 4)
+    for stages_per_rank in {"interleaved_1f1b": (1, 2, 3, 4), "zb_v": (2,)}.get(schedule, (1,))
+]
+
+
+@pytest.mark.parametrize(("schedule", "world_size", "stages_per_rank"), STAGES)
+def test_stages_a_rank_partition_and_recompute_do_not_matter(
+    schedule: str, world_size: int, stages_per_rank: int
+) -> None:
+    random = Random(f"{schedule} {world_size} {stages_per_rank}")
+    num_stages = world_size * stages_per_rank
+    for recompute in ("off", "all", "all_but_last", [*random.choices(RECOMPUTE, k=num_stages)]):
+        count = random.choice(MICROBATCHES)
+        partition = drawn_partition(random, LAYERS + 1, num_stages)
+        options = {"num_stages": num_stages, "recompute": recompute}
+        work = partial(train, **options)
+        results = barepp.run(work, world_size, MLP, schedule, count, partition, transport="inproc")
+        for result in results:
+            assert result[:2] == plain_torch(count), f"{partition}, {count}, {recompute}"
 
 
 # -- one step's gradients are those of the batch ---------------------------------------------------
@@ -182,7 +241,7 @@ def test_one_steps_gradients_are_those_of_the_whole_batch(
         gradients_of_one_step, 4, schedule, num_microbatches, batch, transport="inproc"
     )
     found = {name: gradient for part in parts for name, gradient in part.items()}
-    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         error = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error <= 1e-5, f"{name}: {error:.1e}"
@@ -215,9 +274,18 @@ def one_rank(name: str) -> tuple[list[float], str, dict[str, bytes]]:
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_model_that_is_hard_to_cut_gives_the_bits_of_one_rank(name: str, schedule: str) -> None:
-    model = HARD[name]
-    for world_size in {2, 3, len(model.layers)}:
-        results = barepp.run(train, world_size, model, schedule, 3, transport="inproc")
+    model, random = HARD[name], Random(f"{name} {schedule}")
+    num_layers = len(model.layers)
+    stages_per_rank = 1 + (schedule in TWO_STAGES_A_RANK)
+    for world_size in sorted({2, 3, num_layers // stages_per_rank}):
+        num_stages = world_size * stages_per_rank
+        if num_stages > num_layers:
+            continue
+        partition = drawn_partition(random, num_layers, num_stages)
+        recompute = random.choice(RECOMPUTE)
+        work = partial(train, num_stages=num_stages, recompute=recompute)
+        results = barepp.run(work, world_size, model, schedule, 3, partition, transport="inproc")
         state = {key: value for result in results for key, value in result[3].items()}
         for losses, parameters_sha256, _, _ in results:
-            assert (losses, parameters_sha256, state) == one_rank(name), f"{world_size} ranks"
+            found = (losses, parameters_sha256, state)
+            assert found == one_rank(name), f"{partition} on {world_size} ranks, {recompute}"
