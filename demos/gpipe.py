@@ -1,4 +1,4 @@
-"""Step 5 of the course: GPipe. All microbatches go forward, one behind the other, then all back.
+"""Step 6 of the course: GPipe. All microbatches go forward, one behind the other, then all back.
 
     python -m barepp.launch --world 4 demos/gpipe.py
 

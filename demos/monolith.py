@@ -99,6 +99,7 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
     return training.Results(
         schedule="monolith",
         world_size=1,
+        stages=1,
         microbatches=flags.microbatches,
         steps=flags.steps,
         losses=losses,

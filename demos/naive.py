@@ -1,4 +1,4 @@
-"""Step 4 of the course: a pipeline of four processes in which one works and three wait.
+"""Step 5 of the course: a pipeline of four processes in which one works and three wait.
 
     python -m barepp.launch --world 4 demos/naive.py
 

@@ -1,4 +1,4 @@
-"""Step 6 of the course: 1F1B. As soon as a microbatch can go back it does: the memory of few.
+"""Step 7 of the course: 1F1B. As soon as a microbatch can go back it does: the memory of few.
 
     python -m barepp.launch --world 4 demos/one_f_one_b.py
 

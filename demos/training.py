@@ -1,7 +1,7 @@
 """What the training demos share: their flags, the training loop, and the summary at the end.
 
-demos/naive.py, gpipe.py and one_f_one_b.py differ in one word, the schedule; everything else that
-they do is `train` below. Nothing in it knows how many ranks there are.
+demos/naive.py, gpipe.py, one_f_one_b.py and those that follow differ in one word, the schedule;
+everything else that they do is `train` below. Nothing in it knows how many ranks there are.
 """
 
 import argparse
@@ -33,6 +33,8 @@ class Flags:
     steps: int = 460  # 20 epochs
     batch: int = 64
     microbatches: int = 8
+    stages: int = 0
+    recompute: str = "off"
     layers: int = 16
     hidden: int = 128
     seed: int = 0
@@ -45,6 +47,8 @@ HELP = {
     "steps": "optimizer steps to take",
     "batch": "rows of a batch",
     "microbatches": "into how many microbatches a batch is cut",
+    "stages": "slices of the model; 0 for what is usual: one a rank, or what the schedule needs",
+    "recompute": "which microbatches run their forward again in backward, to save memory",
     "layers": "hidden layers (Linear + ReLU); the head is one more",
     "hidden": "width of a hidden layer",
     "seed": "decides the initial weights and the order of the data",
@@ -60,6 +64,7 @@ class Results:
 
     schedule: str
     world_size: int
+    stages: int
     microbatches: int
     steps: int
     losses: list[float]  # one a step
@@ -82,8 +87,10 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         barepp.mlp(flags.layers, flags.hidden),
         functional.cross_entropy,
         schedule=schedule,
+        num_stages=flags.stages or None,
         num_microbatches=flags.microbatches,
         seed=flags.seed,
+        recompute=flags.recompute,
     )
     pipe.recorder.tracing = flags.trace is not None
     # Each rank has an optimizer for its own layers: Adam treats each number by itself, so nothing
@@ -106,6 +113,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
     return Results(
         schedule=schedule,
         world_size=world.world_size,
+        stages=pipe.schedule.num_stages,
         microbatches=flags.microbatches,
         steps=flags.steps,
         losses=losses,
@@ -113,7 +121,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         parameters_sha256=pipe.parameters_sha256(),
         step_ms=summary.step_ms,
         bubble_measured=summary.bubble,
-        bubble_predicted=predicted_bubble(world, schedule, flags),
+        bubble_predicted=predicted_bubble(pipe.schedule, flags),
         peak_in_flight=summary.peak_in_flight,
         computing_ms=summary.computing_ms,
         waiting_ms=summary.waiting_ms,
@@ -124,21 +132,24 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
 def accuracy(world: barepp.World, pipe: barepp.Pipeline, data: digits.Digits) -> float:
     """Return on every rank which part of `data` the net names correctly."""
     pipe.eval()
-    output = pipe.forward(data.images)  # [rows, 10] on the last rank, None on the others
+    output = pipe.forward(data.images)  # [rows, 10] on the last stage's rank, else None
     right = None
     if isinstance(output, torch.Tensor):
         right = (output.argmax(1) == data.labels).double().mean()  # []
-    shared = broadcast(world.transport, right, root=world.world_size - 1)
+    shared = broadcast(world.transport, right, root=pipe.last_rank)
     assert isinstance(shared, torch.Tensor)
     return shared.item()
 
 
-def predicted_bubble(world: barepp.World, schedule: str, flags: Flags) -> float:
+def predicted_bubble(schedule: barepp.Schedule, flags: Flags) -> float:
     """Return what theory says: stages of equal cost, a backward twice a forward, no transfer."""
     # A batch with fewer rows than microbatches makes as many microbatches as it has rows.
     num_microbatches = min(flags.microbatches, flags.batch)
-    order = barepp.make_schedule(schedule, world.world_size, num_microbatches).order
-    return simulate(order, world.world_size, Costs()).bubble
+    stages, ranks = schedule.num_stages, schedule.num_ranks
+    order = barepp.make_schedule(schedule.name, stages, num_microbatches, ranks).order
+    # Running the forward again comes on top. (One microbatch fewer of it is not a cost of a stage.)
+    again = 0 if flags.recompute == "off" else 1
+    return simulate(order, stages, Costs(backward_input=1 + again)).bubble
 
 
 class Progress:
@@ -245,7 +256,7 @@ def read_flags(arguments: Sequence[str], world: barepp.World, about: str) -> Fla
     for field in dataclasses.fields(Flags):
         kind = Path if field.default is None else type(field.default)
         text = HELP[field.name] + ("" if field.default is None else f" ({field.default})")
-        metavar = "PATH" if kind is Path else "N" if kind is int else "RATE"
+        metavar = {Path: "PATH", int: "N", float: "RATE", str: "WORD"}[kind]
         parser.add_argument(
             f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text
         )
@@ -267,6 +278,8 @@ def _check(flags: Flags, world: barepp.World) -> None:
             raise barepp.UsageError(f"--{name} is {number}; it must be at least 1")
     if not 0 < flags.lr < float("inf"):
         raise barepp.UsageError(f"--lr is {flags.lr}; it must be a positive number")
+    if flags.stages < 0:
+        raise barepp.UsageError(f"--stages is {flags.stages}; it must be at least 0")
     if flags.layers + 1 < world.world_size:
         raise barepp.UsageError(
             f"{flags.layers} layers and the head are {flags.layers + 1} to share, too few for "

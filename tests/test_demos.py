@@ -13,15 +13,25 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from barepp import make_schedule
 from barepp.plan import main as plan
+from barepp.simulate import Costs, simulate
 
 DEMOS = ROOT / "demos"
-PIPELINES = {"naive": "naive", "gpipe": "gpipe", "one_f_one_b": "1f1b"}
+PIPELINES = {
+    "naive": "naive",
+    "gpipe": "gpipe",
+    "one_f_one_b": "1f1b",
+    "interleaved": "interleaved_1f1b",
+    "zero_bubble": "zb_h1",
+    "zero_bubble_v": "zb_v",
+}
 COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES, "kill_a_worker"]
 ODD = ["--steps", "3", "--batch", "21", "--microbatches", "4"]  # 6, 5, 5, 5 rows
 KEYS = {
     "schedule",
     "world_size",
+    "stages",
     "microbatches",
     "steps",
     "losses",
@@ -178,16 +188,22 @@ def test_a_pipeline_learns_what_the_monolith_learns(
         assert found[key] == monolith[key], key
     assert found["schedule"] == PIPELINES[demo]
     assert found["world_size"] == world_size
-    peaks = {
-        "naive": [1] * world_size,
-        "gpipe": [4] * world_size,
-        "one_f_one_b": [world_size - rank for rank in range(world_size)],
-    }
-    assert found["peak_in_flight"] == peaks[demo]
+    stages = world_size * (2 if demo in ("interleaved", "zero_bubble_v") else 1)
+    assert found["stages"] == stages
+    order = make_schedule(PIPELINES[demo], stages, 4, world_size).order
+    assert found["peak_in_flight"] == simulate(order, stages, Costs()).peak_in_flight
     events = json.loads(trace.read_text())["traceEvents"]
-    actions = [event["name"] for event in events if event.get("cat") in ("F", "B")]
-    assert len(actions) == world_size * 3 * 4 * 2  # steps, microbatches, forward and backward
-    assert len(set(actions)) == world_size * 4 * 2
+    actions = [event["name"] for event in events if event.get("cat") in list("FBIW")]
+    assert sorted(actions) == sorted(3 * [str(action) for row in order for action in row])
+
+
+def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: Callable) -> None:
+    path = tmp_path / "results.json"
+    flags = ["--stages", "3", "--recompute", "all_but_last", "--json", path]
+    assert alone("interleaved", *ODD, *flags)[0] == 0
+    found = results(path)
+    assert found["parameters_sha256"] == monolith["parameters_sha256"]
+    assert (found["world_size"], found["stages"]) == (1, 3)
 
 
 def test_kill_a_worker() -> None:
@@ -241,6 +257,15 @@ def test_the_picture_in_the_manual_is_what_plan_draws(
         (["--lr", "nan"], "--lr is nan; it must be a positive number"),
         (["--hidden", "wide"], "argument --hidden: invalid int value: 'wide'"),
         (["--json", "nowhere/x"], "--json nowhere/x cannot be written: No such file or directory"),
+        (["--stages", "-1"], "--stages is -1; it must be at least 0"),
+        (
+            ["--stages", "2"],
+            "gpipe keeps exactly one stage on each rank: 2 stages need 2 ranks, not 1",
+        ),
+        (
+            ["--recompute", "some"],
+            "unknown recompute 'some'; there is: off, all, all_but_last",
+        ),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -296,5 +321,5 @@ def test_damaged_data_gets_one_sentence(tmp_path: Path) -> None:
 def test_help_is_the_manual_and_is_told_once() -> None:
     run = launch(2, "demos/one_f_one_b.py", "--help")
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.count("Step 6 of the course") == 1
+    assert run.stdout.count("Step 7 of the course") == 1
     assert "--microbatches N" in run.stdout
