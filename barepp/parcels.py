@@ -25,6 +25,7 @@ from functools import lru_cache
 import torch
 
 from barepp.boundary import Gradient, Value
+from transport.errors import ProtocolError
 from transport.tensors import Message
 
 _TENSOR, _TUPLE, _DICT = range(3)
@@ -47,8 +48,7 @@ def unpack_activation(message: Message) -> tuple[Value, Sequence[bool] | None]:
     form, *wanted = flags.tolist()
     if form == _DICT:
         keys, *parts = parts
-        names = json.loads(bytes(keys.tolist()))
-        return dict(zip(names, parts, strict=True)), list(map(bool, wanted))
+        return dict(zip(_names(keys, len(parts)), parts, strict=True)), list(map(bool, wanted))
     return (tuple(parts) if form == _TUPLE else parts[0]), list(map(bool, wanted))
 
 
@@ -88,3 +88,17 @@ def _flags(values: Sequence[int]) -> torch.Tensor:
 def _keys(names: tuple[str, ...]) -> torch.Tensor:
     # Never written to: it is sent, or copied. A layer's keys are the same in each microbatch.
     return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+
+
+def _names(keys: torch.Tensor, count: int) -> list[str]:
+    try:
+        names = json.loads(bytes(keys.tolist()))
+    except ValueError:
+        names = None
+    if not (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names) == count
+    ):
+        raise ProtocolError(f"not the keys of a dict of {count} tensors: {names!r:.200}")
+    return names

@@ -29,6 +29,8 @@ from barepp.models import LayerBuilder
 from barepp.partition import partition as cut
 from barepp.recompute import recompute_of_stages
 from barepp.schedules import Schedule, make_schedule
+from barepp.seeding import LayerRandomness
+from barepp.sharing import check_no_sharing
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
@@ -43,7 +45,8 @@ class Pipeline:
     Args:
         world: this rank's world.
         layers: one zero-argument callable a layer, each building one `nn.Module`. Only those of
-            this rank's stages are called, each under its own seed.
+            this rank's stages are called, each under its own seed. (And one that can reach a
+            parameter of this rank's: no parameter may be shared by two stages.)
         loss_fn: (output, target) -> a scalar, the mean over the rows.
         schedule: a name that `barepp.plan` knows.
         num_stages: into how many stages the layers are cut; by default one for each rank, and two
@@ -94,6 +97,7 @@ class Pipeline:
             for index in range(num_stages)
             if self._holder[index] == world.rank
         }
+        check_no_sharing(self.stages, ranges, layers, LayerRandomness(seed, world.random_lock))
         self.recorder = Recorder()
         self._loss_fn = loss_fn
         self._last = num_stages - 1

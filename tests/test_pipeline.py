@@ -15,10 +15,17 @@ from zoo import data as zoo_data
 
 import barepp
 from barepp.errors import PartitionError, ScheduleError, UsageError
-from barepp.parcels import pack_activation, pack_gradient, unpack_activation, unpack_gradient
+from barepp.parcels import (
+    copied,
+    pack_activation,
+    pack_gradient,
+    unpack_activation,
+    unpack_gradient,
+)
 from barepp.simulate import Costs, simulate
+from transport.errors import ProtocolError
 
-SCHEDULES = ["naive", "gpipe", "1f1b"]
+SCHEDULES = ["naive", "gpipe", "1f1b"]  # the others: tests/test_exactness.py
 cross_entropy = nn.functional.cross_entropy
 run = functools.partial(barepp.run, transport="inproc")
 
@@ -357,6 +364,121 @@ def test_an_activation_survives_its_message(is_tuple, wanted):
     assert torch.equal(back[0] if is_tuple else back, tensor)
     assert back_wanted is None or tuple(back_wanted) == wanted
     assert back_wanted is not None or all(wanted)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, False)])
+def test_a_dict_survives_its_message_with_its_keys_and_their_order(wanted):
+    value = {"später\n\0": torch.ones(2, 3), "": torch.arange(3)}
+    message = pack_activation(value, wanted)
+    assert all(isinstance(part, torch.Tensor) for part in message)  # all that can travel
+    back, back_wanted = unpack_activation(copied(message))
+    assert list(back) == list(value)
+    assert all(torch.equal(back[key], value[key]) for key in value)
+    assert tuple(back_wanted) == wanted
+    assert unpack_activation(pack_activation({}, ())) == ({}, [])
+
+
+def test_a_message_whose_keys_are_not_a_dicts_is_refused():
+    flags, _, *rest = pack_activation({"a": torch.ones(1), "b": torch.ones(1)}, (True, True))
+    for text in ("[1, 2]", '["a"]', '["a", "a"]', '{"a": 1, "b": 2}', '"ab"', "["):
+        bad = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        with pytest.raises(ProtocolError, match="keys"):
+            unpack_activation((flags, bad, *rest))
+
+
+def test_inputs_targets_and_output_may_be_dicts_or_tuples():
+    images, labels = data(9)
+    batches = {
+        "dict": ({"image": images, "index": torch.arange(9)}, {"label": labels, "weight": images}),
+        "tuple": ((images, torch.arange(9)), (labels, images)),
+    }
+
+    def loss(output, target):
+        output, target = (
+            v if isinstance(v, tuple) else tuple(v.values()) for v in (output, target)
+        )
+        return cross_entropy(output[0], target[0]) + (output[1] * 0).float().mean()
+
+    class First(nn.Linear):
+        def forward(self, value):
+            if isinstance(value, dict):
+                return {**value, "image": super().forward(value["image"])}
+            return super().forward(value[0]), value[1]
+
+    def work(world, form):
+        layers = [lambda: First(64, 8), lambda: First(8, 8), lambda: First(8, 10)]
+        pipe = barepp.Pipeline(world, layers, loss, num_microbatches=4)
+        inputs, targets = batches[form]
+        first, last = world.rank == 0, world.rank == pipe.last_rank
+        losses = [float(pipe.step(inputs if first else None, targets if last else None))]
+        losses.append(float(pipe.evaluate(inputs, targets)))
+        return losses, pipe.forward(inputs)
+
+    [(losses, output)] = run(work, 1, "dict")
+    assert torch.equal(output["index"], torch.arange(9))
+    for form in batches:
+        results = run(work, 3, form)
+        assert [found for found, _ in results] == [losses] * 3
+        assert [type(found) for _, found in results] == [
+            type(None),
+            type(None),
+            type(batches[form][0]),
+        ]
+
+
+def test_the_rows_of_a_batchs_tensors_are_compared():
+    images, labels = data(8)
+    failing(
+        "the tensors of a batch need the same number of rows: (8, 64), (7,)",
+        lambda w: barepp.Pipeline(w, barepp.mlp(4, 16), cross_entropy).step(
+            (images, labels[:7]), labels
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "world_size", "num_stages", "last_rank"),
+    [
+        ("1f1b", 3, None, 2),
+        ("zb_h1", 3, None, 2),
+        ("interleaved_1f1b", 2, None, 1),
+        ("interleaved_1f1b", 2, 6, 1),
+        ("interleaved_1f1b", 1, 3, 0),
+        ("zb_v", 2, None, 0),
+    ],
+)
+def test_a_rank_holds_the_stages_that_the_schedule_gives_it(
+    schedule, world_size, num_stages, last_rank
+):
+    usual = world_size * (2 if schedule in ("interleaved_1f1b", "zb_v") else 1)
+
+    def work(world):
+        pipe = barepp.Pipeline(
+            world, barepp.mlp(6, 16), cross_entropy, schedule=schedule, num_stages=num_stages
+        )
+        assert pipe.schedule.num_stages == (num_stages or usual)
+        assert pipe.last_rank == last_rank
+        output = pipe.forward(data(5)[0])
+        assert (output is None) == (world.rank != last_rank)
+        names = [name for name, _ in pipe.named_parameters()]
+        assert names == list(pipe.state_dict())
+        return sorted(pipe.stages), names
+
+    results = run(work, world_size)
+    stages = num_stages or usual
+    assert sorted(stage for held, _ in results for stage in held) == list(range(stages))
+    assert len({name for _, names in results for name in names}) == 14
+
+
+def test_stages_that_a_schedule_cannot_place_are_a_sentence():
+    def pipeline(world, **options):
+        return barepp.Pipeline(world, barepp.mlp(6, 16), cross_entropy, **options)
+
+    failing("3 stages need 3 ranks, not 2", lambda w: pipeline(w, num_stages=3))
+    failing("multiple of 2", lambda w: pipeline(w, num_stages=3, schedule="interleaved_1f1b"))
+    failing("two stages", lambda w: pipeline(w, num_stages=6, schedule="zb_v"))
+    failing("unknown recompute 'on'", lambda w: pipeline(w, recompute="on"))
+    failing("at least 1 stage", lambda w: pipeline(w, num_stages=0))
 
 
 @pytest.mark.parametrize("name", ZOO)
