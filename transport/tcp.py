@@ -200,7 +200,7 @@ class TcpTransport(Transport):
         else:
             self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
 
-    # -- how a payload travels: another transport may know a better way ---------------------------
+    # -- how a payload travels: another transport may know a better way ----------------------------
 
     def _dispatch(
         self,
@@ -220,7 +220,9 @@ class TcpTransport(Transport):
         if frame.kind is FrameKind.SUMMED:
             arrival.sum = frame.word
         elif frame.kind is FrameKind.LENT:
-            raise ProtocolError(f"rank {connection.peer} lends memory, which {self.name} cannot map")
+            raise ProtocolError(
+                f"rank {connection.peer} lends memory, which {self.name} cannot map"
+            )
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
