@@ -22,6 +22,7 @@ from barepp.errors import BareppError, UsageError
 BENCHMARKS: Final = {
     "training": "step time beside torch.distributed.pipelining, one process, and the ideal",
     "start": "from the command to the first barrier, beside torchrun",
+    "faults": "who is told of a failure, after how many milliseconds, beside torchrun",
     "growth": "what more microbatches, ranks, bytes and processes cost",
 }
 DEFAULT: Final = "training"
