@@ -50,7 +50,8 @@ def test_a_killed_rank_is_measured(tmp_path):
     ("flags", "why"),
     [
         (["--faults", "kill,plague"], "there is no fault 'plague'; there are kill, term"),
-        (["--runs", "0"], "start at 1"),
+        (["--runs", "0"], "nothing to run"),
+        (["--runs", "-1", "--against", "torch"], "nothing to run"),
     ],
 )
 def test_wrong_usage_is_a_sentence(flags, why, capsys):

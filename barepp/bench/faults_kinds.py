@@ -23,6 +23,7 @@ ASLEEP: Final = "asleep"  # the named pipe at which sleeper and victim meet
 HEARTBEAT_S: Final = 2.0
 PROGRESS_S: Final = 3.0
 JOIN_S: Final = 2.0
+BEAT_S: Final = 0.5  # until a rank's next beat tells that something has moved for the last time
 PROOF_S: Final = 1.0  # three equal beats of every rank, twice a second: the proof of a deadlock
 GLOO_S: Final = 10.0  # the process group's timeout, which is 1800 s by default
 
@@ -119,7 +120,7 @@ FAULTS: Final = {
             _SILENT,
             124,
             flags=("--timeout", f"{PROGRESS_S:g}"),
-            patience_s=PROGRESS_S,
+            patience_s=PROGRESS_S + BEAT_S,
         ),
         Fault(
             "sleep",
@@ -128,7 +129,7 @@ FAULTS: Final = {
             _SILENT,
             124,
             flags=("--timeout", f"{PROGRESS_S:g}"),
-            patience_s=PROGRESS_S,
+            patience_s=PROGRESS_S + BEAT_S,
         ),
         Fault(
             "deadlock",
