@@ -38,7 +38,7 @@ def test_a_killed_rank_is_measured(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "| SIGKILL | barepp |" in done.stdout
+    assert "| SIGKILL | barepp | 1 |" in done.stdout
     (row,) = json.loads(figures.read_text())["rows"]
     assert len(row["told_ms"]) == row["told_of"] == row["ranks_right"] == 3
     assert 0 < row["told_ms_median"] <= row["told_ms_worst"] < row["back_ms_worst"]
@@ -131,7 +131,7 @@ def test_a_launcher_that_does_not_come_back_is_given_up(monkeypatch):
         """),
         FAULTS["stop"],
     )
-    assert (seen.back, seen.code) == (None, None)
+    assert (seen.back, seen.code, len(seen.left)) == (None, None, 1)
     assert gone(int(seen.output))
 
 
@@ -196,6 +196,7 @@ def test_torchruns_root_cause_is_read_and_what_stands_before_it_is_not():
     right, wrong = (root_cause(REPORT.format(rank=rank)) for rank in (VICTIM, 1))
     assert is_right(FAULTS["kill"], TORCH, right) and not is_right(FAULTS["term"], TORCH, right)
     assert not is_right(FAULTS["kill"], TORCH, wrong)
+    assert root_cause("[rank2]: Timed out") == ""
     assert not is_right(FAULTS["kill"], TORCH, "Connection closed by peer [127.0.0.1]:40170")
 
 
@@ -213,7 +214,7 @@ def test_a_row_holds_every_rank_of_every_run():
     assert row.told_ms == [2.0, 4.0, 8.0] * 2 and row.told_of == 6
     assert row.misses(FAULTS["kill"]) == []
     assert row.cells() == (
-        "| SIGKILL | barepp | 4.0 / 8.0 | 6/6 ranks, 2/2 reports | 100 / 110 | 137 | 2 "
+        "| SIGKILL | barepp | 2 | 4.0 / 8.0 | 6/6 ranks, 2/2 reports | 100 / 110 | 137 | 2 "
         "| nothing | yes |"
     )
 
@@ -252,6 +253,17 @@ def test_a_fault_that_takes_time_to_find_is_given_that_time():
     told = dict.fromkeys((0, 1, 3), (2900.0, text))
     seen = Seen("stop", told=told, back=2950.0, code=124, output=text)
     assert row_of(fault, BAREPP, [seen], again=True).misses(fault) == []
+
+
+def test_a_busy_rank_has_to_be_in_the_report():
+    fault = FAULTS["busy"]
+    told = dict.fromkeys((1, 3), (9.0, GOOD))
+    fate = "rank 0 was told while computing 0F3, did not end by itself and was killed"
+    seen = seen_kill(told=told, ended={0: 520.0}, output=f"barepp: {GOOD}\nbarepp: {fate}\n")
+    row = row_of(fault, BAREPP, [seen], again=True)
+    assert row.misses(fault) == [] and "9.0 / 9.0; busy one ended 520 / 520 |" in row.cells()
+    seen.output = f"barepp: {GOOD}\nbarepp: rank 0 was told, and ended\n"
+    assert row_of(fault, BAREPP, [seen], again=True).reports_right == 0
 
 
 def test_a_killed_launcher_is_back_when_its_last_rank_has_ended():

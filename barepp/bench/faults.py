@@ -5,22 +5,28 @@ Four ranks train with 1F1B, about 30 ms a step; rank 2 fails in the forward of a
 is the time from just before the fault to the first line of the handler of the error that it raised
 on another rank, for every rank and run; "launcher back after" is the time to the end of the
 launcher's process. Each is shown as median / worst, over all runs.
+
+All faults, and both launchers, take turns, so that a noisy hour of the machine favours none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from barepp.bench.faults_kinds import FAULTS, GLOO_S, NO_FAULT, Fault
 from barepp.bench.faults_run import LIMIT_S, Seen, barepp_command, torch_command, watch
-from barepp.bench.faults_table import BAREPP, HEAD, TORCH, Row, as_json, row_of
+from barepp.bench.faults_table import BAREPP, HEAD, TORCH, as_json, row_of
 from barepp.errors import UsageError
 
 RUNS: Final = 20
 AGAINST_RUNS: Final = 5
+
+_Case: TypeAlias = "tuple[str, str]"  # a fault's name, and who launched
+_COMMANDS: Final = {BAREPP: barepp_command, TORCH: torch_command}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,42 +45,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; return every run's figures beside the table's."""
+    """Measure; return every run's figures beside the table's. Ctrl-C ends it with what there is."""
     faults = _chosen(arguments.faults)
     against = arguments.against_runs if arguments.against is not None else 0
     if arguments.runs < 0 or against < 0 or arguments.runs + against < 1:
         raise UsageError("nothing to run: give --runs or --against torch a number from 1")
-    sides = [(BAREPP, barepp_command, arguments.runs), (TORCH, torch_command, against)]
-    show(
-        f"runs of each fault: {arguments.runs} of barepp, {against} of torchrun (gloo's timeout "
-        f"{GLOO_S:g} s); patience after a fault: {LIMIT_S:g} s\n\n{HEAD}"
-    )
-    rows: list[Row] = []
-    runs: list[dict[str, Any]] = []
-    misses: list[str] = []
-    for fault in faults:
-        for launcher, command, count in sides:
-            if not count:
-                continue
-            row, seen = _measured(fault, launcher, command, count)
-            show(row.cells())
-            rows.append(row)
-            runs += [{"launcher": launcher, **dataclasses.asdict(one)} for one in seen]
-            if launcher == BAREPP:
-                misses += [f"{fault.name}: {miss}" for miss in row.misses(fault)]
-    if arguments.runs:
-        verdict = ["barepp falls short:", *misses] if misses else ["barepp: every limit was kept"]
-        show("\n".join(["", *verdict]))
+    wanted = {BAREPP: arguments.runs, TORCH: against}
+    show(f"gloo's timeout: {GLOO_S:g} s; patience after a fault: {LIMIT_S:g} s")
+    seen: dict[_Case, list[Seen]] = {(f.name, who): [] for f in faults for who in wanted}
+    again: dict[_Case, bool] = {}
+    with contextlib.suppress(KeyboardInterrupt):
+        for turn in range(max(wanted.values())):
+            for fault, who in ((f, who) for f in faults for who in wanted if turn < wanted[who]):
+                seen[fault.name, who].append(watch(_COMMANDS[who], fault))
+                if turn == 0:
+                    healthy = dataclasses.replace(NO_FAULT, flags=fault.flags)
+                    again[fault.name, who] = watch(_COMMANDS[who], healthy).code == 0
+            show(f"turn {turn + 1} of {max(wanted.values())} is done")
+    rows = [
+        row_of(FAULTS[name], who, runs, again=again[name, who])
+        for (name, who), runs in seen.items()
+        if (name, who) in again
+    ]
+    show("\n".join(["", HEAD, *(row.cells() for row in rows), ""]))
+    ours = [row for row in rows if row.launcher == BAREPP]
+    misses = [f"{row.fault}: {miss}" for row in ours for miss in row.misses(FAULTS[row.fault])]
+    if ours:
+        kept = "barepp kept every limit"
+        show("\n".join(["barepp falls short:", *misses]) if misses else kept)
+    runs = [
+        {"launcher": who, **dataclasses.asdict(s)} for (_, who), all_ in seen.items() for s in all_
+    ]
     return {"rows": [as_json(row) for row in rows], "runs": runs, "misses": misses}
-
-
-def _measured(
-    fault: Fault, launcher: str, command: Callable[[Fault], list[str]], count: int
-) -> tuple[Row, Sequence[Seen]]:
-    """Run one fault under one launcher, then the same command without it."""
-    seen = [watch(command, fault) for _ in range(count)]
-    healthy = dataclasses.replace(NO_FAULT, flags=fault.flags)
-    return row_of(fault, launcher, seen, again=watch(command, healthy).code == 0), seen
 
 
 def _chosen(names: str) -> list[Fault]:

@@ -35,7 +35,7 @@ def main() -> None:
         with barepp.init() as world:
             _train(world, fault, witness)
     except BaseException as error:
-        witness.say("told", str(error))
+        witness.say("told", f"{type(error).__name__}: {error}")
         raise
 
 

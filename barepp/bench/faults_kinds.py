@@ -49,6 +49,7 @@ class Fault:
         theirs: a pattern for what happened, in torch's words.
         code: the launcher's exit code, as a shell shows it.
         flags: limits that the launcher is given, so that a run ends in seconds.
+        report: a pattern for what barepp's report has to say besides.
         patience_s: how long it may take until barepp knows that this is a failure at all.
     """
 
@@ -59,6 +60,7 @@ class Fault:
     code: int
     where: Where = Where.LAYER
     flags: tuple[str, ...] = ()
+    report: str = ""
     patience_s: float = 0.0
 
     @property
@@ -148,7 +150,7 @@ FAULTS: Final = {
             1,
             Where.BEFORE,
             ("--join-timeout", f"{JOIN_S:g}"),
-            JOIN_S,
+            patience_s=JOIN_S,
         ),
         Fault(
             "busy",
@@ -156,6 +158,8 @@ FAULTS: Final = {
             _failed("killed by SIGKILL"),
             "SIGKILL",
             137,
+            report=rf"rank {SLEEPER} was told while computing {SLEEPER}F{MICROBATCH}, "
+            "did not end by itself and was killed",
         ),
         Fault(
             "launcher",
@@ -170,7 +174,7 @@ FAULTS: Final = {
             "interrupt",
             "Ctrl-C",
             "the launcher received SIGINT",
-            "SIGINT|KeyboardInterrupt",
+            "SIGINT|KeyboardInterrupt|signal: 2",
             130,
             Where.LAUNCHER,
         ),

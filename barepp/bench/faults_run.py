@@ -48,7 +48,7 @@ class Seen:
         back: when the launcher's process ended; None if it did not within the limit.
         code: its exit code, as a shell shows it.
         output: all that it printed.
-        left: the processes and files that it left behind.
+        left: the processes and files that were there after its end, or at the limit's.
         seconds: what the whole run took.
     """
 
@@ -232,16 +232,14 @@ class _Watched:
     # -- what is left -----------------------------------------------------------------------------
 
     def _left_behind(self) -> list[str]:
-        """Return processes and files that outlived the launcher; of one that runs, nothing."""
-        if self._launcher_ended_ns is None:
-            return []
+        """Return the processes and files that outlived the launcher, or our patience with it."""
         while (alive := self._alive()) and time.monotonic() < self._deadline():
             psutil.wait_procs(alive, max(0.0, self._deadline() - time.monotonic()))
-        files = (path.name for path in (self._folder / "tmp").iterdir())
-        return [
-            *(f"process {process.pid}" for process in alive),
-            *(name for name in files if not name.startswith("torchinductor_")),  # torch's cache
-        ]
+        left = [f"process {process.pid}" for process in alive]
+        if self._launcher_ended_ns is not None:
+            names = (path.name for path in (self._folder / "tmp").iterdir())
+            left += [name for name in names if not name.startswith("torchinductor_")]  # a cache
+        return left
 
     def _alive(self) -> list[psutil.Process]:
         found = []

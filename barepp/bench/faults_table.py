@@ -19,8 +19,8 @@ BAREPP: Final = "barepp"
 TORCH: Final = "torchrun"
 
 HEAD: Final = (
-    "| fault | launched by | told after, ms | told right | launcher back after, ms "
-    "| exit code | lines | left behind | again |\n|---|---|--:|--:|--:|--:|--:|---|---|"
+    "| fault | launched by | runs | told after, ms | told right | launcher back after, ms "
+    "| exit code | lines | left behind | again |\n|---|---|--:|--:|--:|--:|--:|--:|---|---|"
 )
 
 _TOLD_MEDIAN_MS: Final = 100.0
@@ -74,6 +74,7 @@ class Row:
         cells = [
             self.shown,
             self.launcher,
+            str(self.runs),
             told,
             right,
             back,
@@ -128,10 +129,7 @@ def row_of(fault: Fault, launcher: str, runs: Sequence[Seen], *, again: bool) ->
         ranks_right=sum(is_right(fault, launcher, text) for _, text in told),
         reports_right=None
         if headless
-        else sum(
-            is_right(fault, launcher, text if launcher == BAREPP else root_cause(text))
-            for text in texts
-        ),
+        else sum(_report_is_right(fault, launcher, text) for text in texts),
         back_ms=[ms for ms in backs if ms is not None],
         sleeper_ms=[seen.ended[SLEEPER] for seen in runs if SLEEPER in seen.ended]
         if fault.name == "busy"
@@ -153,9 +151,18 @@ def is_right(fault: Fault, launcher: str, text: str) -> bool:
 
 
 def root_cause(text: str) -> str:
-    """Return what torchrun's report says of the first failure; without a report, the text."""
+    """Return what torchrun's report says of the first failure; "" without a report."""
     _, found, rest = text.rpartition("Root Cause (first observed failure):")
-    return rest if found else text
+    return rest if found else ""
+
+
+def _report_is_right(fault: Fault, launcher: str, output: str) -> bool:
+    if launcher == BAREPP:
+        return is_right(fault, launcher, output) and bool(re.search(fault.report, output))
+    # (Of its own end torchrun makes no report: the traceback has to do.)
+    return is_right(
+        fault, launcher, output if fault.where is Where.LAUNCHER else root_cause(output)
+    )
 
 
 def as_json(row: Row) -> dict[str, Any]:

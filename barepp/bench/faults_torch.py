@@ -57,7 +57,7 @@ def main() -> None:
         if fault.name == "none":
             dist.destroy_process_group()
     except BaseException as error:
-        witness.say("told", str(error))
+        witness.say("told", f"{type(error).__name__}: {error}")
         raise
 
 
