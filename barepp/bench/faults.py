@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from barepp.bench.faults_kinds import FAULTS, GLOO_S, NO_FAULT, Fault
 from barepp.bench.faults_run import LIMIT_S, Seen, barepp_command, torch_command, watch
@@ -25,8 +25,23 @@ from barepp.errors import UsageError
 RUNS: Final = 20
 AGAINST_RUNS: Final = 5
 
-_Case: TypeAlias = "tuple[str, str]"  # a fault's name, and who launched
 _COMMANDS: Final = {BAREPP: barepp_command, TORCH: torch_command}
+
+
+@dataclasses.dataclass
+class _Case:
+    """One fault under one launcher; `again` is whether the command succeeded without the fault."""
+
+    fault: Fault
+    who: str
+    runs: list[Seen] = dataclasses.field(default_factory=list)
+    again: bool | None = None
+
+    def run(self) -> None:
+        self.runs.append(watch(_COMMANDS[self.who], self.fault))
+        if self.again is None:
+            healthy = dataclasses.replace(NO_FAULT, flags=self.fault.flags)
+            self.again = watch(_COMMANDS[self.who], healthy).code == 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,33 +65,32 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     against = arguments.against_runs if arguments.against is not None else 0
     if arguments.runs < 0 or against < 0 or arguments.runs + against < 1:
         raise UsageError("nothing to run: give --runs or --against torch a number from 1")
-    wanted = {BAREPP: arguments.runs, TORCH: against}
     show(f"gloo's timeout: {GLOO_S:g} s; patience after a fault: {LIMIT_S:g} s")
-    seen: dict[_Case, list[Seen]] = {(f.name, who): [] for f in faults for who in wanted}
-    again: dict[_Case, bool] = {}
+    cases = [_Case(fault, who) for fault in faults for who in _COMMANDS]
     with contextlib.suppress(KeyboardInterrupt):
-        for turn in range(max(wanted.values())):
-            for fault, who in ((f, who) for f in faults for who in wanted if turn < wanted[who]):
-                seen[fault.name, who].append(watch(_COMMANDS[who], fault))
-                if turn == 0:
-                    healthy = dataclasses.replace(NO_FAULT, flags=fault.flags)
-                    again[fault.name, who] = watch(_COMMANDS[who], healthy).code == 0
-            show(f"turn {turn + 1} of {max(wanted.values())} is done")
-    rows = [
-        row_of(FAULTS[name], who, runs, again=again[name, who])
-        for (name, who), runs in seen.items()
-        if (name, who) in again
-    ]
+        _take_turns(cases, {BAREPP: arguments.runs, TORCH: against}, show)
+    measured = [case for case in cases if case.again is not None]
+    rows = [row_of(case.fault, case.who, case.runs, again=bool(case.again)) for case in measured]
     show("\n".join(["", HEAD, *(row.cells() for row in rows), ""]))
     ours = [row for row in rows if row.launcher == BAREPP]
     misses = [f"{row.fault}: {miss}" for row in ours for miss in row.misses(FAULTS[row.fault])]
     if ours:
         kept = "barepp kept every limit"
         show("\n".join(["barepp falls short:", *misses]) if misses else kept)
-    runs = [
-        {"launcher": who, **dataclasses.asdict(s)} for (_, who), all_ in seen.items() for s in all_
-    ]
+    runs = [{"launcher": c.who, **dataclasses.asdict(seen)} for c in measured for seen in c.runs]
     return {"rows": [as_json(row) for row in rows], "runs": runs, "misses": misses}
+
+
+def _take_turns(
+    cases: Sequence[_Case], wanted: Mapping[str, int], show: Callable[[str], None]
+) -> None:
+    """Run each case once a turn, until it has as many runs as its launcher is to have."""
+    turns = max(wanted.values())
+    for turn in range(turns):
+        for case in cases:
+            if turn < wanted[case.who]:
+                case.run()
+        show(f"turn {turn + 1} of {turns} is done")
 
 
 def _chosen(names: str) -> list[Fault]:
