@@ -18,7 +18,6 @@ MAY_NAME_TORCH_DISTRIBUTED = {
     "transport/bench.py",
     "barepp/bench/gloo.py",
     "barepp/bench/start.py",  # in the text of the script that torchrun runs
-
     "barepp/bench/faults_torch.py",
 }
 

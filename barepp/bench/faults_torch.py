@@ -36,7 +36,7 @@ from barepp.bench.faults_ranks import (  # noqa: E402
     orders,
     stay_away_if_told,
 )
-from barepp.boundary import Gradient  # noqa: E402
+from barepp.boundary import Gradient, Value  # noqa: E402
 from barepp.lowering import Step, activation_tag, gradient_tag, lower  # noqa: E402
 from barepp.partition import partition  # noqa: E402
 from barepp.schedules import make_schedule  # noqa: E402
@@ -98,7 +98,7 @@ def _act(
     if kind is Kind.F:
         value = taken if taken is not None else inputs[microbatch]
         labels = torch.zeros(rows, dtype=torch.int64)
-        made: Gradient = stage.forward(
+        made: Value | Gradient = stage.forward(
             microbatch, value, step=step, target=labels, loss_weight=1 / MICROBATCHES
         )
     else:
