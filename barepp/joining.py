@@ -15,6 +15,7 @@ import torch
 from barepp.assignment import Membership
 from barepp.beats import IN_SCRIPT
 from barepp.errors import UsageError
+from barepp.warm import keep_freed_memory
 from barepp.world import World
 from transport.addresses import Address
 from transport.control import ControlClient
@@ -131,6 +132,7 @@ def init() -> World:
     Started by `python -m barepp.launch` the process is one rank of many; started by itself it is
     a world of one rank. PyTorch's compute threads are set to one, unless OMP_NUM_THREADS is set:
     more would make ranks fight for cores, and one thread is what makes results bit-identical.
+    Memory that is freed stays in the process (see warm.py).
 
     Raises:
         UsageError: this process is in a world already, or another launcher has started it.
@@ -140,6 +142,7 @@ def init() -> World:
     if current_world() is not None:
         raise UsageError("this process is in a world already: leave it before the next init()")
     one_compute_thread()
+    keep_freed_memory()
     if _process.membership is None or _process.control is None:
         _refuse_foreign_launchers()
         _process.world = World(InprocTransport(InprocHub(1), 0))
