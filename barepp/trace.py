@@ -13,8 +13,9 @@ import dataclasses
 import json
 import statistics
 import time
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -28,14 +29,26 @@ _KINDS = tuple(Kind)
 _SPAN_TAG = -10  # negative tags are ours: a user's can never meet them
 
 
+KEPT_STEPS: Final = 1000  # older ones are forgotten, so that a long run stays small
+
+
+class StepTimes(NamedTuple):
+    """One step on one rank, in nanoseconds."""
+
+    step: int
+    compute: int
+    wait: int
+
+
 @dataclasses.dataclass
 class Recorder:
-    """Collects one rank's times. All of them are nanoseconds of `time.perf_counter_ns`."""
+    """Collects one rank's times, in nanoseconds of `time.perf_counter_ns`.
+
+    `steps` are the last `KEPT_STEPS` steps; `spans`, when tracing, are all there were.
+    """
 
     tracing: bool = False
-    step_ns: list[int] = dataclasses.field(default_factory=list)
-    compute_ns: list[int] = dataclasses.field(default_factory=list)
-    wait_ns: list[int] = dataclasses.field(default_factory=list)
+    steps: deque[StepTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     spans: list[tuple[Action, int, int, int]] = dataclasses.field(default_factory=list)
     _began: int = 0
     _computed: int = 0
@@ -53,14 +66,13 @@ class Recorder:
 
     def end_step(self) -> None:
         """Stop the clock and take the step's sums."""
-        self.step_ns.append(time.perf_counter_ns() - self._began)
-        self.compute_ns.append(self._computed)
-        self.wait_ns.append(self._waited)
+        took = time.perf_counter_ns() - self._began
+        self.steps.append(StepTimes(took, self._computed, self._waited))
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Times of a run over all ranks, the first step left out when there are more (it warms up).
+    """Times of the last steps over all ranks, the very first left out if others are there.
 
     bubble = 1 - computing / (ranks * step time), as `barepp.plan` defines it for the prediction. A
     step lasts from the call of `Pipeline.step` to its loss, on the rank where that takes longest.
@@ -76,15 +88,16 @@ class Summary:
 
 def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
     """Put all ranks' sums together; collective, the same result on every rank."""
-    skip = 1 if len(recorder.step_ns) > 1 else 0
+    # The first step warms up. (When some were forgotten, one more does not matter.)
+    steps = list(recorder.steps)[1:] or list(recorder.steps)
+    took = [times.step for times in steps]
     mine = torch.zeros(world.world_size, 6, dtype=torch.float64)
-    steps = recorder.step_ns[skip:]
     mine[world.rank] = torch.tensor(
         [
-            statistics.median(steps) if steps else 0.0,
-            sum(steps),
-            sum(recorder.compute_ns[skip:]),
-            sum(recorder.wait_ns[skip:]),
+            statistics.median(took) if took else 0.0,
+            sum(took),
+            sum(times.compute for times in steps),
+            sum(times.wait for times in steps),
             len(steps),
             peak_in_flight,
         ],
