@@ -12,8 +12,8 @@ the weights (W), so they may fill a bubble. What a forward keeps when its backwa
 
 1. Each layer has a graph of its own, cut off from the next one; layers without weights that stand
    in a row share one. (With one graph for the whole stage, W would compute all input gradients
-   once more: measured on a stage of 8 layers, I 0.82 and W 2.65 ms where B is 2.64; with a graph
-   for each layer, I 0.87 and W 1.03.)
+   once more: measured on 8 layers of Linear 512 + ReLU with 64 rows, I 12 and W 26 ms where B is
+   30; with a graph for each layer, I 13 and W 13.)
 2. I walks back from graph to graph, and leaves the gradient of each output beside it for W.
 3. W is one backward call over all graphs, for the weights alone. torch runs the operations of one
    call in the reverse of the order in which forward made them, so a weight that several layers use

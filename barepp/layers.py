@@ -71,6 +71,10 @@ class Layers:
         self.without_loss = [Link(*pair) for pair in zip(layer_range, modules, strict=True)]
         loss = [] if loss_fn is None else [Link(layer_range.stop, None)]
         self.whole = [*self.without_loss, *loss]
+        self.cut_anew()
+
+    def cut_anew(self) -> None:
+        """Forget what was found for a step: it is done again."""
         self._cut = Cut(None, [], [])
 
     def cut(self, step: int) -> Cut:

@@ -88,8 +88,9 @@ def _held_by(thing: object) -> Iterable[object]:
         held = thing.values()
     elif isinstance(thing, (list, tuple, set, frozenset)) and len(thing) <= _LENGTH:
         held = thing
-    elif hasattr(thing, "__dict__") and not isinstance(thing, types.ModuleType):
-        held = vars(thing).values()
+    elif type(thing).__dictoffset__ and not isinstance(thing, types.ModuleType):
+        # Not vars(): a proxy may answer for something else, or load it.
+        held = object.__getattribute__(thing, "__dict__").values()
     return held
 
 
