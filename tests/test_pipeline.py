@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, WritingLinear
 from zoo import data as zoo_data
 
 import barepp
@@ -468,6 +468,25 @@ def test_a_rank_holds_the_stages_that_the_schedule_gives_it(
     stages = num_stages or usual
     assert sorted(stage for held, _ in results for stage in held) == list(range(stages))
     assert len({name for _, names in results for name in names}) == 14
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zb_v"])
+def test_a_stage_may_write_over_what_its_neighbour_on_the_same_rank_has_made(schedule):
+    """Tanh needs its output again in backward, and the next stage writes to what it is given."""
+
+    def work(world, schedule, options):
+        layers = [lambda: nn.Linear(64, 8), nn.Tanh]
+        layers += [lambda: WritingLinear(8, 8), lambda: nn.Linear(8, 10)]
+        options = {"schedule": schedule, "num_stages": 2, **options}
+        pipe = barepp.Pipeline(world, layers, cross_entropy, num_microbatches=3, **options)
+        pipe.step(*data(8))
+        return {name: p.grad for name, p in pipe.named_parameters()}
+
+    apart = {name: grad for part in run(work, 2, "1f1b", {}) for name, grad in part.items()}
+    for options in ({}, {"recompute": "all"}):
+        [together] = run(work, 1, schedule, options)
+        assert together.keys() == apart.keys()
+        assert all(torch.equal(together[name], apart[name]) for name in apart)
 
 
 def test_stages_that_a_schedule_cannot_place_are_a_sentence():
