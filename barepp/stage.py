@@ -118,21 +118,13 @@ class Stage:
                 f"stage {self.index}: a second forward of microbatch {microbatch} before its "
                 "backward; let each microbatch go forward once, then backward"
             )
-        num_tensors = len(tensors(x))
-        wanted = input_requires_grad or [True] * num_tensors
+        wanted = input_requires_grad or [True] * len(tensors(x))
         if self.is_first:
-            wanted = [False] * num_tensors
+            wanted = [False] * len(wanted)
         turn = Turn(microbatch, step, target, loss_weight)
-        kept: Backward | _Recipe
+        run = self._run_and_forget if recompute else self._run
         with self._randomness:
-            if recompute:
-                buffers = Buffers(self.layers)
-                with forgetting():
-                    output = self._run(copy_of(x), wanted, turn, split=False)[1]
-                buffers.keep_changed()
-                kept = _Recipe(x, wanted, turn, split, buffers)
-            else:
-                kept, output = self._run(x, wanted, turn, split)
+            kept, output = run(x, wanted, turn, split)
         needed = tuple(tensor.requires_grad for tensor in tensors(output))
         # (`loss.backward()` makes the same tensor.)
         start = torch.ones_like(tensors(output)[0]) if self.is_last else None  # []
@@ -235,6 +227,16 @@ class Stage:
             graphs.append(Graph(entered, output, has_weights))
             value, wanted = output, [tensor.requires_grad for tensor in tensors(output)]
         return Backward(graphs), value
+
+    def _run_and_forget(
+        self, value: Value, wanted: Sequence[bool], turn: Turn, split: bool
+    ) -> tuple[_Recipe, Value]:
+        """Run the layers as `_run` does; return what it takes to run them again, and the output."""
+        buffers = Buffers(self.layers)
+        with forgetting():
+            _, output = self._run(copy_of(value), wanted, turn, split=False)
+        buffers.keep_changed()
+        return _Recipe(value, wanted, turn, split, buffers), output
 
     def _revived(self, flight: _InFlight) -> Backward:
         """Return the graphs of a microbatch, which a recipe makes now."""
