@@ -309,9 +309,11 @@ def test_an_error_in_a_layer_reaches_every_rank_with_its_place():
     assert "not today" in failure.message and "def broken" not in failure.message
     assert sorted(rank for rank, _, _ in told) == [0, 2]
     assert {of for _, of, _ in told} == {1}
-    # Rank 2 may still have been waiting for the number of rows, a broadcast, when it was told.
+    # Rank 2 may have been told earlier: while it waited for the number of rows, a broadcast, or
+    # while it posted its receives.
     [doing] = {doing for rank, _, doing in told if rank == 2}
-    assert doing == "waiting for the input of 2F0" or "message from rank 1" in doing
+    words = ("waiting for the input of 2F0", "message from rank 1", "posting its receives")
+    assert any(word in doing for word in words)
 
 
 def test_a_failed_step_leaves_nothing_in_flight():
