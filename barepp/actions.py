@@ -1,7 +1,7 @@
 """What a rank does at one moment, and its text form: "2B1" is stage 2, B, microbatch 1."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -49,10 +49,10 @@ _TEXT_FORM = re.compile(r"(0|[1-9][0-9]*)([FBIW])(0|[1-9][0-9]*)")
 
 # order[rank] lists what that rank does, first to last. It says nothing about time: a rank starts
 # an action when its own previous one has ended and what the action needs has arrived.
-Order = list[list[Action]]
+Order = Sequence[Sequence[Action]]
 
 
-def parse_order(rows: Iterable[str]) -> Order:
+def parse_order(rows: Iterable[str]) -> list[list[Action]]:
     """Read an order written by hand, a text per rank: `parse_order(["0F0 0B0", "1F0 1B0"])`."""
     return [[Action.parse(word) for word in row.split()] for row in rows]
 

@@ -15,10 +15,11 @@ from fractions import Fraction
 from typing import NoReturn
 
 from barepp.actions import order_text
+from barepp.dry_run import Number
 from barepp.errors import UsageError
 from barepp.schedules import Schedule, make_schedule, schedule_names
 from barepp.simulate import Costs, simulate
-from barepp.timeline import Number, Timeline, draw
+from barepp.timeline import Timeline, draw
 
 
 class _Parser(argparse.ArgumentParser):

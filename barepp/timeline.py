@@ -2,14 +2,14 @@
 
 import math
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, overload
 
 from barepp.actions import Action, Kind
-
-Number = int | float | Fraction
+from barepp.dry_run import Number
+from barepp.packed import PLACE_MASK, PackedActions, place
 
 
 class Span(NamedTuple):
@@ -20,21 +20,68 @@ class Span(NamedTuple):
     end: Number
 
 
-@dataclass(frozen=True)
+class SpanRow(Sequence[Span]):
+    """The spans of one rank in three columns, so that millions fit; it reads like any list.
+
+    The columns may count in a unit of their own; what is read from here is in time 1.
+    """
+
+    def __init__(
+        self,
+        actions: PackedActions,
+        starts: Sequence[Number],
+        ends: Sequence[Number],
+        unit: int | Fraction = 1,
+    ) -> None:
+        self.actions = actions
+        self._starts = starts
+        self._ends = ends
+        self._unit = unit
+
+    @classmethod
+    def of(cls, spans: Iterable[Span]) -> "SpanRow":
+        """Return the row of these spans."""
+        actions, starts, ends = zip(*spans, strict=True) if (spans := list(spans)) else ((), (), ())
+        return cls(PackedActions(actions), starts, ends)
+
+    @property
+    def busy(self) -> Number:
+        """The time that all spans together took."""
+        return (sum(self._ends) - sum(self._starts)) * self._unit
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Span]: ...
+    def __getitem__(self, index: int | slice) -> Span | list[Span]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        unit = self._unit
+        return Span(self.actions[index], self._starts[index] * unit, self._ends[index] * unit)
+
+    def __iter__(self) -> Iterator[Span]:
+        for action, start, end in zip(self.actions, self._starts, self._ends, strict=True):
+            yield Span(action, start * self._unit, end * self._unit)
+
+
 class Timeline:
     """The spans of each rank, in the order in which they ran; time begins at 0."""
 
-    spans: list[list[Span]]
+    def __init__(self, spans: Iterable[SpanRow | Iterable[Span]]) -> None:
+        self.spans = [row if isinstance(row, SpanRow) else SpanRow.of(row) for row in spans]
 
     @property
     def makespan(self) -> Number:
         """When the last span ends."""
-        return max((span.end for row in self.spans for span in row), default=0)
+        return max((row[-1].end for row in self.spans if row), default=0)
 
     @property
     def busy(self) -> Number:
         """The time that all ranks together spent in spans."""
-        return sum(span.end - span.start for row in self.spans for span in row)
+        return sum(row.busy for row in self.spans)
 
     @property
     def bubble(self) -> float:
@@ -45,16 +92,28 @@ class Timeline:
     @property
     def peak_in_flight(self) -> list[int]:
         """For each rank, the most forwards whose backward (its W, when split) had not yet run."""
-        return [_peak(span.action.kind for span in row) for row in self.spans]
+        return [_peak(row.actions) for row in self.spans]
+
+    def peak_bytes(self, activation_bytes: Sequence[int]) -> list[int]:
+        """Return for each rank the most bytes that it kept at one time for backwards to come.
+
+        `activation_bytes` says for each stage what the forward of one microbatch leaves there.
+        """
+        return [_peak(row.actions, activation_bytes) for row in self.spans]
 
 
-def _peak(kinds: Iterable[Kind]) -> int:
-    in_flight = peak = 0
-    for kind in kinds:
-        # An I does not count: what its W will need is kept until that W has run.
-        in_flight += {Kind.F: 1, Kind.B: -1, Kind.I: 0, Kind.W: -1}[kind]
-        peak = max(peak, in_flight)
-    return peak
+# An I does not count: what its W will need is kept until that W has run.
+_KEEPS = {Kind.F: 1, Kind.B: -1, Kind.I: 0, Kind.W: -1}
+
+
+def _peak(actions: PackedActions, weights: Sequence[int] | None = None) -> int:
+    change = {
+        place(stage, kind): sign * (1 if weights is None else weights[stage])
+        for stage in actions.stages()
+        for kind, sign in _KEEPS.items()
+    }
+    kept = accumulate(change[code & PLACE_MASK] for code in actions.codes)
+    return max(kept, default=0)
 
 
 _MEANING = {
@@ -139,7 +198,7 @@ def _labels(timeline: Timeline) -> dict[Action, str]:
     }
 
 
-def _row(row: list[Span], labels: dict[Action, str], tick: Fraction, ticks: int, cell: int) -> str:
+def _row(row: SpanRow, labels: dict[Action, str], tick: Fraction, ticks: int, cell: int) -> str:
     text = [".".ljust(cell)] * ticks
     for action, start, end in row:
         first, stop = _to_ticks(start, tick), _to_ticks(end, tick)

@@ -14,11 +14,25 @@ Not a rule: the order of the forwards. Messages are matched by tag, so any order
 Everything here is linear in the number of actions.
 """
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import lt
 
 from barepp.actions import Action, Kind, Order
-from barepp.dependencies import dependencies, in_dependency_order, result_name
+from barepp.dependencies import dependencies
+from barepp.dry_run import dry_run
 from barepp.errors import ScheduleError
+from barepp.packed import (
+    KIND_BITS,
+    KIND_MASK,
+    KINDS,
+    MICROBATCH_SHIFT,
+    PLACE_MASK,
+    PackedActions,
+    packed,
+)
 
 Cell = tuple[int, int]  # (rank, position in that rank's list)
 
@@ -31,12 +45,12 @@ def validate(order: Order, num_stages: int, num_microbatches: int) -> None:
     """Return if `order` keeps every rule above; raise a ScheduleError that shows the wrong cell."""
     check_sizes(num_stages, num_microbatches)
     _check_names(order, num_stages, num_microbatches)
-    _check_one_rank_per_stage(order, num_stages)
-    cells = _check_each_once(order)
-    _check_complete(order, cells, num_stages, num_microbatches)
-    _check_order_on_rank(order, cells)
-    _check_accumulation(order)
-    _check_no_cycle(order, cells, num_stages)
+    rows = [packed(actions) for actions in order]
+    holder = _check_one_rank_per_stage(rows, num_stages)
+    found = _check_nothing_twice(rows, holder, num_microbatches)
+    _check_each_backward(found)
+    _check_accumulation(found)
+    _check_no_cycle(found)
 
 
 def check_sizes(num_stages: int, num_microbatches: int) -> None:
@@ -47,105 +61,144 @@ def check_sizes(num_stages: int, num_microbatches: int) -> None:
         raise ScheduleError(f"a pipeline needs at least 1 microbatch, not {num_microbatches}")
 
 
-def _cells(order: Order) -> Iterator[tuple[Cell, Action]]:
-    for rank, actions in enumerate(order):
-        for position, action in enumerate(actions):
-            yield (rank, position), action
-
-
 def _check_names(order: Order, num_stages: int, num_microbatches: int) -> None:
-    for cell, (stage, _, microbatch) in _cells(order):
-        if not 0 <= stage < num_stages:
-            why = f"stage {stage} does not exist: the stages are 0 to {num_stages - 1}"
-            raise _broken(order, 1, why, cell)
-        if not 0 <= microbatch < num_microbatches:
-            why = f"microbatch {microbatch} does not exist: they are 0 to {num_microbatches - 1}"
-            raise _broken(order, 1, why, cell)
+    for rank, actions in enumerate(order):
+        if isinstance(actions, PackedActions) and (
+            max(actions.stages(), default=0) < num_stages
+            and actions.num_microbatches() <= num_microbatches
+        ):
+            continue
+        for position, (stage, _, microbatch) in enumerate(actions):
+            cell = rank, position
+            if not 0 <= stage < num_stages:
+                why = f"stage {stage} does not exist: the stages are 0 to {num_stages - 1}"
+                raise _broken(order, 1, why, cell)
+            if not 0 <= microbatch < num_microbatches:
+                why = (
+                    f"microbatch {microbatch} does not exist: they are 0 to {num_microbatches - 1}"
+                )
+                raise _broken(order, 1, why, cell)
 
 
-def _check_one_rank_per_stage(order: Order, num_stages: int) -> None:
-    first_cell: dict[int, Cell] = {}
-    for cell, action in _cells(order):
-        first_rank, first_position = first_cell.setdefault(action.stage, cell)
-        if cell[0] != first_rank:
-            why = (
-                f"stage {action.stage} is already on rank {first_rank} (position {first_position})"
-            )
-            raise _broken(order, 2, why, cell)
-    missing = [stage for stage in range(num_stages) if stage not in first_cell]
-    if missing:
-        raise _broken(order, 2, f"no rank holds stage {missing[0]} of {num_stages}")
+def _check_one_rank_per_stage(rows: Sequence[PackedActions], num_stages: int) -> dict[int, int]:
+    """Rule 2; return which rank holds each stage."""
+    holder: dict[int, int] = {}
+    for rank, row in enumerate(rows):
+        for stage in row.stages():
+            if stage in holder:
+                first, again = (
+                    next(i for i, action in enumerate(rows[r]) if action.stage == stage)
+                    for r in (holder[stage], rank)
+                )
+                why = f"stage {stage} is already on rank {holder[stage]} (position {first})"
+                raise _broken(rows, 2, why, (rank, again))
+            holder[stage] = rank
+    missing = next((stage for stage in range(num_stages) if stage not in holder), None)
+    if missing is not None:
+        raise _broken(rows, 2, f"no rank holds stage {missing} of {num_stages}")
+    return holder
 
 
-def _check_each_once(order: Order) -> dict[Action, Cell]:
-    """Rule 3, too much: no action stands twice, and no backward is both whole and split."""
-    cells: dict[Action, Cell] = {}
-    for cell, action in _cells(order):
-        if action in cells:
-            why = f"{action} stands twice, first at position {cells[action][1]}"
-            raise _broken(order, 3, why, cell)
-        cells[action] = cell
-        rivals = "IW" if action.kind is Kind.B else "B" if action.kind in (Kind.I, Kind.W) else ""
-        for rival in (action._replace(kind=Kind(letter)) for letter in rivals):
-            if rival in cells:
-                why = f"{rival} at position {cells[rival][1]} already does part of this backward"
-                raise _broken(order, 3, why, cell)
-    return cells
+@dataclass(frozen=True)
+class _Found:
+    """The lists, and where in them each action was found."""
+
+    rows: Sequence[PackedActions]
+    holder: dict[int, int]  # which rank holds a stage
+    num_microbatches: int
+    # For each kind, in the order of `Kind`, the positions of all its actions, -1 for nowhere: the
+    # microbatches of stage 0, then those of stage 1, and so on.
+    positions: "tuple[array[int], ...]"
+
+    def cell_of_result(self, name: Action) -> Cell:
+        """Return where the action stands that others wait for under this `result_name`."""
+        index = name.stage * self.num_microbatches + name.microbatch
+        kinds = (Kind.F,) if name.kind is Kind.F else (Kind.B, Kind.I)
+        position = max(self.positions[KINDS.index(kind)][index] for kind in kinds)
+        return self.holder[name.stage], position
 
 
-def _check_complete(
-    order: Order, cells: dict[Action, Cell], num_stages: int, num_microbatches: int
-) -> None:
-    """Rule 3, too little: F and (B, or I and W) are there for every stage and microbatch."""
-    for stage in range(num_stages):
-        for microbatch in range(num_microbatches):
-            forward, full, inputs, weights = (Action(stage, kind, microbatch) for kind in Kind)
-            if forward not in cells:
-                lacking = f"{forward} is missing"
-            elif full not in cells and inputs not in cells and weights not in cells:
-                lacking = f"{full} (or {inputs} and {weights}) is missing"
-            elif full not in cells and inputs not in cells:
-                lacking = f"{inputs} is missing"
-            elif full not in cells and weights not in cells:
-                lacking = f"{weights} is missing"
-            else:
-                continue
-            present = [a for a in (forward, full, inputs, weights) if a in cells]
-            near = [cells[present[-1]]] if present else []
-            alone = (
-                "" if present else f", and so is all of microbatch {microbatch} on stage {stage}"
-            )
-            raise _broken(order, 3, lacking + alone, *near)
+def _check_nothing_twice(
+    rows: Sequence[PackedActions], holder: dict[int, int], num_microbatches: int
+) -> _Found:
+    """Rule 3, no action stands twice; return where each one stands."""
+    positions = tuple(array("q", [-1]) * (len(holder) * num_microbatches) for _ in KINDS)
+    for rank, row in enumerate(rows):
+        columns = {
+            place: (positions[place & KIND_MASK], (place >> KIND_BITS) * num_microbatches)
+            for place in row.places()
+        }
+        for position, code in enumerate(row.codes):
+            column, first = columns[code & PLACE_MASK]
+            index = first + (code >> MICROBATCH_SHIFT)
+            if column[index] >= 0:
+                why = f"{row[position]} stands twice, first at position {column[index]}"
+                raise _broken(rows, 3, why, (rank, position))
+            column[index] = position
+    return _Found(rows, holder, num_microbatches, positions)
 
 
-def _check_order_on_rank(order: Order, cells: dict[Action, Cell]) -> None:
-    first_needs = {Kind.B: Kind.F, Kind.I: Kind.F, Kind.W: Kind.I}
-    for cell, action in _cells(order):
-        if action.kind in first_needs:
-            needed = action._replace(kind=first_needs[action.kind])
-            if cells[needed] > cell:
-                why = f"{action} stands before {needed} (position {cells[needed][1]})"
-                raise _broken(order, 4, why, cell)
+def _check_each_backward(found: _Found) -> None:
+    """Rules 3 and 4: each microbatch of each stage has F before B, or F before I before W."""
+    for index, (forward, full, inputs, weights) in enumerate(zip(*found.positions, strict=True)):
+        whole = inputs == weights == -1 < forward < full
+        split = full == -1 < forward < inputs < weights
+        if not whole and not split:
+            raise _wrong_backward(found, *divmod(index, found.num_microbatches))
 
 
-def _check_accumulation(order: Order) -> None:
-    latest: dict[int, Action] = {}
-    for cell, action in _cells(order):
-        if action.kind in (Kind.B, Kind.W):
-            before = latest.get(action.stage)
-            if before is not None and before.microbatch > action.microbatch:
-                why = f"{action} stands after {before}: weight gradients add up in microbatch order"
-                raise _broken(order, 5, why, cell)
-            latest[action.stage] = action
+def _wrong_backward(found: _Found, stage: int, microbatch: int) -> ScheduleError:
+    """Return what is wrong with the four actions of this stage and microbatch."""
+    index = stage * found.num_microbatches + microbatch
+    actions = [Action(stage, kind, microbatch) for kind in KINDS]
+    at = {action: column[index] for action, column in zip(actions, found.positions, strict=True)}
+    rank = found.holder[stage]
+    present = [action for action in actions if at[action] >= 0]
+    if not present:
+        why = f"{actions[0]} is missing, and so is all of microbatch {microbatch} on stage {stage}"
+        return _broken(found.rows, 3, why)
+
+    forward, full, inputs, weights = actions
+    parts = [action for action in (inputs, weights) if action in present]
+    if full in present and parts:
+        one, other = sorted([full, parts[0]], key=lambda action: at[action])
+        why = f"{one} at position {at[one]} already does part of this backward"
+        return _broken(found.rows, 3, why, (rank, at[other]))
+
+    lacking = ""
+    if forward not in present:
+        lacking = str(forward)
+    elif full not in present and not parts:
+        lacking = f"{full} (or {inputs} and {weights})"
+    elif full not in present and len(parts) == 1:
+        lacking = str(weights if inputs in parts else inputs)
+    if lacking:
+        return _broken(found.rows, 3, f"{lacking} is missing", (rank, at[present[-1]]))
+
+    before, after = next(pair for pair in pairwise(present) if at[pair[0]] > at[pair[1]])
+    why = f"{after} stands before {before} (position {at[before]})"
+    return _broken(found.rows, 4, why, (rank, at[after]))
 
 
-def _check_no_cycle(order: Order, cells: dict[Action, Cell], num_stages: int) -> None:
-    position = [0] * len(order)
-    ended: set[Action] = set()
-    for rank, action in in_dependency_order(order, num_stages):
-        position[rank] += 1
-        ended.add(result_name(action))
-    stuck = [rank for rank, actions in enumerate(order) if position[rank] < len(actions)]
+def _check_accumulation(found: _Found) -> None:
+    _, full, _, weights = found.positions
+    for stage, rank in found.holder.items():
+        first = stage * found.num_microbatches
+        here = slice(first, first + found.num_microbatches)
+        adds = list(map(max, full[here], weights[here]))  # B or W: the other one is at -1
+        if not all(map(lt, adds, adds[1:])):
+            one, two = next(pair for pair in pairwise(adds) if pair[0] > pair[1])
+            row = found.rows[rank]
+            why = f"{row[one]} stands after {row[two]}: weight gradients add up in microbatch order"
+            raise _broken(found.rows, 5, why, (rank, one))
+
+
+def _check_no_cycle(found: _Found) -> None:
+    rows, num_stages = found.rows, len(found.holder)
+    ended = [
+        len(ends) for ends in dry_run(rows, num_stages, dict.fromkeys(KINDS, [0] * num_stages)).ends
+    ]
+    stuck = [rank for rank, row in enumerate(rows) if ended[rank] < len(row)]
     if not stuck:
         return
     # Every stuck rank waits for an action that stands later on a stuck rank. So walking from any
@@ -153,18 +206,17 @@ def _check_no_cycle(order: Order, cells: dict[Action, Cell], num_stages: int) ->
     walk: dict[int, str] = {}
     rank = stuck[0]
     while rank not in walk:
-        action = order[rank][position[rank]]
-        missing = next(need for need in dependencies(action, num_stages) if need not in ended)
-        if missing not in cells:  # named as an I, done by a B
-            missing = missing._replace(kind=Kind.B)
-        holder, place = cells[missing]
+        action = rows[rank][ended[rank]]
+        cells = map(found.cell_of_result, dependencies(action, num_stages))
+        holder, place = next(cell for cell in cells if cell[1] >= ended[cell[0]])
+        missing = rows[holder][place]
         walk[rank] = (
             f"rank {rank} at {action} waits for {missing}, on rank {holder} at position {place}"
         )
         rank = holder
     cycle = list(walk)[list(walk).index(rank) :]
     why = "the ranks wait for each other: " + "; ".join(walk[rank] for rank in cycle)
-    raise _broken(order, 6, why, *((rank, position[rank]) for rank in cycle))
+    raise _broken(rows, 6, why, *((rank, ended[rank]) for rank in cycle))
 
 
 def _broken(order: Order, rule: int, why: str, *cells: Cell) -> ScheduleError:

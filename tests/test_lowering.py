@@ -14,9 +14,9 @@ from barepp.schedules import make_schedule
 ORDERS: dict[str, tuple[Order, int]] = {
     **BY_HAND,
     **{
-        f"{name} {p} {m}": (make_schedule(name, p, m).order, p)
-        for name in ("naive", "gpipe", "1f1b")
-        for p in (1, 2, 4, 5)
+        f"{name} {p} {m}": (make_schedule(name, 2 * p, m).order, 2 * p)
+        for name in ("naive", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v")
+        for p in (1, 2, 4)
         for m in (1, 3, 6)
     },
 }

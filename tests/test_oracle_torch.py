@@ -23,9 +23,16 @@ ORDERS: dict[str, tuple[Order, int, int]] = {
     **{name: (order, stages, 2) for name, (order, stages) in BY_HAND.items()},
     **{
         f"{name} {p} {m}": (make_schedule(name, p, m).order, p, m)
-        for name in ("naive", "gpipe", "1f1b")
+        for name in ("naive", "gpipe", "1f1b", "zb_h1")
         for p in (1, 2, 3, 4, 8)
         for m in (1, 2, 3, 8)
+    },
+    **{
+        f"{name} {v} x {p} {m}": (make_schedule(name, v * p, m, p).order, v * p, m)
+        for name, shares in (("interleaved_1f1b", (2, 3)), ("zb_v", (2,)))
+        for v in shares
+        for p in (1, 2, 3, 4)
+        for m in (1, 3, 4, 9)
     },
 }
 everywhere = pytest.mark.parametrize("name", list(ORDERS))

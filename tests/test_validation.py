@@ -17,11 +17,14 @@ VALID: dict[str, tuple[Order, int]] = {
     "naive": (make_schedule("naive", 3, 2).order, 3),
     "gpipe": (make_schedule("gpipe", 3, 2).order, 3),
     "1f1b": (make_schedule("1f1b", 3, 2).order, 3),
+    "interleaved_1f1b": (make_schedule("interleaved_1f1b", 4, 2, 2).order, 4),
+    "zb_h1": (make_schedule("zb_h1", 3, 2).order, 3),
+    "zb_v": (make_schedule("zb_v", 4, 2).order, 4),
 }
 everywhere = pytest.mark.parametrize("name", list(VALID))
 
 
-def copy_of(order: Order) -> Order:
+def copy_of(order: Order) -> list[list[Action]]:
     return [list(actions) for actions in order]
 
 
@@ -212,7 +215,7 @@ def test_every_swap_is_refused_or_still_runs(name: str) -> None:
 def test_shuffled_orders_are_judged_as_by_trying(seed: int) -> None:
     """Random lists over 3 ranks: validate accepts exactly those that the slow oracle can run."""
     rng = random.Random(seed)
-    order: Order = []
+    order: list[list[Action]] = []
     for stage in range(3):
         row = list(make_schedule("gpipe", 3, 3).order[stage])
         for _ in range(rng.randint(0, 3)):

@@ -7,13 +7,16 @@ drawn, simulated and executed like the others.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from barepp.actions import Action, Order
 from barepp.errors import ScheduleError
+from barepp.packed import PackedActions
 from barepp.schedules.gpipe import gpipe_order
 from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
 from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
+from barepp.schedules.own import is_own, own_order
 from barepp.schedules.zb_h1 import zb_h1_order
 from barepp.schedules.zb_v import zb_v_order
 from barepp.validation import check_sizes, validate
@@ -59,12 +62,11 @@ def schedule_names() -> list[str]:
 def make_schedule(
     name: str, num_stages: int, num_microbatches: int, num_ranks: int | None = None
 ) -> Schedule:
-    """Return the schedule `name`, validated.
+    """Return the schedule `name`, validated; a name may be path/to/file.py:function.
 
     num_ranks defaults to one rank for each stage, in zb_v for every two.
     """
-    if name not in _SCHEDULES:
-        raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(_SCHEDULES)}")
+    function = _function(name)
     check_sizes(num_stages, num_microbatches)
     if num_ranks is None:
         ranks = -(-num_stages // _USUAL_STAGES_PER_RANK.get(name, 1))  # division, rounded up
@@ -72,5 +74,16 @@ def make_schedule(
         ranks = num_ranks
     if ranks < 1:
         raise ScheduleError(f"a pipeline needs at least 1 rank, not {ranks}")
-    order = list(_SCHEDULES[name](num_stages, num_microbatches, ranks))
+    order = [PackedActions(row) for row in function(num_stages, num_microbatches, ranks)]
     return Schedule(name, num_stages, ranks, num_microbatches, order)
+
+
+def _function(name: str) -> ScheduleFunction:
+    if name in _SCHEDULES:
+        return _SCHEDULES[name]
+    if is_own(name):
+        return partial(own_order, name)
+    raise ScheduleError(
+        f"no schedule is called {name!r}; there are {', '.join(_SCHEDULES)}, "
+        "and your own: path/to/file.py:function"
+    )
