@@ -56,6 +56,11 @@ class PackedActions(Sequence[Action]):
         """Return the largest microbatch that occurs, plus one."""
         return 1 + (max(self.codes) >> MICROBATCH_SHIFT) if self.codes else 0
 
+    def texts(self) -> list[str]:
+        """Return each action's text form."""
+        common = {one: str(_unpack(one))[:-1] for one in self.places()}  # all but the microbatch 0
+        return [f"{common[code & PLACE_MASK]}{code >> MICROBATCH_SHIFT}" for code in self.codes]
+
     def __len__(self) -> int:
         return len(self.codes)
 

@@ -2,7 +2,8 @@
 
     python -m barepp.plan --schedule 1f1b --stages 4 --microbatches 8 [--json]
 
-No process is started and torch is not imported.
+A cost is one number for all stages, or one for each, as in 1,2,1,1. No process is started and torch
+is not imported.
 """
 
 import argparse
@@ -14,11 +15,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NoReturn
 
-from barepp.actions import order_text
 from barepp.dry_run import Number
 from barepp.errors import UsageError
+from barepp.packed import packed
 from barepp.schedules import Schedule, make_schedule, schedule_names
-from barepp.simulate import Costs, simulate
+from barepp.simulate import Cost, Costs, simulate
+from barepp.theory import bubble_in_theory
 from barepp.timeline import Timeline, draw
 
 
@@ -28,68 +30,144 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _cost(text: str) -> int | Fraction:
+# 12.6 million actions where backwards are split: about a minute, and half a GiB.
+_MOST_PAIRS = 1024 * 4096
+# More actions than this are not drawn: nobody could read the grid.
+_MOST_DRAWN = 50_000
+
+
+def _number(text: str) -> int | Fraction:
     # Not float: 0.1 is then exactly a tenth, ten of them are 1, and the grid has clean ticks.
     try:
-        cost = Fraction(text)
+        number = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1 or 0.5") from None
-    return int(cost) if cost.denominator == 1 else cost
+    return int(number) if number.denominator == 1 else number
+
+
+def _cost(text: str) -> Cost:
+    numbers = [_number(word) for word in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _whole_numbers(text: str) -> int | list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="python -m barepp.plan", description=(__doc__ or "").splitlines()[0])
     names = ", ".join(schedule_names())
-    parser.add_argument("--schedule", required=True, metavar="NAME", help=f"one of {names}")
+    parser.add_argument(
+        "--schedule",
+        required=True,
+        metavar="NAME",
+        help=f"one of {names}, or your own: path/to/file.py:function",
+    )
     parser.add_argument("--stages", required=True, type=int, help="slices of the model, in all")
     parser.add_argument("--microbatches", required=True, type=int)
-    parser.add_argument("--ranks", type=int, help="processes (default: one for each stage)")
-    cost_help = "of one stage and microbatch (default 1)"
+    parser.add_argument(
+        "--ranks", type=int, help="processes (default: one for each stage, in zb_v for every two)"
+    )
+    cost_help = "of one stage and microbatch (default 1); or one cost for each stage: 1,2,1,1"
     parser.add_argument("--forward-cost", type=_cost, default=1, help=cost_help)
     parser.add_argument("--backward-input-cost", type=_cost, default=1, help=cost_help)
     parser.add_argument("--backward-weight-cost", type=_cost, default=1, help=cost_help)
     parser.add_argument(
-        "--transfer-cost", type=_cost, default=0, help="between two ranks (default 0)"
+        "--transfer-cost", type=_number, default=0, help="between two ranks (default 0)"
+    )
+    parser.add_argument(
+        "--activation-bytes",
+        type=_whole_numbers,
+        metavar="BYTES",
+        help="what a forward leaves on its stage until the backward, one number or one for each "
+        "stage: the plan then says how many bytes each rank keeps at most",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     return parser
 
 
-def plan(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
-    """Return what `--json` prints."""
-    return {
+def check_size(num_stages: int, num_microbatches: int) -> None:
+    """Raise a UsageError where a plan would take too long and too much memory."""
+    pairs = num_stages * num_microbatches
+    if pairs > _MOST_PAIRS:
+        raise UsageError(
+            f"{num_stages} stages times {num_microbatches} microbatches are {pairs}; a plan may "
+            f"have {_MOST_PAIRS}, as 1024 stages of 4096 microbatches have: plan fewer "
+            "microbatches, the pattern repeats"
+        )
+
+
+def print_json(schedule: Schedule, timeline: Timeline, peak_bytes: list[int] | None) -> None:
+    """Print the plan as one JSON object; the order rank by rank, since it may be long."""
+    head = {
         "schedule": schedule.name,
         "stages": schedule.num_stages,
         "ranks": schedule.num_ranks,
         "microbatches": schedule.num_microbatches,
-        "order": order_text(schedule.order),
+    }
+    tail = {
         "makespan": _plain(timeline.makespan),
         "bubble": timeline.bubble,
         "peak_in_flight": timeline.peak_in_flight,
     }
+    if peak_bytes is not None:
+        tail["peak_bytes"] = peak_bytes
+    print(json.dumps(head).removesuffix("}"), end=', "order": [')
+    for rank, actions in enumerate(schedule.order):
+        print(", " if rank else "", json.dumps(packed(actions).texts()), sep="", end="")
+    print("], ", json.dumps(tail).removeprefix("{"), sep="")
 
 
-def report(schedule: Schedule, timeline: Timeline, transfer: Number, width: int) -> str:
+def report(
+    schedule: Schedule,
+    timeline: Timeline,
+    costs: Costs,
+    peak_bytes: list[int] | None,
+    width: int,
+) -> str:
     """Return what is printed for a person: the grid, then the numbers with their formulas."""
     ranks, makespan = schedule.num_ranks, _plain(timeline.makespan)
-    p, m = schedule.num_stages, schedule.num_microbatches
-    busy = _plain(timeline.busy)
+    actions = sum(map(len, schedule.order))
+    sizes = (
+        f"{_count(schedule.num_stages, 'stage')} on {_count(ranks, 'rank')}, "
+        f"{_count(schedule.num_microbatches, 'microbatch')}"
+    )
     lines = [
-        f"{schedule.name}: {p} stages on {ranks} ranks, {m} microbatches",
+        f"{schedule.name}: {sizes}",
         "",
-        draw(timeline, width),
+        draw(timeline, width)
+        if actions <= _MOST_DRAWN
+        else f"({actions} actions are too many to draw)",
         "",
         f"makespan        {makespan}",
         f"bubble          {timeline.bubble:.1%} = 1 - busy / (ranks * makespan)"
-        f" = 1 - {busy} / ({ranks} * {makespan})",
+        f" = 1 - {_plain(timeline.busy)} / ({ranks} * {makespan})",
     ]
-    if schedule.name in ("gpipe", "1f1b"):
-        unsaid = " if transfers took no time" if transfer else ""
-        theory = f"(p - 1) / (m + p - 1) = {p - 1} / {m + p - 1}{unsaid}"
-        lines.append(f"  in theory     {(p - 1) / (m + p - 1):.1%} = {theory}")
-    peaks = ", ".join(str(peak) for peak in timeline.peak_in_flight)
+    theory = bubble_in_theory(schedule, costs)
+    if theory is not None:
+        unsaid = " if transfers took no time" if costs.transfer else ""
+        fraction = f"{theory.formula} = {theory.idle} / {theory.whole}{unsaid}"
+        lines.append(f"  in theory     {theory.idle / theory.whole:.1%} = {fraction}")
+    peaks = _listed(timeline.peak_in_flight)
     lines.append(f"peak in-flight  {peaks} (rank 0 first: forwards whose backward has not run)")
+    if peak_bytes is not None:
+        lines.append(f"peak bytes      {_listed(peak_bytes)} (rank 0 first: kept for backwards)")
     return "\n".join(lines)
+
+
+def _count(number: int, thing: str) -> str:
+    """Return "1 stage", "2 stages", "2 microbatches"."""
+    plural = "es" if thing.endswith("ch") else "s"
+    return f"{number} {thing}{plural if number != 1 else ''}"
+
+
+def _listed(numbers: list[int]) -> str:
+    words = [str(number) for number in numbers]
+    return ", ".join(words if len(words) <= 24 else [*words[:12], "...", *words[-4:]])
 
 
 def _plain(number: Number) -> int | float:
@@ -104,17 +182,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.forward_cost, args.backward_input_cost, args.backward_weight_cost, args.transfer_cost
     )
     try:
+        check_size(args.stages, args.microbatches)
         schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.ranks)
         timeline = simulate(schedule.order, schedule.num_stages, costs)
+        peak_bytes = None
+        if args.activation_bytes is not None:
+            peak_bytes = timeline.peak_bytes(args.activation_bytes, schedule.num_stages)
     except UsageError as error:
         parser.error(str(error))
     try:
         if args.json:
-            print(json.dumps(plan(schedule, timeline)))
+            print_json(schedule, timeline, peak_bytes)
         else:
             # Where the output is not a terminal, 120 columns: the lines go to a file or a document.
             width = shutil.get_terminal_size((120, 24)).columns
-            print(report(schedule, timeline, args.transfer_cost, width))
+            print(report(schedule, timeline, costs, peak_bytes, width))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough (`| head`). The interpreter flushes stdout once more at its

@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 from barepp.actions import Action, Kind
 from barepp.dry_run import Number
+from barepp.errors import UsageError
 from barepp.packed import PLACE_MASK, PackedActions, place
 
 
@@ -94,12 +95,21 @@ class Timeline:
         """For each rank, the most forwards whose backward (its W, when split) had not yet run."""
         return [_peak(row.actions) for row in self.spans]
 
-    def peak_bytes(self, activation_bytes: Sequence[int]) -> list[int]:
+    def peak_bytes(self, activation_bytes: int | Sequence[int], num_stages: int) -> list[int]:
         """Return for each rank the most bytes that it kept at one time for backwards to come.
 
-        `activation_bytes` says for each stage what the forward of one microbatch leaves there.
+        `activation_bytes` is what the forward of one microbatch leaves on its stage until its
+        backward (its W, when split) has run: one number for all stages, or one for each.
         """
-        return [_peak(row.actions, activation_bytes) for row in self.spans]
+        if isinstance(activation_bytes, int):
+            activation_bytes = [activation_bytes] * num_stages
+        each = list(activation_bytes)
+        if len(each) != num_stages or min(each) < 0:
+            raise UsageError(
+                f"the activation bytes are one number from 0 up for each of {num_stages} stages, "
+                f"not {each}"
+            )
+        return [_peak(row.actions, each) for row in self.spans]
 
 
 # An I does not count: what its W will need is kept until that W has run.

@@ -4,11 +4,17 @@ import json
 import shlex
 import subprocess
 import sys
+from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
 
+from barepp.actions import order_text
 from barepp.plan import main
+from barepp.schedules import make_schedule, schedule_names
+from barepp.simulate import Costs, simulate
+from barepp.theory import bubble_in_theory
 
 
 def planned(capsys: pytest.CaptureFixture[str], line: str) -> Any:
@@ -78,10 +84,87 @@ def test_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_theory_is_only_where_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    main(shlex.split("--schedule naive --stages 3 --microbatches 4"))
+    main(shlex.split("--schedule zb_h1 --stages 3 --microbatches 4 --forward-cost 2"))
+    assert "theory" not in capsys.readouterr().out
+    main(shlex.split("--schedule gpipe --stages 3 --microbatches 4 --forward-cost 2,1,1"))
     assert "theory" not in capsys.readouterr().out
     main(shlex.split("--schedule 1f1b --stages 3 --microbatches 4 --transfer-cost 1"))
     assert "2 / 6 if transfers took no time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", schedule_names())
+@pytest.mark.parametrize("p", range(1, 7))
+def test_where_there_is_a_theory_the_simulation_agrees(name: str, p: int) -> None:
+    shares = {"interleaved_1f1b": range(1, 4), "zb_v": range(2, 3)}.get(name, range(1, 2))
+    agreed = 0
+    for m, v, costs in product(range(1, 14), shares, [Costs(1, 1, 1), Costs(2, 3, 1)]):
+        schedule = make_schedule(name, v * p, m, p)
+        theory = bubble_in_theory(schedule, costs)
+        if theory is not None:
+            bubble = simulate(schedule.order, v * p, costs).bubble
+            assert bubble == pytest.approx(theory.idle / theory.whole, abs=1e-12)
+            agreed += 1
+    assert agreed >= 2
+
+
+GOLDEN = {  # design: p, m = 4, 8: the makespan and bubble of each schedule
+    "naive": (4, 1, 96),
+    "gpipe": (4, 1, 33),
+    "1f1b": (4, 1, 33),
+    "interleaved_1f1b": (8, Fraction(1, 2), 28.5),
+    "zb_h1": (4, 1, 27),
+    "zb_v": (8, Fraction(1, 2), 25.5),
+}
+
+
+@pytest.mark.parametrize("name", schedule_names())
+def test_golden_plans(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    stages, cost, makespan = GOLDEN[name]
+    costs = " ".join(
+        f"--{what}-cost {float(cost)}" for what in ("forward", "backward-input", "backward-weight")
+    )
+    ranks = "--ranks 4" if name == "interleaved_1f1b" else ""
+    line = f"--schedule {name} --stages {stages} --microbatches 8 {ranks} {costs}"
+    found = planned(capsys, line)
+    assert (found["ranks"], found["makespan"]) == (4, makespan)
+    assert found["bubble"] == pytest.approx(1 - 24 / makespan)
+    assert found["order"] == order_text(make_schedule(name, stages, 8, 4).order)
+    peaks = {
+        "naive": [1, 1, 1, 1],
+        "gpipe": [8, 8, 8, 8],
+        "1f1b": [4, 3, 2, 1],
+        "interleaved_1f1b": [11, 9, 7, 5],
+        "zb_h1": [4, 4, 4, 4],
+        "zb_v": [8, 8, 8, 8],
+    }
+    assert found["peak_in_flight"] == peaks[name]
+
+
+def test_a_cost_for_each_stage_and_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPipe: the sum over the stages, plus m - 1 times the slowest forward and backward."""
+    line = "--schedule gpipe --stages 3 --microbatches 4 --forward-cost 1,2,0.5"
+    found = planned(capsys, f"{line} --activation-bytes 100,20,3")
+    assert found["makespan"] == 3.5 + 6 + 3 * (2 + 2)
+    assert found["peak_bytes"] == [400, 80, 12]
+    line = "--schedule 1f1b --stages 3 --microbatches 4 --activation-bytes 7"
+    assert planned(capsys, line)["peak_bytes"] == [21, 14, 7]
+    assert main(shlex.split(line)) == 0
+    assert "peak bytes      21, 14, 7 (rank 0 first" in capsys.readouterr().out
+
+
+def test_one_of_a_thing_is_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split("--schedule gpipe --stages 1 --microbatches 1"))
+    assert capsys.readouterr().out.startswith("gpipe: 1 stage on 1 rank, 1 microbatch\n")
+    main(shlex.split("--schedule zb_v --stages 2 --microbatches 2"))
+    assert capsys.readouterr().out.startswith("zb_v: 2 stages on 1 rank, 2 microbatches\n")
+
+
+def test_a_plan_too_large_to_draw_still_has_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split("--schedule 1f1b --stages 40 --microbatches 700"))
+    out = capsys.readouterr().out
+    assert "(56000 actions are too many to draw)" in out
+    assert "makespan        2217\n" in out
+    assert "peak in-flight  40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, ..., 4, 3, 2, 1" in out
 
 
 @pytest.mark.parametrize(
@@ -99,6 +182,14 @@ def test_theory_is_only_where_it_holds(capsys: pytest.CaptureFixture[str]) -> No
         ("--schedule gpipe --stages 2 --microbatches 2 --forward-cost nan", "'nan' is not"),
         ("--schedule gpipe --stages 2 --microbatches 2 --transfer-cost 1/0", "'1/0' is not"),
         ("--schedule gpipe --stages 2 --microbatches 2 --frobnicate", "--frobnicate"),
+        ("--schedule gpipe --stages 2 --microbatches 2 --forward-cost 1,2,3", "for 3 stages"),
+        ("--schedule gpipe --stages 2 --microbatches 2 --activation-bytes 1,2,3", "2 stages, not"),
+        ("--schedule gpipe --stages 2 --microbatches 2 --activation-bytes -1", "from 0 up"),
+        ("--schedule gpipe --stages 2 --microbatches 2 --activation-bytes 1.5", "whole number"),
+        ("--schedule zb_v --stages 5 --microbatches 2", "the number of stages is even, not 5"),
+        ("--schedule interleaved_1f1b --stages 6 --ranks 4 --microbatches 2", "a multiple of 4"),
+        ("--schedule gpipe --stages 1025 --microbatches 4096", "a plan may have 4194304"),
+        ("--schedule gpipe --stages 1000000000 --microbatches 1000000000", "a plan may have"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_sentence_and_code_2(

@@ -28,10 +28,12 @@ def zb_h1_order(num_stages: int, num_microbatches: int, num_ranks: int) -> Itera
         ahead = num_stages - 1 - stage  # forwards before the first I, as in 1F1B
         behind = stage  # input gradients before the first W
         actions: list[Action] = []
-        for turn in range(-ahead, num_microbatches + behind):
-            forward = Action(stage, Kind.F, turn + ahead)
-            inputs = Action(stage, Kind.I, turn)
-            weights = Action(stage, Kind.W, turn - behind)
-            actions += [forward, inputs, weights]
         # Warmup and cooldown are the turns in which one of the three has no microbatch.
-        yield [action for action in actions if 0 <= action.microbatch < num_microbatches]
+        for turn in range(-ahead, num_microbatches + behind):
+            if turn + ahead < num_microbatches:
+                actions.append(Action(stage, Kind.F, turn + ahead))
+            if 0 <= turn < num_microbatches:
+                actions.append(Action(stage, Kind.I, turn))
+            if turn >= behind:
+                actions.append(Action(stage, Kind.W, turn - behind))
+        yield actions

@@ -5,7 +5,7 @@ schedule with 1F1B's memory. Rank r holds stage r on the way down and stage 2p-1
 the rank with the first stage has the last one too: the loss is computed where the inputs come in,
 and the gradients need not first travel back to where there is work to fill in. With equal costs of
 1/2 for each stage the makespan is 3m + (p-1)/2, of which (p-1)/2 is unavoidable: the last rank has
-nothing before that. (With few microbatches, below 3(p-1)/2, it is ZB-H1's 2m + 2p - 1.)
+nothing before that. (With few microbatches, below (3p-1)/2, it is ZB-H1's 2m + 2p - 1.)
 """
 
 from collections import defaultdict
