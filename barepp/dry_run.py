@@ -53,7 +53,7 @@ def dry_run(
     """
     num_microbatches = max((row.num_microbatches() for row in rows), default=0)
     jobs = _jobs(rows, num_stages, num_microbatches, cost, transfer)
-    num_slots = 2 * num_stages * (num_microbatches)
+    num_slots = 2 * num_stages * num_microbatches
     ended: Column = array(typecode, [NEVER]) * num_slots if typecode else [NEVER] * num_slots
     starts = [_column(typecode) for _ in rows]
     ends = [_column(typecode) for _ in rows]
@@ -108,7 +108,7 @@ def _jobs(
 
     def slot(result: Action) -> int:
         behind_the_forwards = 0 if result.kind is Kind.F else num_stages
-        return (behind_the_forwards + result.stage) * (num_microbatches)
+        return (behind_the_forwards + result.stage) * num_microbatches
 
     jobs = {}
     for stage, rank in holder.items():

@@ -30,7 +30,7 @@ _KIND_CODE = {kind: code for code, kind in enumerate(KINDS)}
 class PackedActions(Sequence[Action]):
     """What one rank does, first to last; it cannot be changed."""
 
-    __slots__ = ("codes",)
+    __slots__ = ("_places", "codes")
     __hash__ = None  # type: ignore[assignment]  # as of any list
 
     def __init__(self, actions: Iterable[Action]) -> None:
@@ -43,10 +43,17 @@ class PackedActions(Sequence[Action]):
                     f"{_MAX_STAGE}, microbatches from 0 to {_MAX_MICROBATCH}"
                 )
             append(microbatch << MICROBATCH_SHIFT | stage << KIND_BITS | kind_code[kind])
+        self._places: frozenset[int] | None = None
 
-    def places(self) -> set[int]:
-        """Return the (stage, kind) pairs that occur, as the lowest bits hold them: see `place`."""
-        return {code & PLACE_MASK for code in self.codes}
+    def each_place(self) -> Iterator[int]:
+        """Return the stage and kind of one action after the other, as `place` writes them."""
+        return map(PLACE_MASK.__and__, self.codes)
+
+    def places(self) -> frozenset[int]:
+        """Return the stages and kinds that occur, as `place` writes them."""
+        if self._places is None:
+            self._places = frozenset(self.each_place())
+        return self._places
 
     def stages(self) -> set[int]:
         """Return the stages that occur."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, overload
 from barepp.actions import Action, Kind
 from barepp.dry_run import Number
 from barepp.errors import UsageError
-from barepp.packed import PLACE_MASK, PackedActions, place
+from barepp.packed import PackedActions, place
 
 
 class Span(NamedTuple):
@@ -122,8 +122,7 @@ def _peak(actions: PackedActions, weights: Sequence[int] | None = None) -> int:
         for stage in actions.stages()
         for kind, sign in _KEEPS.items()
     }
-    kept = accumulate(change[code & PLACE_MASK] for code in actions.codes)
-    return max(kept, default=0)
+    return max(accumulate(map(change.__getitem__, actions.each_place())), default=0)
 
 
 _MEANING = {

@@ -82,6 +82,27 @@ def test_the_readme_shows_all_three_pictures():
     assert README.count("tick    0") == 3
 
 
+def test_every_schedule_is_in_the_table():
+    table = rows("| schedule | paper |", ROOMS["barepp"])
+    assert [row[0].strip("`") for row in table] == barepp.schedule_names()
+
+
+def test_your_own_schedule_and_what_a_wrong_one_is_told(tmp_path, capsys):
+    [code] = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    file = tmp_path / "file.py"
+    file.write_text(code)
+    sizes = ["--stages", "2", "--microbatches", "2"]
+    assert plan(["--schedule", f"{file}:my_schedule", *sizes]) == 0
+    assert "rank 1  .  F0 B0--- F1 B1---" in capsys.readouterr().out
+    file.write_text(
+        code.replace("0F0 0F1 0B0 0B1", "0F0 0B0 0F1 0B1").replace("1B0 1F1", "1F1 1B0")
+    )
+    with pytest.raises(SystemExit):
+        plan(["--schedule", f"{file}:my_schedule", *sizes])
+    told = README[README.index("invalid order, rule 6") :].split("```")[0]
+    assert told in capsys.readouterr().err
+
+
 def test_the_wire_table_is_the_struct():
     sizes = {"B": 1, "I": 4, "Q": 8, "q": 8, "4s": 4, "3x": 3}
     fields = re.findall(r"\d*[a-zA-Z]", HEADER.format.lstrip("<").replace("II", "I I"))

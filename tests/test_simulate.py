@@ -1,12 +1,15 @@
 """Simulated times equal the theory's, and the drawing shows exactly the simulated spans."""
 
+import random
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 
 import pytest
 from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
 from barepp.actions import Action, Order, parse_order
+from barepp.dependencies import dependencies, result_name
 from barepp.errors import ScheduleError, UsageError
 from barepp.schedules import make_schedule, schedule_names
 from barepp.simulate import Costs, simulate
@@ -73,6 +76,17 @@ def test_the_bubble_of_zb_h1(p: int) -> None:
 def test_splitting_the_backward_never_costs_time(p: int, costs: tuple[int, int, int]) -> None:
     for m in MICROBATCHES:
         assert run("zb_h1", p, m, Costs(*costs)).makespan <= (m + p - 1) * sum(costs)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_clever_is_never_slower_than_1f1b(seed: int) -> None:
+    rng = random.Random(seed)
+    p, m, v = rng.randint(1, 8), rng.randint(1, 20), rng.randint(1, 4)
+    costs = rng.randint(1, 9), rng.randint(1, 9), rng.randint(0, 9)
+    plain = run("1f1b", p, m, Costs(*costs)).makespan
+    assert run("zb_h1", p, m, Costs(*costs)).makespan <= plain
+    assert shared_out("interleaved_1f1b", p, m, v, costs).makespan <= plain
+    assert shared_out("zb_v", p, m, 2, costs).makespan <= plain
 
 
 @pytest.mark.parametrize("p", STAGES)
@@ -207,6 +221,62 @@ def test_half_costs_are_exact_and_floats_stay_floats() -> None:
     tenth = Fraction(1, 10)
     assert run("1f1b", 4, 8, Costs(tenth, tenth, tenth)).makespan == Fraction(33, 10)
     assert run("1f1b", 4, 8, Costs(0.5, 0.5, 0.5)).makespan == 16.5
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_simulator_agrees_with_a_slow_one(seed: int) -> None:
+    """Written apart: every action's end by recursion over what `dependencies` says."""
+    rng = random.Random(seed)
+    name = rng.choice(schedule_names())
+    p, m, v = rng.randint(1, 5), rng.randint(1, 7), {"interleaved_1f1b": 3, "zb_v": 2}.get(name, 1)
+    number = rng.choice(
+        [lambda: rng.randint(0, 5), rng.random, lambda: Fraction(1, rng.randint(1, 9))]
+    )
+    stages = v * p
+    costs = Costs(*([number() for _ in range(stages)] for _ in range(3)), transfer=number())
+    order = make_schedule(name, stages, m, p).order
+    cost = costs.per_stage(stages)
+    ranks = {action: rank for rank, row in enumerate(order) for action in row}
+    before = {after: one for row in order for one, after in pairwise(row)}
+    named = {result_name(action): action for action in ranks}
+
+    @cache
+    def end(action: Action) -> int | float | Fraction:
+        start = end(before[action]) if action in before else 0
+        for need in dependencies(action, stages):
+            maker = named[need]
+            travel = costs.transfer if ranks[maker] != ranks[action] else 0
+            start = max(start, end(maker) + travel)
+        return start + cost[action.kind][action.stage]
+
+    for row in simulate(order, stages, costs).spans:
+        assert [span.end for span in row] == [end(action) for action in row.actions]
+
+
+def test_times_that_do_not_fit_in_64_bits_are_still_exact() -> None:
+    huge = Fraction(10**30, 7)
+    timeline = run("1f1b", 3, 4, Costs(huge, huge, huge))
+    assert timeline.makespan == 18 * huge
+    assert timeline.busy == 36 * huge
+
+
+def test_peak_bytes() -> None:
+    timeline = run("1f1b", 3, 5)
+    assert timeline.peak_bytes(10, 3) == [30, 20, 10]
+    assert timeline.peak_bytes([1, 10, 100], 3) == [3, 20, 100]
+    # Stages 0 and 3 are on rank 0: 0F0 3F0 3I0 3W0 0F1 3F1 3B1 0B0 …
+    assert simulate(LOOP, 4, Costs()).peak_bytes([100, 10, 1, 7], 4) == [207, 21]
+    with pytest.raises(UsageError, match="for each of 3 stages, not \\[1, 2\\]"):
+        timeline.peak_bytes([1, 2], 3)
+
+
+def test_a_timeline_of_measured_spans() -> None:
+    spans = [Span(Action.parse("0F0"), 0.5, 1.5), Span(Action.parse("0B0"), 2.0, 4.0)]
+    timeline = Timeline([spans, []])
+    assert list(timeline.spans[0]) == spans
+    assert (timeline.makespan, timeline.busy, timeline.bubble) == (4.0, 3.0, 0.625)
+    assert timeline.peak_in_flight == [1, 0]
+    assert Timeline([]).makespan == 0
 
 
 def test_nothing_costs_nothing() -> None:
