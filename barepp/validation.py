@@ -238,15 +238,16 @@ def _marked_lists(order: Order, cells: tuple[Cell, ...]) -> str:
         max(0, middle_rank - _RANKS_AROUND), min(len(order), middle_rank + _RANKS_AROUND + 1)
     )
     start, stop = max(0, middle - _COLUMNS_AROUND), middle + _COLUMNS_AROUND + 1
+    shown = {rank: list(enumerate(order[rank][start:stop], start)) for rank in ranks}
+    width = max((len(str(a)) for row in shown.values() for _, a in row), default=0) + 2
     lines = []
-    for rank in ranks:
-        shown = [
-            f"[{action}]" if (rank, start + offset) in cells else f" {action} "
-            for offset, action in enumerate(order[rank][start:stop])
-        ]
+    for rank, row in shown.items():
+        words = [f"[{a}]" if (rank, position) in cells else f" {a} " for position, a in row]
         before = "... " if start > 0 else ""
         after = " ..." if stop < len(order[rank]) else ""
-        lines.append(f"  rank {rank:<3} {before}{' '.join(shown)}{after}".rstrip())
+        lines.append(
+            f"  rank {rank:<3} {before}{' '.join(w.ljust(width) for w in words)}{after}".rstrip()
+        )
     if len(ranks) < len(order):
         lines.append(f"  ({len(order) - len(ranks)} of {len(order)} ranks not shown)")
     return "\n".join(lines)

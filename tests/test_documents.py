@@ -88,7 +88,7 @@ def test_every_schedule_is_in_the_table():
 
 
 def test_your_own_schedule_and_what_a_wrong_one_is_told(tmp_path, capsys):
-    [code] = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    [code] = re.findall(r"```py\n(def my_schedule.*?)```", README, re.DOTALL)
     file = tmp_path / "file.py"
     file.write_text(code)
     sizes = ["--stages", "2", "--microbatches", "2"]

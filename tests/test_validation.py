@@ -266,6 +266,15 @@ def test_the_lists_are_shown_with_the_wrong_cell_marked() -> None:
     ]
 
 
+def test_the_columns_of_the_lists_stand_below_each_other() -> None:
+    order = copy_of(make_schedule("gpipe", 2, 12).order)
+    order[1][10], order[1][22] = order[1][22], order[1][10]
+    _, one, other = refusal(order, 2, 12).splitlines()
+    assert "[1B10]" in other
+    for action in ("F6", "F9", "F11", "B0", "B3"):
+        assert one.index(f"0{action} ") == other.index(f"1{action} ")
+
+
 def test_of_a_long_order_only_the_surroundings_are_shown() -> None:
     order = copy_of(make_schedule("1f1b", 40, 300).order)
     row = order[20]
