@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from transport.errors import printable
@@ -74,18 +74,25 @@ class Beat:
         return None
 
 
+def script_threads() -> list[int]:
+    """Return the threads of this process that are the script's own."""
+    return [t.ident or 0 for t in threading.enumerate() if not t.name.startswith(OUR_THREADS)]
+
+
 def beat_of(
-    doing: str, waits_for: Callable[[], Mapping[int, int | None]], traffic: Traffic
+    doing: str,
+    waits_for: Callable[[], Mapping[int, int | None]],
+    traffic: Traffic,
+    threads: Callable[[], Iterable[int]] = script_threads,
 ) -> Beat:
-    """Return this process's beat.
+    """Return the beat of a rank: of this process, unless its threads are named.
 
     `waits_for` says for each thread that waits without a limit whom it waits for; None when it is
     for something that may end by itself, as a send does. A thread of the script's own that does
     not wait may do anything, so the rank then counts as busy.
     """
     waits = waits_for()
-    threads = [t for t in threading.enumerate() if not t.name.startswith(OUR_THREADS)]
-    whom = {waits.get(thread.ident or 0) for thread in threads}
+    whom = {waits.get(thread) for thread in threads()}
     made_at = time.monotonic()
     all_wait = tuple(sorted(peer for peer in whom if peer is not None))
     return Beat(

@@ -41,7 +41,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
         alone = World(InprocTransport(InprocHub(1), 0), control, probe=probe)
-        control.beat_with(alone.beat)
+        _beat(control, alone)
         return alone
     if not issubclass(chosen, TcpTransport):
         raise UsageError(f"transport {membership.transport!r} does not connect processes")
@@ -62,7 +62,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         checksum=membership.checksum,
     )
     world = World(transport, control, probe=probe)
-    control.beat_with(world.beat)
+    _beat(control, world)
 
     def on_failure(failure: Failure) -> None:
         if not world.left:
@@ -72,6 +72,14 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
 
     control.on_failure(on_failure)
     return world
+
+
+def _beat(control: ControlClient, world: World) -> None:
+    def state() -> dict[str, object] | None:
+        beat = world.beat()
+        return None if beat is None else beat.to_record()
+
+    control.beat_with(state)
 
 
 @dataclasses.dataclass

@@ -43,8 +43,8 @@ def run(
     notebook's function) is run in forked processes. Blocks until all ranks have ended; a thread
     that a failure finds elsewhere than in barepp cannot be ended, and is left behind after `grace`
     seconds. The limits are the launcher's flags of the same names, in seconds; threads have only
-    `grace`. With `checksum` each payload that crosses a socket carries a sum, and a changed bit is
-    an error instead of a wrong number; threads have no use for it.
+    `grace` and `timeout`. With `checksum` each payload that crosses a socket carries a sum, and a
+    changed bit is an error instead of a wrong number; threads have no use for it.
 
     Raises:
         JobFailed: a rank failed; the first cause, with the failing rank's traceback.
@@ -52,12 +52,13 @@ def run(
     """
     if type(world_size) is not int or world_size < 1:
         raise UsageError(f"a world has at least one rank, not {world_size!r}")
-    if check_name(transport) == "inproc":
-        from barepp.threads import run_threads
-
-        return run_threads(function, world_size, args, grace)
+    check_name(transport)
     options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout, checksum)
     call = Call(function, args)
+    if transport == "inproc":
+        from barepp.threads import run_threads
+
+        return run_threads(call, options)
     with Output(None, write=_to_streams) as output:
         outcome = Job(call, options, output, fork=not reaches_elsewhere(call)).run()
     if outcome.signal is not None:

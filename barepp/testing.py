@@ -265,9 +265,7 @@ def _run_threads(call: Call, options: Options) -> Outcome:
 
     failure = None
     try:
-        run_threads(
-            call.function, options.world_size, call.args, options.grace_s, options.rehearsal
-        )
+        run_threads(call, options)
     except JobFailed as error:
         failure = error.failure
     return Outcome(failure, [])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-from barepp.assignment import Rehearsal
-from barepp.beats import IN_SCRIPT
+from barepp.assignment import Call
+from barepp.beats import IN_SCRIPT, script_threads
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
+from barepp.member import Options
 from barepp.probe import note_told, rehearse
 from barepp.seeding import PROCESS_LOCK
+from barepp.watch import Watch
 from barepp.world import World
+from transport.control import BEAT_S
 from transport.errors import Failure, JobFailed, WaitTimeout
 from transport.inproc import InprocHub
 
@@ -38,6 +42,13 @@ class Crew:
             self.changed.notify_all()
         for world in self.worlds:
             world.transport.abort(JobFailed(failure, world.position() or IN_SCRIPT))
+
+    def over(self, timeout: float) -> bool:
+        """Wait `timeout` seconds for the end: whether all ranks have ended, or one has failed."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: self.running == 0 or self.failure is not None, timeout
+            )
 
 
 class ThreadControl:
@@ -73,8 +84,8 @@ class ThreadControl:
             raise JobFailed(crew.failure, "waiting at a barrier")
 
     def at_barrier(self) -> bool:
-        """Whether a barrier that this rank has called is not over: asked for by nobody here."""
-        return False
+        """Whether a barrier that this rank has called is not over."""
+        return self._crew.barriers[self._rank] > self._crew.released
 
     def report(self, failure: Failure) -> None:
         """Tell that this rank failed."""
@@ -84,16 +95,10 @@ class ThreadControl:
         """Nobody needs to hear it."""
 
 
-def run_threads(
-    function: Callable[..., Any],
-    world_size: int,
-    args: tuple[Any, ...],
-    grace_s: float,
-    rehearsal: Rehearsal | None = None,
-) -> list[Any]:
-    """Call `function(world, *args)` in a thread a rank; see `run.run`."""
-    crew = Crew(world_size)
-    results: list[Any] = [None] * world_size
+def run_threads(call: Call, options: Options) -> list[Any]:
+    """Make the call in a thread a rank; see `run.run`. Of the options threads need only some."""
+    crew = Crew(options.world_size)
+    results: list[Any] = [None] * options.world_size
     crew.worlds = [
         World(transport, ThreadControl(crew, rank), PROCESS_LOCK)
         for rank, transport in enumerate(crew.transports)
@@ -101,10 +106,10 @@ def run_threads(
 
     def be_rank(world: World) -> None:
         one_compute_thread()
-        notes, world.probe = rehearse(world.rank, rehearsal)
+        notes, world.probe = rehearse(world.rank, options.rehearsal)
         try:
             with world:
-                results[world.rank] = function(world, *args)
+                results[world.rank] = call.function(world, *call.args)
         except JobFailed as error:
             note_told(notes, world.rank, error)
         except BaseException as error:
@@ -126,22 +131,42 @@ def run_threads(
             with crew.changed:
                 crew.running += 1
             thread.start()
-        _wait_for(threads, crew, grace_s)
+        _watch(threads, crew, options.timeout_s)
+        _wait_for(threads, crew, options.grace_s)
     except BaseException as error:  # Ctrl-C
         crew.fail(Failure(-1, "signal", f"the caller was interrupted by {type(error).__name__}"))
-        _wait_for(threads, crew, grace_s)
+        _wait_for(threads, crew, options.grace_s)
         raise
     if crew.failure is not None:
         raise JobFailed(crew.failure)
     return results
 
 
+def _watch(threads: list[threading.Thread], crew: Crew, timeout_s: float) -> None:
+    """Wait until all threads have ended or one has failed; find it if they hang.
+
+    The ranks' threads are watched as processes are, but for their silence: one that keeps Python's
+    lock silences us as well.
+    """
+    watch = Watch(range(len(threads)), heartbeat_s=0.0, timeout_s=timeout_s)
+    me = threading.get_ident()
+
+    def those_of(rank: threading.Thread) -> Callable[[], list[int]]:
+        # A thread that is neither a rank's nor ours may do anything for any rank.
+        return lambda: [rank.ident or 0, *(other for other in script_threads() if other != me)]
+
+    while not crew.over(BEAT_S):
+        for world, thread in zip(crew.worlds, threads, strict=True):
+            watch.beat(world.rank, world.beat(those_of(thread)), time.monotonic())
+        hang = watch.check(time.monotonic())
+        if hang is not None:
+            crew.fail(hang)
+
+
 def _wait_for(threads: list[threading.Thread], crew: Crew, grace_s: float) -> None:
-    """Wait until all threads have ended, or `grace_s` seconds after a failure."""
+    """Give the threads `grace_s` seconds to end."""
     with crew.changed:
-        crew.changed.wait_for(lambda: crew.running == 0 or crew.failure is not None)
-        crew.changed.wait_for(lambda: crew.running == 0, grace_s)
-        ended = crew.running == 0
+        ended = crew.changed.wait_for(lambda: crew.running == 0, grace_s)
     if ended:
         for thread in threads:
             if thread.ident is not None:  # Ctrl-C came before it was started

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from barepp.beats import AT_BARRIER, beat_of
+from barepp.beats import AT_BARRIER, Beat, beat_of, script_threads
 from barepp.errors import UsageError
 from barepp.failures import failure_of
 from transport.collectives import barrier as barrier_over_messages
@@ -82,11 +83,14 @@ class World:
         self._at_barrier: int | None = None  # the thread that waits there without a limit
         self._pid = os.getpid()
 
-    def beat(self) -> dict[str, object] | None:
-        """Return what this rank says of itself to its launcher; None once it has left."""
+    def beat(self, threads: Callable[[], Iterable[int]] = script_threads) -> Beat | None:
+        """Return what this rank says of itself to whoever watches; None once it has left.
+
+        `threads` tells which threads are the rank's, by default all that the script has.
+        """
         if self._left or self._failed:
             return None
-        return beat_of(self.position(), self._waits_for, self.transport.traffic).to_record()
+        return beat_of(self.position(), self._waits_for, self.transport.traffic, threads)
 
     def _waits_for(self) -> dict[int, int | None]:
         """Return for each thread that waits without a limit the rank whose message it waits for."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
+import time
 
 import pytest
-from jobs import launch, loaded_machine, run_job
+import torch
+from jobs import LIMIT_S, launch, loaded_machine, nothing_left, run_job
+from transport_worlds import eventually
 
+import barepp
 from barepp.beats import AT_BARRIER, Beat, beat_of
 from barepp.stacks import process_state
 from barepp.watch import Watch
+from transport.errors import WaitTimeout
 from transport.work import Traffic
 
 # -- the watch itself: no process, no clock --------------------------------------------------------
@@ -371,3 +376,76 @@ def test_the_flags_reach_the_watch(tmp_path):
     job = launch(tmp_path, LOOP_FOR_EVER, "--world", "2", "--timeout", "2", "--heartbeat", "30")
     assert job.code == 124
     assert "no progress on any rank for 2 s" in job.report
+
+
+# -- ranks that are threads -----------------------------------------------------------------------
+
+
+def on_threads(function, ranks: int = 2, **limits: float):
+    with nothing_left():
+        return barepp.run(function, ranks, transport="inproc", **limits)
+
+
+def wait_in_a_circle(world):
+    world.recv((world.rank + 1) % world.world_size)
+
+
+def miss_a_barrier(world):
+    world.barrier() if world.rank else world.recv(1)
+
+
+def leave_too_early(world):
+    if world.rank == 0:
+        world.recv(1)
+
+
+@pytest.mark.parametrize("function", [wait_in_a_circle, miss_a_barrier, leave_too_early])
+def test_threads_in_a_deadlock_are_told_within_two_seconds(function):
+    began = time.monotonic()
+    with pytest.raises(barepp.JobFailed, match="a deadlock: every rank waits") as caught:
+        on_threads(function)
+    assert time.monotonic() - began < 2 + 2
+    failure = caught.value.failure
+    assert (failure.cause, failure.rank) == ("hang", -1)
+    assert "  rank 0 waits for rank 1: waiting for a message from rank 1" in failure.message
+
+
+def test_a_thread_that_is_busy_while_another_waits_is_found_by_the_progress_limit():
+    ready = threading.Event()
+
+    def busy_or_waiting(world):
+        ready.wait(LIMIT_S) if world.rank else world.recv(1)
+
+    with pytest.raises(barepp.JobFailed, match="no progress on any rank for 1 s") as caught:
+        barepp.run(busy_or_waiting, 2, transport="inproc", timeout=1.0, grace=0.1)
+    assert caught.value.failure.rank == 1
+    ready.set()
+    eventually(lambda: not any(t.name == "barepp-rank-1" for t in threading.enumerate()))
+
+
+def test_threads_that_can_go_on_are_left_alone():
+    """One is slow, one waits with a limit, and one has a helper that sends after a while."""
+
+    def slow(world):
+        if world.rank:
+            time.sleep(2.5)
+            world.send(torch.ones(1), 0)
+        else:
+            world.recv(1)
+
+    def with_limit(world):
+        with pytest.raises(WaitTimeout):
+            world.recv(1 - world.rank, timeout=2.5)
+
+    def helped(world):
+        if world.rank:
+            helper = threading.Timer(2.5, world.send, (torch.ones(1), 0))
+            helper.start()
+            world.recv(0)
+            helper.join()
+        else:
+            world.recv(1)
+            world.send(torch.ones(1), 1)
+
+    for function in (slow, with_limit, helped):
+        on_threads(function)
