@@ -14,7 +14,6 @@ pytest.register_assert_rewrite("jobs")  # its assertions explain themselves as w
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 
-SAMPLE = 40  # cases of the fault matrix that the suite runs
 SEED = pytest.StashKey[int]()
 TOLD_MS = pytest.StashKey[list[float]]()
 
@@ -29,7 +28,7 @@ def one_compute_thread() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--matrix", choices=["sample", "all"], default="sample")
+    parser.addoption("--matrix", default="40", help="how many cases of the fault matrix, or all")
     parser.addoption("--matrix-seed", type=int, default=os.environ.get("BAREPP_MATRIX_SEED"))
 
 
@@ -40,19 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    if config.getoption("--matrix") == "all":
+    count, seed = config.getoption("--matrix"), config.stash[SEED]
+    if count == "all":
         return "fault matrix: all cases"
-    seed = config.stash[SEED]
-    return f"fault matrix: {SAMPLE} cases; these again: --matrix-seed={seed}, all: --matrix=all"
+    again = f"--matrix={count} --matrix-seed={seed}"
+    return f"fault matrix: {count} cases; these again: {again}, all: --matrix=all"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         import matrix
 
-        config = metafunc.config
-        everything = config.getoption("--matrix") == "all"
-        drawn = matrix.cases() if everything else matrix.sample(SAMPLE, config.stash[SEED])
+        count, seed = metafunc.config.getoption("--matrix"), metafunc.config.stash[SEED]
+        drawn = matrix.cases() if count == "all" else matrix.sample(int(count), seed)
         metafunc.parametrize("case", drawn, ids=str)
 
 

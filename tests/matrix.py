@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections import defaultdict
 from functools import cache
+from itertools import zip_longest
 from typing import Final
 
 import torch
@@ -107,6 +108,7 @@ def sample(count: int, seed: int) -> list[Case]:
         groups[case.schedule, case.transport].append(case)
     for group in groups.values():
         generator.shuffle(group)
-    turns = list(groups.values())
-    generator.shuffle(turns)
-    return [turns[turn % len(turns)][turn // len(turns)] for turn in range(count)]
+    rows = list(groups.values())
+    generator.shuffle(rows)
+    in_turn = [case for turn in zip_longest(*rows) for case in turn if case is not None]
+    return in_turn[:count]

@@ -98,5 +98,6 @@ def test_a_sample_is_the_same_for_the_same_seed_and_leaves_nothing_out() -> None
     drawn = sample(40, 7)
     assert drawn == sample(40, 7) != sample(40, 8)
     assert len(set(drawn)) == 40
+    assert sorted(map(str, sample(10**6, 7))) == sorted(map(str, cases()))
     groups = {(case.schedule, case.transport) for case in drawn}
     assert len(groups) == min(40, len(barepp.schedule_names()) * len(transports()))
