@@ -118,7 +118,8 @@ class _Midway(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         made = function(*args, **(kwargs or {}))
-        if self._left and not function.is_view and isinstance(made, torch.Tensor | tuple | list):
+        is_view = getattr(function, "is_view", False)
+        if self._left and not is_view and isinstance(made, (torch.Tensor, tuple, list)):
             self._left -= 1
             if not self._left:
                 self._call()

@@ -12,16 +12,14 @@ The script is the one that you run otherwise, unchanged; it uses `barepp.Pipelin
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
-import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -191,37 +189,29 @@ def run_with_fault(
     planned = Fault(rank, Action.parse(at), when, fault, step)
     _check(planned, world, transport)
     task = _task(target, args)
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="barepp-testing-") as folder:
         limits = grace, join_timeout, heartbeat, timeout
-        options = Options(world, transport, *limits, rehearsal=Rehearsal(planned, str(folder)))
+        options = Options(world, transport, *limits, rehearsal=Rehearsal(planned, folder))
         census, began = Census(), time.monotonic()
         ended, output = _run(task, options, fork=fork)
         over = time.monotonic()
         leftovers = census.leftovers([found.pid for found in ended.ranks])
-        notes = {rank: _notes(folder / f"rank{rank}.jsonl") for rank in range(world)}
+        notes = {number: _notes(Path(folder) / f"rank{number}.jsonl") for number in range(world)}
     happened_at = _happened_at(notes[rank])
+    failure = ended.failure
     return FaultOutcome(
         fault=planned,
         happened=happened_at is not None,
         exit_code=ended.exit_code,
-        cause=ended.failure,
+        # As it was told: without control characters, and bounded.
+        cause=None if failure is None else Failure.from_record(failure.to_record()),
         survivors=_survivors(planned, happened_at, notes, ended),
         ended_after_s=None if happened_at is None else over - happened_at,
         seconds=over - began,
         leftovers=leftovers,
-        report="" if ended.failure is None else report(ended.failure, ended.ranks),
+        report="" if failure is None else report(failure, ended.ranks),
         output=output,
     )
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """Make a folder that nobody removes but we: a forked rank would, too, by its exit handlers."""
-    folder = Path(tempfile.mkdtemp(prefix="barepp-testing-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(planned: Fault, world: int, transport: str) -> None:
@@ -278,7 +268,8 @@ _Note = dict[str, Any]
 
 def _notes(path: Path) -> dict[str, _Note]:
     """Return what a rank has written down, by event."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    *lines, _cut_off = text.split("\n")  # one that was killed may have been writing
     return {note["event"]: note for note in map(json.loads, lines)}
 
 
