@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from barepp.assignment import Membership
-from barepp.beats import IN_SCRIPT
 from barepp.errors import UsageError
 from barepp.warm import keep_freed_memory
 from barepp.world import World
@@ -66,7 +65,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
 
     def on_failure(failure: Failure) -> None:
         if not world.left:
-            doing = world.position() or IN_SCRIPT
+            doing = world.position()
             control.say_doing(doing)
             transport.abort(JobFailed(failure, doing))
 

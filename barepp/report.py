@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from barepp.beats import IN_SCRIPT
 from barepp.member import Outcome, Rank
 from barepp.output import Output
 from transport.errors import Failure, printable, signal_name
@@ -66,6 +67,8 @@ def _fate(rank: Rank) -> str:
     """Return how a rank ended that was not the first to fail."""
     doing = f" while {rank.doing}" if rank.doing else ""
     if rank.killed:
+        # It has never come to a call of ours, which would have raised.
+        doing = doing or (f" while {IN_SCRIPT}" if rank.joined else "")
         return f"was told{doing}, did not end by itself and was killed"
     if rank.reported is not None:
         told = f"was told{doing}, then " if doing else ""

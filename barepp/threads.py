@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from barepp.assignment import Call
-from barepp.beats import IN_SCRIPT, script_threads
+from barepp.beats import script_threads
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
 from barepp.member import Options
@@ -41,7 +41,7 @@ class Crew:
             self.failure = failure
             self.changed.notify_all()
         for world in self.worlds:
-            world.transport.abort(JobFailed(failure, world.position() or IN_SCRIPT))
+            world.transport.abort(JobFailed(failure, world.position()))
 
     def over(self, timeout: float) -> bool:
         """Wait `timeout` seconds for the end: whether all ranks have ended, or one has failed."""

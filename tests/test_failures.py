@@ -127,19 +127,27 @@ def test_who_dies_in_silence_is_shown_where_it_was_last_heard(ending: str, tmp_p
     assert re.search(last, job.report.splitlines()[0])
 
 
-def test_who_is_told_between_two_calls_was_in_the_scripts_own_code(tmp_path: Path) -> None:
-    text = """
+@pytest.mark.parametrize(
+    ("next_call", "fate"),
+    [
+        ("world.isend(torch.ones(1), 1)", "sending to rank 1 with tag 0, and ended"),
+        ("while True: pass", "in the script's own code, did not end by itself and was killed"),
+    ],
+)
+def test_who_is_told_between_two_calls(next_call: str, fate: str, tmp_path: Path) -> None:
+    """It raises in the next one, and is then about that; or there never is a next one."""
+    text = f"""
         import barepp, os, torch, time
         with barepp.init() as world:
             if world.rank == 1:
                 os._exit(3)
             while world.transport._ended is None:   # until the news is here
                 time.sleep(0.01)
-            world.isend(torch.ones(1), 1)
+            {next_call}
     """
-    job = run_job(tmp_path, text, grace_s=20.0)
+    job = run_job(tmp_path, text, grace_s=20.0 if "isend" in next_call else 1.0)
     assert job.code == 3
-    assert "barepp: rank 0 was told while in the script's own code, and ended" in job.report
+    assert f"barepp: rank 0 was told while {fate}" in job.report
 
 
 def test_who_is_told_before_its_first_action_knows_what_it_was_about() -> None:
