@@ -9,12 +9,13 @@ inproc an exception is raised. After every case
    ended after the grace;
 3. that was in time, and nothing is left: no process, thread, descriptor or shared memory.
 
-The whole matrix, a quarter of an hour:
+The whole matrix, thousands of cases of some tenths of a second:
 
     python -m pytest tests/test_fault_matrix.py --matrix=all
 
-The suite runs a sample of it, another one each time; the header of pytest's output says how to run
-the same one again. A single case is run again by `--matrix=all -k NAME`.
+The suite runs 40 of them, others each time, about as many of each schedule over each transport;
+pytest's output says at its end how to run the same ones again. One case is run again by
+`--matrix=all -k NAME`, more of them by `--matrix=500`.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def in_fresh_python(code: str) -> str:
         "import barepp.plan",
         "import barepp.launch",
         "import barepp.run",
+        "import barepp; barepp.testing.run_with_fault",
         "import transport",
         "import transport.rendezvous",
         "import transport.control",

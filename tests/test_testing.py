@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from jobs import nothing_left, run_job, write_script
+from jobs import ROOT, nothing_left, run_job, write_script
 
 import barepp
 from barepp.actions import Action
@@ -55,16 +57,29 @@ def train(world: World, steps: int = 2) -> None:
 # -- five lines -----------------------------------------------------------------------------------
 
 
-def test_five_lines_for_a_script_as_it_is(tmp_path: Path) -> None:
-    """From a fresh fork server, as a person's test would run it."""
-    script = write_script(tmp_path, SCRIPT)
+def test_five_lines_for_a_script_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's own, from a fresh fork server; only its second is for a machine of one's own."""
+    [code] = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    assert "told_within_s=1.0" in code
+    namespace: dict[str, Any] = {}
+    exec(code.replace("told_within_s=1.0", f"told_within_s={SOON_S}"), namespace)
+    write_script(tmp_path, SCRIPT, "train.py")
+    monkeypatch.chdir(tmp_path)
     with nothing_left():
-        outcome = barepp.testing.run_with_fault(script, world=4, rank=2, at="2F3", fault="SIGKILL")
-    outcome.check(told_within_s=SOON_S)
-    assert outcome.exit_code == 137
+        namespace["test_a_death_in_training"]()
+
+
+def test_what_the_five_lines_return(tmp_path: Path) -> None:
+    outcome = run(tmp_path, world=4, rank=2, at="2F3")
+    assert outcome.fault == Fault(2, Action.parse("2F3"), "during", "SIGKILL", 0)
+    assert (outcome.happened, outcome.exit_code, outcome.leftovers) == (True, 137, [])
     assert outcome.cause is not None and outcome.cause.message.startswith(
         "it was killed by SIGKILL"
     )
+    assert outcome.report.startswith("barepp: rank 2 failed: it was killed by SIGKILL")
+    assert outcome.ended_after_s is not None and 0 < outcome.ended_after_s < outcome.seconds
+    assert barepp.testing.run_with_fault is run_with_fault
 
 
 # -- what can happen ------------------------------------------------------------------------------
