@@ -64,8 +64,9 @@ class Probe:
             UsageError: the fault's action is not one of this rank's.
         """
         fault = self._fault
-        self._armed = step == fault.step and not self._happened
-        if not self._armed or not methods.keys() - {Kind.F}:  # forwards alone: no training step
+        training = bool(methods.keys() - {Kind.F})  # an evaluation has forwards alone
+        self._armed = training and step == fault.step and not self._happened
+        if not self._armed:
             return methods
         if all(own.action != fault.at for own in program):
             actions = " ".join(str(own.action) for own in program)

@@ -159,6 +159,7 @@ def test_before_and_after_are_outside_of_it(tmp_path: Path) -> None:
         outcome.check(told_within_s=SOON_S)
         assert outcome.cause is not None
         assert "stage.py" not in outcome.cause.traceback
+        assert "in train" in outcome.cause.traceback and "in infer" not in outcome.cause.traceback
         assert outcome.cause.doing == "computing 1F2"
 
 
