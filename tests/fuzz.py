@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import random
 import sys
@@ -96,6 +97,7 @@ def fuzz(name: str, seed: int, seconds: float) -> Tally:
         if time.monotonic() >= until:
             break
         run_case(name, seed, case, tally, traced=case % TRACED == 0)
+    gc.collect()  # an error that is kept, with its traceback, is a cycle
     tally.grown_nbytes = psutil.Process().memory_info().rss - resident
     return tally
 

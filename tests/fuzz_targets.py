@@ -329,10 +329,12 @@ def rogue_messages(rng: random.Random) -> bytes:
         return stream(rng, [int(kind) for kind in FrameKind], [message_meta(rng), None])
     parts = []
     for sequence in range(rng.randrange(1, 4)):
-        meta = message_meta(rng)
-        data = msgpack.packb(meta)
         kind = rng.choice([FrameKind.MESSAGE, FrameKind.SUMMED, FrameKind.LENT, FrameKind.GOODBYE])
-        payload = rng.randbytes(MessageSpec.from_packed(data).nbytes)
+        data = msgpack.packb(message_meta(rng))
+        try:
+            payload = rng.randbytes(MessageSpec.from_packed(data).nbytes)
+        except ProtocolError:
+            payload = b""
         parts.append(frame(rng, sequence, kind, data, payload))
     whole = b"".join(parts)
     return changed(rng, whole) if rng.random() < 0.3 else whole

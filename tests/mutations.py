@@ -23,8 +23,10 @@ LETTERS: Final = ["", "a", "rank", "é", "\x1b[2J", "\x00", "\n" * 3, "\u202e", 
 # Metadata that is small as bytes and as large as it gets as objects.
 HOSTILE: Final = [
     b"\x91" * 600,
-    b"\xdd\x00\x00\x0f\xff" * 200,
+    b"\xdc\x0f\xff" * 200,
+    b"\xdd\x00\x00\xff\x00" * 200,  # 65280 elements in each, or so it says
     b"\xde\x0f\xff" * 200,
+    b"\xdf\x00\xff\xff\xff" * 200,
     b"\xdc\x10\x00" + b"\x90" * 4096,
     b"\xdc\x00\x10" + (b"\xdc\x0f\xff" + b"\x80" * 4095) * 16,
     b"\xc6\xff\xff\xff\xff",
@@ -70,13 +72,15 @@ def altered(rng: random.Random, value: Any, chance: float = 0.15) -> Any:
 
 
 def message_meta(rng: random.Random) -> list[Any]:
-    """Return the metadata of a message that could have been sent."""
+    """Return the metadata of a message that could have been sent, or almost."""
     count = rng.choice([1, 1, 1, 0, 2, 5])
     meta: list[Any] = [count != 1 or rng.random() < 0.3]
     for _ in range(count):
-        dims = rng.choice([0, 1, 2, 3, 64])
-        largest = 5 if dims <= 3 else 1
-        meta += [rng.choice(list(DTYPES)), [rng.randrange(largest + 1) for _ in range(dims)]]
+        dims = rng.choice([0, 1, 2, 3, 64, 65])
+        shape = [rng.randrange(6 if dims <= 3 else 2) for _ in range(dims)]
+        if rng.random() < 0.1:  # huge, and yet without an element
+            shape = [0, *rng.choices([1, 2**31, 2**40, 2**62], k=2)]
+        meta += [rng.choice(list(DTYPES)), shape]
     return meta
 
 
@@ -94,8 +98,9 @@ def packed(rng: random.Random, meta: Any) -> bytes:
 
 def frame(rng: random.Random, sequence: int, kind: int, meta: bytes, payload: bytes) -> bytes:
     """Return a frame with right checksums, though a field may say anything."""
-    tag = rng.choice([0, 7, *EDGES])
-    fields = [kind, len(meta), zlib.crc32(meta), len(payload), tag, rng.choice([0, 5]), sequence]
+    tag = rng.choice([0, 7, rng.choice(EDGES)])
+    word = rng.choice([0, sum_of_one(payload)])
+    fields = [kind, len(meta), zlib.crc32(meta), len(payload), tag, word, sequence]
     if rng.random() < 0.1:
         at = rng.randrange(len(fields))
         fields[at] = rng.choice(EDGES)
@@ -103,6 +108,12 @@ def frame(rng: random.Random, sequence: int, kind: int, meta: bytes, payload: by
     fields = [abs(value) % 2**size for value, size in zip(fields, sizes, strict=True)]
     signed = SIGNED.pack(MAGIC, *fields)
     return signed + struct.pack("<I", zlib.crc32(signed)) + meta + payload
+
+
+def sum_of_one(payload: bytes) -> int:
+    """Return the sum that a payload of a single tensor has; written down here once more."""
+    words = [payload[at : at + 8] for at in range(0, len(payload), 8)]
+    return sum(int.from_bytes(word, "little") for word in words) % 2**64
 
 
 def changed(rng: random.Random, data: bytes) -> bytes:

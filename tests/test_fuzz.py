@@ -90,8 +90,9 @@ def test_the_most_memory_that_metadata_can_take(empty: bytes) -> None:
         assert len(wire.unpack(worst)) == rows
         wide = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        with pytest.raises(ProtocolError):
-            wire.unpack(b"\xdc\x0f\xff" * 2000)  # lists in lists, each said to hold 4095
+        for claim in (b"\xdc\x0f\xff", b"\xdd\x00\xff\xff\xff", b"\xdf\x00\xff\xff\xff"):
+            with pytest.raises(ProtocolError):
+                wire.unpack(claim * 2000)  # lists in lists, each said to hold many more
         deep = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
