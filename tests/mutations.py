@@ -24,7 +24,7 @@ LETTERS: Final = ["", "a", "rank", "é", "\x1b[2J", "\x00", "\n" * 3, "\u202e", 
 HOSTILE: Final = [
     b"\x91" * 600,
     b"\xdc\x0f\xff" * 200,
-    b"\xdd\x00\x00\xff\x00" * 200,  # 65280 elements in each, or so it says
+    (b"\xdd\x00\x00\xff\x00" * 1100).ljust(65_400, b"\xc0"),  # each claims 65280 elements
     b"\xde\x0f\xff" * 200,
     b"\xdf\x00\xff\xff\xff" * 200,
     b"\xdc\x10\x00" + b"\x90" * 4096,

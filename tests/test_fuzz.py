@@ -90,9 +90,9 @@ def test_the_most_memory_that_metadata_can_take(empty: bytes) -> None:
         assert len(wire.unpack(worst)) == rows
         wide = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        for claim in (b"\xdc\x0f\xff", b"\xdd\x00\xff\xff\xff", b"\xdf\x00\xff\xff\xff"):
-            with pytest.raises(ProtocolError):
-                wire.unpack(claim * 2000)  # lists in lists, each said to hold many more
+        for claim in (b"\xdc\x0f\xff", b"\xdd\x00\x00\xff\x00", b"\xdf\x00\x00\x7f\x00"):
+            with pytest.raises(ProtocolError):  # lists in lists, each said to hold thousands
+                wire.unpack((claim * 2000).ljust(limit, b"\xc0"))
         deep = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
