@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,21 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from fuzz_targets import TARGETS  # noqa: E402
+import fuzz_sockets  # noqa: E402
+import fuzz_targets  # noqa: E402
+
+Target = Callable[[random.Random], bool]
+TARGETS: dict[str, Target] = {
+    "decoder": fuzz_targets.decoder,
+    "metadata": fuzz_targets.metadata,
+    "handshake": fuzz_targets.handshake,
+    "words": fuzz_targets.words,
+    "records": fuzz_sockets.records,
+    "listener": fuzz_sockets.listener,
+    "rendezvous": fuzz_sockets.rendezvous,
+    "transport": fuzz_sockets.transport,
+    "lending": fuzz_sockets.lending,
+}
 
 # A frame has at most 64 KiB of metadata. The worst of it are empty lists, a byte each and 64 bytes
 # as an object, and lists in lists that claim 4096 elements each, 1024 deep: together 36 MiB.

@@ -96,10 +96,19 @@ def packed(rng: random.Random, meta: Any) -> bytes:
             return data
 
 
-def frame(rng: random.Random, sequence: int, kind: int, meta: bytes, payload: bytes) -> bytes:
+def frame(
+    rng: random.Random,
+    sequence: int,
+    kind: int,
+    meta: bytes,
+    payload: bytes,
+    *,
+    word: int | None = None,
+) -> bytes:
     """Return a frame with right checksums, though a field may say anything."""
     tag = rng.choice([0, 7, rng.choice(EDGES)])
-    word = rng.choice([0, sum_of_one(payload)])
+    if word is None:
+        word = rng.choice([0, sum_of_one(payload)])
     fields = [kind, len(meta), zlib.crc32(meta), len(payload), tag, word, sequence]
     if rng.random() < 0.1:
         at = rng.randrange(len(fields))

@@ -8,8 +8,7 @@ import tracemalloc
 
 import fuzz
 import pytest
-from fuzz import Finding, Tally, run_case
-from fuzz_targets import TARGETS, Target
+from fuzz import TARGETS, Finding, Tally, Target, run_case
 
 from transport import wire
 from transport.errors import ProtocolError
@@ -25,6 +24,7 @@ CASES = {
     "listener": 60,
     "rendezvous": 30,
     "transport": 80,
+    "lending": 80,
 }
 
 
