@@ -200,8 +200,10 @@ def lend(rng: random.Random, peer: socket.socket) -> None:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, rng.choice([7, 7, 7, 6, 1]))  # seal, shrink, grow
     null = os.open(os.devnull, os.O_RDONLY)
     try:
-        shown = rng.choice([[fd], [fd], [fd], [fd], [null], [], [fd, null]])
-        socket.send_fds(peer, [rng.choice([b"\1", b"\1", b"\1", b"\0", b"x"])], shown)
+        fair = [(b"\1", [fd])] * 5 + [(b"\0", [])] * 3
+        foul = [(b"\1", []), (b"\0", [fd]), (b"x", [fd]), (b"\1", [null]), (b"\1", [fd, null])]
+        data, shown = rng.choice(fair + foul)
+        socket.send_fds(peer, [data], shown)
     finally:
         os.close(fd)
         os.close(null)

@@ -326,6 +326,11 @@ SECOND = encode(FrameKind.MESSAGE, 1, [False, "int64", [2]], 16, tag=4) + bytes(
         (MAGIC + b"x" * 44, ProtocolError, "checksum"),
         (GOOD, ProtocolError, "number 1 was due"),
         (encode(FrameKind.RECORD, 1, {}), ProtocolError, "RECORD out of place"),
+        (
+            encode(FrameKind.LENT, 1, [False, "int64", [2]], 16, tag=4),
+            ProtocolError,
+            "lends memory",
+        ),
         (encode(FrameKind.GOODBYE, 1, None, 5) + b"hello", ProtocolError, "GOODBYE out of place"),
         (encode(FrameKind.MESSAGE, 1, None), ProtocolError, "metadata"),
         (encode(FrameKind.MESSAGE, 1, [False, "int64", [2]], 8), ProtocolError, "16 bytes"),
