@@ -103,6 +103,9 @@ class Team:
 
     def broken(self, why: str) -> BenchError:
         """Return the error for a team that cannot go on, with the end of what it printed."""
+        deadline = time.monotonic() + STOP_S  # the launcher speaks when all its ranks have ended
+        while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):
+            time.sleep(0.05)
         said = self.log.read_text(errors="replace")[-TAIL:].strip()
         return BenchError(f"the {self.name} team broke: {why}\n{said}".rstrip())
 
