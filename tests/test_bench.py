@@ -267,6 +267,7 @@ def test_flags_alone_are_those_of_training(capsys: pytest.CaptureFixture[str]) -
         (["training", "--ranks", "two"], "--ranks is numbers"),
         (["training", "--ranks", "1"], "--ranks start at 2"),
         (["training", "--schedules", "2f2b"], "2f2b"),
+        (["training", "--schedules", "zb_v"], "two stages on each rank"),
         (["start", "--world", "0"], "--world and --rounds start at 1"),
         (["growth", "--ranks", "4,2"], "smallest first"),
         (["growth", "--bytes", "many"], "--bytes is numbers"),

@@ -7,8 +7,8 @@ processes live at once, and those whose turn it is not are blocked. Under each t
 fitted: cost = fixed + each * size, and size ** exponent over the larger half of the sizes. Nothing
 should grow faster than its size: the exponent of a cost that is linear is 1.
 
-    microbatches   step time of 2 ranks; more microbatches of the same 4 rows
-    ranks          processor time of a step; the same batch over more ranks
+    microbatches   step time of 2 ranks, and of each microbatch; all microbatches have 4 rows
+    ranks          processor time of a step, and of each action; the same batch over more ranks
     bytes          step time of 2 ranks; larger activations, layers that hardly compute
     rendezvous     attach, join and barrier of bare processes without torch
     launch         from the command to the first barrier, with `python -m barepp.launch`

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     )
     for world_size in ranks:
         for schedule in plan.schedules:
-            make_schedule(schedule, world_size, MICROPP.microbatches)
+            make_schedule(schedule, world_size, MICROPP.microbatches, world_size)
     results = []
     for world_size in ranks:
         with Conductor() as conductor:

@@ -38,7 +38,7 @@ def figures(
             "cpu_ms": spread([_cpu_ms(answers) for answers in rounds]).to_record(),
         }
         if team != ALONE:
-            order = make_schedule(schedule, world_size, case.microbatches).order
+            order = make_schedule(schedule, world_size, case.microbatches, world_size).order
             row |= _ideal(row["step_ms"]["median"], order, forward_s, backward_s)
             added_ms = row["cpu_ms"]["median"] - statistics.median(alone_cpu_ms)
             row["added_us_per_action"] = 1e3 * added_ms / sum(map(len, order))
