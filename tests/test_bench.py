@@ -68,6 +68,12 @@ def test_a_fixed_cost_does_not_hide_growth_at_the_large_end() -> None:
     assert linear < 1 < quadratic
 
 
+def test_the_line_is_not_that_of_the_largest_size_alone() -> None:
+    sizes = [2.0**k for k in range(9)]
+    disturbed = [3 * size for size in sizes[:-1]] + [2 * 3 * sizes[-1]]
+    assert growth(sizes, disturbed).each == pytest.approx(3, rel=0.3)
+
+
 def test_two_sizes_are_enough() -> None:
     found = growth([1, 4], [10, 40])
     assert (found.exponent, found.each) == (pytest.approx(1), pytest.approx(10))
@@ -212,7 +218,9 @@ def test_the_training_series_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth_bench, "TURN_S", 0.01)
     sizes = ["--microbatches", "1,2,4", "--bytes", "64,4096", "--ranks", "1,2", "--rounds", "1"]
     series, lines = growth_of([*sizes, *NOT_LAUNCHED])
-    assert [row["size"] for row in series["microbatches"]["rows"]] == [1, 2, 4]
+    for row, size in zip(series["microbatches"]["rows"], [1, 2, 4], strict=True):
+        assert row["size"] == size
+        assert row["us_each"] == pytest.approx(1e3 * row["step_ms"] / size)
     assert [row["size"] for row in series["bytes"]["rows"]] == [64, 4096]
     for found in series.values():
         costs = [
@@ -364,6 +372,16 @@ def test_starts_are_timed_until_the_last_rank_is_through() -> None:
         theirs = start_bench.launch_torch(1)
     for start in (ours, theirs):
         assert 0 < start.barrier_s <= start.end_s
+
+
+def test_a_start_lasts_until_its_last_rank() -> None:
+    script = """
+import pathlib, sys, time
+for rank in range(3):
+    time_ns = time.monotonic_ns() + rank * 10**9
+    pathlib.Path(sys.argv[1], str(rank)).write_text(str(time_ns))
+"""
+    assert 2 < start_bench.time_start(["cProfile"], script, 3).barrier_s < 60
 
 
 def test_a_start_that_fails_says_why() -> None:
