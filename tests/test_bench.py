@@ -26,7 +26,7 @@ from barepp.bench.case import Case
 from barepp.bench.figures import growth, ratio, spread, table
 from barepp.bench.member import serve
 from barepp.bench.ours import Ours
-from barepp.bench.teams import BenchError, Conductor, step_times
+from barepp.bench.teams import BenchError, Conductor, environment, step_times
 from barepp.world import World
 from transport.inproc import InprocHub, InprocTransport
 
@@ -160,6 +160,11 @@ def test_a_team_that_breaks_in_its_turn_says_what_it_printed(
         team = conductor._start("doomed", 2, members)
         conductor.gather()
         team.ask({"order": "train"})
+
+
+def test_nobody_computes_with_more_threads_than_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")  # barepp would heed it
+    assert environment()["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_member_whose_conductor_is_gone_ends(tmp_path: Path) -> None:

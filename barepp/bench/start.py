@@ -106,10 +106,7 @@ def time_start(module: Sequence[str], script: str, world_size: int) -> Start:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={
-                "OMP_NUM_THREADS": "1",
-                **environment(),
-            },  # torchrun says at length that it sets it
+            env=environment(),
             start_new_session=True,
         )
         try:

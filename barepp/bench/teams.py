@@ -222,10 +222,10 @@ class Conductor:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a child that imports the same barepp as this process."""
+    """Return the environment of a child: the same barepp as here, and one compute thread."""
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", choices=["torch", "none"], default="torch", help="whom to run beside"
     )
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
+    widths = ", ".join(f"{size} (batch {case.batch})" for size, case in SIZES.items())
+    parser.add_argument("--sizes", default=",".join(SIZES), help=f"the layers' widths: {widths}")
     parser.add_argument("--ranks", default="2,4", help="world sizes, with commas between")
     parser.add_argument(
         "--schedules", default="naive,gpipe,1f1b", help="with commas between (naive,gpipe,1f1b)"
