@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import MARK, ROOT, marked, nothing_left
+from jobs import LIMIT_S, MARK, ROOT, marked, nothing_left
 
 from barepp.bench import __main__ as command_line
 from barepp.bench import growth as growth_bench
@@ -337,6 +338,32 @@ def bench(folder: Path, *arguments: str) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads(path.read_text())
     assert figures["machine"]["cores"] >= 1
     return figures
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    left_out = ["--ranks", "none", "--bytes", "none", "--rendezvous", "none", "--launch", "none"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "barepp.bench", "growth", "--microbatches", "1,2", *left_out],
+        env={**os.environ, MARK: mark, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while len(marked(mark)) < 2 and time.monotonic() < deadline:  # itself, and the launcher
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(LIMIT_S) == 143
+        while marked(mark) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not marked(mark)
+        assert not list(temporary.glob("barepp-*"))
+    finally:
+        for left in marked(mark):
+            left.kill()
+        process.wait()
 
 
 def test_training_beside_torch(tmp_path: Path) -> None:
