@@ -65,6 +65,7 @@ class Graph:
 
     def full(self, gradients: Gradients) -> list[Tensor | None]:
         """Add to the weights' `.grad`; return the gradients of the leaves."""
+        gradients = [None if gradient is None else canonical(gradient) for gradient in gradients]
         roots, reached = self.reached_by(gradients)
         if roots:
             # One call for all tensors: two would walk the shared part of the graph twice.

@@ -57,15 +57,15 @@ def leave(value: Value) -> Value:
     return like(value, [tensor.detach() for tensor in tensors(value)])
 
 
-def enter(value: Value, wanted: Sequence[bool]) -> Entered:
+def enter(value: Value, wanted: Sequence[bool], writes: bool = True) -> Entered:
     """[2] Start a new graph at this value; `wanted` says of each tensor whether to catch its
-    gradient.
+    gradient, `writes` whether the first layer may write to what it is given.
     """
-    pairs = [_enter_tensor(*pair) for pair in zip(tensors(value), wanted, strict=True)]
+    pairs = [_enter_tensor(*pair, writes) for pair in zip(tensors(value), wanted, strict=True)]
     return Entered(tuple(leaf for leaf, _ in pairs), like(value, [start for _, start in pairs]))
 
 
-def _enter_tensor(tensor: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _enter_tensor(tensor: Tensor, wanted: bool, writes: bool) -> tuple[Tensor, Tensor]:
     # Why detach? The tensor object is the sender's or the user's; setting requires_grad on it
     # would reach into their code. This is another one on the same memory.
     leaf = canonical(tensor.detach())
@@ -75,6 +75,8 @@ def _enter_tensor(tensor: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     # Why requires_grad? It makes backward stop here and leave the gradient in leaf.grad, as it
     # does for a weight.
     leaf.requires_grad_()
+    if not writes:
+        return leaf, leaf
     # Why not hand over the leaf itself? A layer that works in place (ReLU(inplace=True)) may not
     # write to a leaf, and it must not matter whether the cut falls in front of it. unsafe_chunk
     # makes a new tensor on the same memory that may be written to: no copy is kept in flight.

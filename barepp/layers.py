@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from barepp.boundary import Value
-from barepp.canonical import canonical_output
+from barepp.canonical import canonical, canonical_output
 from barepp.errors import UsageError
 from barepp.models import LayerBuilder
+from barepp.plain import is_plain
 from barepp.seeding import LayerRandomness
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -42,6 +43,22 @@ class Cut(NamedTuple):
     step: int | None
     groups: list[tuple[list[Link], bool]]
     weights: list[nn.Parameter]  # to be trained, of all layers
+
+
+class Care(NamedTuple):
+    """What has to be done about each link, for plain layers nothing; valid for one step.
+
+    Attributes:
+        step: the step.
+        draws: links that may draw random numbers, by number.
+        hooked: links whose output's gradient may come back in another than the canonical form.
+        writes: whether the first layer may write to its input.
+    """
+
+    step: int | None
+    draws: frozenset[int]
+    hooked: frozenset[int]
+    writes: bool
 
 
 class Layers:
@@ -76,6 +93,7 @@ class Layers:
     def cut_anew(self) -> None:
         """Forget what was found for a step: it is done again."""
         self._cut = Cut(None, [], [])
+        self._care = Care(None, frozenset(), frozenset(), True)
 
     def cut(self, step: int) -> Cut:
         """Return the links in groups, each with its own graph when a backward is split.
@@ -95,16 +113,39 @@ class Layers:
             self._cut = Cut(step, groups, weights)
         return self._cut
 
+    def care(self, step: int) -> Care:
+        """Return what has to be done about each layer; found anew in each step."""
+        if self._care.step != step:
+            plain = [is_plain(module) for _, module in self.whole]
+            # Whoever comes next gives the gradient of an output. Behind the last layer of a stage
+            # that is the next stage: backward.py makes what comes from there canonical.
+            behind_is_fine = [*plain[1:], True]
+            self._care = Care(
+                step,
+                frozenset(
+                    link.layer for link, fine in zip(self.whole, plain, strict=True) if not fine
+                ),
+                frozenset(
+                    link.layer
+                    for link, fine in zip(self.whole, behind_is_fine, strict=True)
+                    if not fine
+                ),
+                not plain[0] if plain else True,
+            )
+        return self._care
+
     def run(self, links: Sequence[Link], value: Value, turn: Turn) -> Value:
         """Run layers on `value`, one behind the other."""
+        care = self.care(turn.step)
         for layer, module in links:
             # A loss may draw random numbers too; it counts as the layer behind the last one.
-            self._randomness.seed_layer(layer, turn.step, turn.microbatch)
+            if layer in care.draws:
+                self._randomness.seed_layer(layer, turn.step, turn.microbatch)
             try:
                 if module is None:
                     value = self._loss(value, turn)
                 else:
-                    value = _checked_output(layer, module(value))
+                    value = _checked_output(layer, module(value), layer in care.hooked)
             except Exception as error:
                 add_note(error, self._where(layer, module, turn))
                 raise
@@ -142,9 +183,10 @@ class Layers:
         return loss * turn.loss_weight  # []
 
 
-def _checked_output(layer: int, output: Any) -> Value:
+def _checked_output(layer: int, output: Any, hooked: bool) -> Value:
+    made_canonical = canonical_output if hooked else canonical
     if isinstance(output, Tensor):
-        return canonical_output(output)  # [rows, ...]
+        return made_canonical(output)  # [rows, ...]
     keyed = isinstance(output, dict) and all(isinstance(key, str) for key in output)
     parts = output.values() if keyed else output if isinstance(output, tuple) else (None,)
     if not all(isinstance(part, Tensor) for part in parts):
@@ -156,7 +198,7 @@ def _checked_output(layer: int, output: Any) -> Value:
     apart = []
     for part in parts:
         # The same tensor twice is two tensors for another stage: two gradients, added at the end.
-        apart.append(canonical_output(part.clone() if id(part) in seen else part))
+        apart.append(made_canonical(part.clone() if id(part) in seen else part))
         seen.add(id(part))
     return dict(zip(output, apart, strict=True)) if keyed else tuple(apart)
 

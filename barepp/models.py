@@ -31,6 +31,8 @@ class HeLinear(nn.Linear):
     learnt to 0.66 instead of 0.97.
     """
 
+    plain = True  # see plain.py
+
     def reset_parameters(self) -> None:
         """Draw the initial weights; nn.Linear calls this when it is built."""
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")  # [out_features, in_features]
@@ -39,6 +41,8 @@ class HeLinear(nn.Linear):
 
 class LinearReLU(HeLinear):
     """Linear, then ReLU: one layer of the MLP, with its weights directly under its own name."""
+
+    plain = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(x W^T + b)."""

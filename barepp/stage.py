@@ -123,7 +123,7 @@ class Stage:
             wanted = [False] * len(wanted)
         turn = Turn(microbatch, step, target, loss_weight)
         run = self._run_and_forget if recompute else self._run
-        with self._randomness:
+        with self._turn(step):
             kept, output = run(x, wanted, turn, split)
         needed = tuple(tensor.requires_grad for tensor in tensors(output))
         # (`loss.backward()` makes the same tensor.)
@@ -140,7 +140,7 @@ class Stage:
         """
         flight = self._flight(microbatch, "backward")
         del self._in_flight[microbatch]
-        with self._computing("backward", microbatch):
+        with self._computing("backward", microbatch, flight.step):
             gradients = self._given(flight, gradient)
             found = self._revived(flight).full(gradients, self._layers.cut(flight.step).weights)
         return boundary.gradient_of(flight.input_is_tensor, found)
@@ -148,7 +148,7 @@ class Stage:
     def backward_inputs(self, microbatch: int, gradient: Gradient = None) -> Gradient:
         """I: as `backward`, but leave the weights' gradients for `backward_weights`."""
         flight = self._flight(microbatch, "input gradients (I)")
-        with self._computing("input gradients (I)", microbatch):
+        with self._computing("input gradients (I)", microbatch, flight.step):
             gradients = self._given(flight, gradient)
             flight.kept = self._revived(flight)
             found = flight.kept.inputs(gradients)
@@ -164,7 +164,7 @@ class Stage:
                 "input gradients (I); let I come first, and each I have one W"
             )
         del self._in_flight[microbatch]
-        with self._computing("weight gradients (W)", microbatch):
+        with self._computing("weight gradients (W)", microbatch, flight.step):
             assert isinstance(flight.kept, Backward)
             flight.kept.weights(self._layers.cut(flight.step).weights)
 
@@ -219,8 +219,10 @@ class Stage:
         groups = self._layers.cut(turn.step).groups if split else [(self._layers.whole, True)]
         graphs: list[Graph] = []
         writes = InPlaceWrites()
+        # (Of the layers behind a cut within the stage nothing is asked: they may write.)
+        first_writes = self._layers.care(turn.step).writes
         for links, has_weights in groups:
-            entered = boundary.enter(value, wanted)
+            entered = boundary.enter(value, wanted, first_writes or bool(graphs))
             output = self._layers.run(links, entered.value, turn)
             if graphs:
                 writes.look(value, entered, output)
@@ -259,12 +261,16 @@ class Stage:
             )
         return flight
 
+    def _turn(self, step: int) -> contextlib.AbstractContextManager[object]:
+        """The turn at the random generators, if any layer may draw."""
+        return self._randomness if self._layers.care(step).draws else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _computing(self, what: str, microbatch: int) -> Iterator[None]:
+    def _computing(self, what: str, microbatch: int, step: int) -> Iterator[None]:
         # A turn of its own: a layer under torch.utils.checkpoint runs its forward again here, and
         # so does a microbatch that is recomputed.
         try:
-            with self._randomness:
+            with self._turn(step):
                 yield
         except Exception as error:
             add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")

@@ -1,0 +1,31 @@
+"""Layers of which the type alone says that three precautions are needless.
+
+A pipeline that knows nothing of a layer has to seed the random generator before it, to make sure
+that the gradient which it sends back is canonical (canonical.py), and to hand it a tensor that it
+may write to. For small layers that costs as much as their arithmetic. A layer is plain when
+
+1. its forward draws no random numbers,
+2. its forward does not write to its input,
+3. its backward gives a canonical gradient of its input when it is given a canonical one.
+
+The types below are. A type of your own says so by `plain = True` in its own class body; what is
+inherited does not count, for a subclass may do anything. A layer with hooks is not plain. Results
+are the same either way, bit for bit: tests/test_plain.py holds each type to its word.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import nn
+
+PLAIN: Final = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU})
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Return whether a layer is plain, now: hooks may come and go."""
+    kind = type(layer)
+    if kind not in PLAIN and not vars(kind).get("plain", False):
+        return False
+    return not any(getattr(layer, hooks) for hooks in _HOOKS)
