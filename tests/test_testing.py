@@ -59,7 +59,8 @@ def train(world: World, steps: int = 2) -> None:
 
 def test_five_lines_for_a_script_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's own, from a fresh fork server; only its second is for a machine of one's own."""
-    [code] = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "run_with_fault" in block]
     assert len([line for line in code.splitlines() if line]) <= 5
     assert "told_within_s=1.0" in code
     namespace: dict[str, Any] = {}
@@ -148,7 +149,7 @@ def test_during_is_in_the_midst_of_the_computation(at: str, tmp_path: Path) -> N
     assert outcome.cause is not None
     stack = outcome.cause.traceback
     assert "in __torch_dispatch__" in stack
-    where = "in _engine_run_backward" if "B" in at else "in forward"
+    where = "    _run_backward(" if "B" in at else "in forward"
     assert where in stack and "stage.py" in stack
     assert outcome.cause.doing == f"computing {at}"
 
