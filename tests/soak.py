@@ -58,7 +58,8 @@ SCRIPT = """
                     parameter -= 0.05 * parameter.grad
             if step % EVERY == 0:
                 world.barrier()
-                pipe.recorder = Recorder()  # it keeps three numbers a step, for the summary
+                if STEPS < 4000:  # it keeps the last thousand steps, so it grows until then
+                    pipe.recorder = Recorder()
                 gc.collect()
                 print(json.dumps(dict(look(step, myself), blocks=sys.getallocatedblocks())))
                 if world.rank == 0:
