@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-# 12.6 million actions where backwards are split: about a minute, and half a GiB.
+# 12.6 million actions where backwards are split: about a minute, and 600 MiB.
 _MOST_PAIRS = 1024 * 4096
 # More actions than this are not drawn: nobody could read the grid.
 _MOST_DRAWN = 50_000
