@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import barepp
 from barepp.errors import ScheduleError
 from barepp.plan import main as plan
 from barepp.schedules import make_schedule
@@ -152,3 +154,25 @@ def test_plan_shows_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
         plan(["--schedule", name, "--stages", "2", "--microbatches", "1"])
     assert caught.value.code == 2
     assert "[1B0]" in capsys.readouterr().err
+
+
+def test_a_pipeline_trains_with_it(tmp_path: Path) -> None:
+    """The same bits as GPipe's, also in a step of fewer rows than microbatches."""
+
+    def train(world: barepp.World, schedule: str) -> list[torch.Tensor]:
+        pipe = barepp.Pipeline(
+            world,
+            barepp.mlp(num_layers=3, hidden=8),
+            torch.nn.functional.cross_entropy,
+            schedule=schedule,
+            num_microbatches=4,
+        )
+        for rows in (8, 3):
+            pipe.step(torch.ones(rows, 64), torch.arange(rows))
+        return [p.grad.clone() for p in pipe.parameters() if p.grad is not None]
+
+    name = f"{written(tmp_path, GPIPE)}:lines"
+    mine, theirs = (barepp.run(train, 2, one, transport="inproc") for one in (name, "gpipe"))
+    assert sum(map(len, mine)) == 8
+    for ours, gpipe in zip(mine, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, gpipe, strict=True))
