@@ -265,7 +265,7 @@ def test_peak_bytes() -> None:
     assert timeline.peak_bytes(10, 3) == [30, 20, 10]
     assert timeline.peak_bytes([1, 10, 100], 3) == [3, 20, 100]
     # Stages 0 and 3 are on rank 0: 0F0 3F0 3I0 3W0 0F1 3F1 3B1 0B0 …
-    assert simulate(LOOP, 4, Costs()).peak_bytes([100, 10, 1, 7], 4) == [207, 21]
+    assert simulate(LOOP, 4, Costs()).peak_bytes([100, 10, 1, 7], 4) == [207, 11]
     with pytest.raises(UsageError, match="for each of 3 stages, not \\[1, 2\\]"):
         timeline.peak_bytes([1, 2], 3)
 
