@@ -7,7 +7,7 @@ processes live at once, and those whose turn it is not are blocked. Under each t
 fitted: cost = fixed + each * size, and size ** exponent over the larger half of the sizes. Nothing
 should grow faster than its size: the exponent of a cost that is linear is 1.
 
-    microbatches   step time of 2 ranks, and of each microbatch; all microbatches have 4 rows
+    microbatches   step and processor time of 2 ranks, and for each microbatch; all have 4 rows
     ranks          processor time of a step, and of each action; the same batch over more ranks
     bytes          step time of 2 ranks; larger activations, layers that hardly compute
     rendezvous     attach, join and barrier of bare processes without torch
@@ -105,9 +105,12 @@ def _microbatches(
             "size": size,
             "step_ms": step_ms,
             "us_each": 1e3 * step_ms / size,
+            "cpu_ms": cpu_ms,
+            "cpu_us_each": 1e3 * cpu_ms / size,
         }
         for size, answers in turns.items()
         for step_ms in [_step_ms(answers)]
+        for cpu_ms in [_median_cpu_ms(answers)]
     ]
 
 
@@ -119,7 +122,7 @@ def _ranks(conductor: Conductor, sizes: list[int], arguments: argparse.Namespace
     turns = _take_turns({size: (team, case) for size, team in teams.items()}, arguments.rounds)
     rows = []
     for size, answers in turns.items():
-        cpu_ms = statistics.median(_cpu_ms(answer) for answer in answers)
+        cpu_ms = _median_cpu_ms(answers)
         connections = [rank["connections"] for rank in answers[-1]]
         rows.append(
             {
@@ -220,9 +223,12 @@ def _step_ms(answers: list[list[dict[str, Any]]]) -> float:
     return 1e3 * spread([second for answer in answers for second in step_times(answer)]).median
 
 
-def _cpu_ms(answer: list[dict[str, Any]]) -> float:
-    used_s: float = sum(rank["cpu_s"] for rank in answer)
-    return 1e3 * used_s / len(answer[0]["ends"])
+def _median_cpu_ms(answers: list[list[dict[str, Any]]]) -> float:
+    """Return the processor time of a step, of all ranks: the median of the rounds."""
+    used_ms: list[float] = [
+        1e3 * sum(rank["cpu_s"] for rank in answer) / len(answer[0]["ends"]) for answer in answers
+    ]
+    return statistics.median(used_ms)
 
 
 def _tell(name: str, rows: list[Row], show: Show) -> dict[str, Any]:
