@@ -1,10 +1,10 @@
 """Faults: who is told what, after how many milliseconds, and what is left; beside torchrun.
 
-Four ranks train with 1F1B, about 30 ms a step; rank 2 fails in the forward of a microbatch of step
-20. Every run is the real command line, from its start to the end of its last process. "told after"
-is the time from just before the fault to the first line of the handler of the error that it raised
-on another rank, for every rank and run; "launcher back after" is the time to the end of the
-launcher's process. Each is shown as median / worst, over all runs.
+Four ranks train with 1F1B; rank 2 fails in the forward of a microbatch of step 20. Every run is the
+real command line, from its start to the end of its last process. "told after" is the time from just
+before the fault to the first line of the handler of the error that it raised on another rank, for
+every rank and run; "launcher back after" is the time to the end of the launcher's process. Each is
+shown as median / worst, over all runs.
 
 All faults, and both launchers, take turns, so that a noisy hour of the machine favours none.
 """
