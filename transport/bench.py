@@ -7,6 +7,8 @@ round, so that a noisy machine cannot favour one. Medians and quartiles over all
     fresh             the same, received into a new tensor each time
     one way           a burst of messages in one direction, until the last is received
     both ways         a burst in each direction at once, the two added up
+
+The row "copy" is what the machine can do: one copy from memory to memory within a process.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ BURST_NBYTES: Final = 64 * 1024 * 1024  # a burst moves about this much, and 2 t
 ROUNDS: Final = 3
 TIMEOUT_S: Final = 60.0
 GLOO: Final = "gloo"
+COPY: Final = "copy"
 COLUMNS: Final = ("half round trip", "fresh", "one way", "both ways")
 
 
@@ -68,16 +71,16 @@ class _OurLink:
         self._peer = 1 - rank
 
     def send(self, tensor: torch.Tensor) -> None:
-        self._transport.send(tensor, self._peer, timeout=TIMEOUT_S)
+        self._transport.send(tensor, self._peer)
 
     def isend(self, tensor: torch.Tensor) -> Any:
         return self._transport.isend(tensor, self._peer)
 
     def recv_into(self, tensor: torch.Tensor) -> None:
-        self._transport.recv(self._peer, into=tensor, timeout=TIMEOUT_S)
+        self._transport.recv(self._peer, into=tensor)
 
     def recv_fresh(self, like: torch.Tensor) -> None:
-        self._transport.recv(self._peer, timeout=TIMEOUT_S)
+        self._transport.recv(self._peer)
 
     def close(self) -> None:
         self._transport.close(TIMEOUT_S)
@@ -161,6 +164,20 @@ def _burst(link: Link, rank: int, nbytes: int, *, both: bool) -> float:
     return count * nbytes * (1 + both) / (time.perf_counter() - began)
 
 
+def _copy(nbytes: int, repeats: int) -> list[float]:
+    """Return the seconds of one copy within this process."""
+    import torch
+
+    out = torch.ones(nbytes, dtype=torch.uint8)
+    back = torch.ones(nbytes, dtype=torch.uint8)  # warm, as a buffer that is used again
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        back.copy_(out)
+        times.append(time.perf_counter() - began)
+    return times
+
+
 def _repeats(nbytes: int) -> int:
     return max(8, min(400, 2**25 // max(nbytes, 1)))
 
@@ -178,7 +195,7 @@ def _process(rank: int, pipe: Connection, settings: Settings) -> None:
             links[name] = _OurLink(name, rank, pipe, settings.secret)
     for nbytes in settings.sizes:
         found: dict[str, dict[str, list[float]]] = {
-            name: {column: [] for column in COLUMNS} for name in links
+            name: {column: [] for column in COLUMNS} for name in (*links, COPY)
         }
         for turn in range(settings.rounds + 1):
             for name, link in links.items():
@@ -192,6 +209,12 @@ def _process(rank: int, pipe: Connection, settings: Settings) -> None:
                     found[name]["fresh"] += fresh
                     found[name]["one way"].append(one)
                     found[name]["both ways"].append(both)
+            if turn and rank == 0:
+                copies = _copy(nbytes, _repeats(nbytes))
+                found[COPY]["half round trip"] += copies
+                found[COPY]["fresh"] += copies
+                for column in COLUMNS[2:]:
+                    found[COPY][column] += [nbytes / seconds for seconds in copies]
         if rank == 0:
             pipe.send((nbytes, found))
     for link in links.values():
@@ -264,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m transport.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--transports", default="unix,tcp,gloo", help="names, with commas between")
+    parser.add_argument(
+        "--transports", default="shm,unix,tcp,gloo", help="names, with commas between"
+    )
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes of a message")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each transport")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there")

@@ -44,7 +44,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 MAX_TENSORS: Final = 256  # in one message
-MAX_DIMS: Final = 64  # torch's own limit
+MAX_DIMS: Final = 64  # more than any layer uses
 _INT64_MAX: Final = 2**63 - 1
 _CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so the cache stays small
 
