@@ -222,7 +222,10 @@ def test_a_signal_to_the_launcher_ends_everything(name: str, tmp_path: Path) -> 
         where = f"(waiting at a barrier|waiting for a message from rank {1 - rank} with tag 0)"
         assert re.fullmatch(f"barepp: rank {rank} was told while {where}, and ended", line)
     assert len(told) == 2
-    assert last == "barepp: rank 2 was told, did not end by itself and was killed"
+    assert (
+        last
+        == "barepp: rank 2 was told while in the script's own code, did not end by itself and was killed"
+    )
     assert (job.failed["rank"], job.failed["cause"], job.failed["signal"]) == (-1, "signal", number)
     assert sum(event["event"] == "ended" for event in job.events) == 3
 
@@ -251,7 +254,10 @@ def test_a_second_ctrl_c_waits_for_nobody(tmp_path: Path) -> None:
         job = running.finish()
         assert time.monotonic() - began < 3.0
     assert job.code == 130
-    assert "rank 2 was told, did not end by itself and was killed" in job.err
+    assert (
+        "rank 2 was told while in the script's own code, did not end by itself and was killed"
+        in job.err
+    )
 
 
 def wait_for_processes(running: Running, count: int) -> None:
@@ -355,7 +361,7 @@ def test_an_unknown_transport_lists_those_that_exist(
 ) -> None:
     text = refused(capsys, "--world", "2", "--transport", "pigeon", script)
     assert "there is no transport 'pigeon'" in text
-    assert "auto, inproc, tcp" in text and "unix" in text
+    assert "auto, inproc, shm, tcp, unix" in text
 
 
 def test_inproc_is_not_for_processes(script: str, capsys: pytest.CaptureFixture[str]) -> None:
