@@ -223,8 +223,8 @@ def test_a_signal_to_the_launcher_ends_everything(name: str, tmp_path: Path) -> 
         assert re.fullmatch(f"barepp: rank {rank} was told while {where}, and ended", line)
     assert len(told) == 2
     assert (
-        last
-        == "barepp: rank 2 was told while in the script's own code, did not end by itself and was killed"
+        last == "barepp: rank 2 was told while in the script's own code, did not end by itself "
+        "and was killed"
     )
     assert (job.failed["rank"], job.failed["cause"], job.failed["signal"]) == (-1, "signal", number)
     assert sum(event["event"] == "ended" for event in job.events) == 3

@@ -20,7 +20,7 @@ def test_every_transport_is_measured_beside_gloo_and_a_copy(tmp_path: Path) -> N
     if torch.distributed.is_gloo_available():
         names.append("gloo")
     path = tmp_path / "rows.json"
-    flags = ["--transports", ",".join(names), "--sizes", "8,100000", "--rounds", "1"]
+    flags = ["--transports", ",".join(names), "--sizes", "8,200000", "--rounds", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "transport.bench", *flags, "--json", str(path)],
         capture_output=True,
@@ -30,7 +30,7 @@ def test_every_transport_is_measured_beside_gloo_and_a_copy(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())
-    expected = [(name, size) for size in (8, 100_000) for name in (*names, "copy")]
+    expected = [(name, size) for size in (8, 200_000) for name in (*names, "copy")]
     assert [(row["transport"], row["nbytes"]) for row in rows] == expected
     for row in rows:
         assert all(row[figure] > 0 or row["nbytes"] == 8 for figure in FIGURES), row

@@ -20,7 +20,7 @@ import torch
 from transport.decoder import Decoder
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.progress import Progress
-from transport.tensors import MessageSpec, copied_bytes, memory
+from transport.tensors import MessageSpec, copied_bytes, fill, memory
 from transport.wire import MESSAGES, Frame, FrameKind, Limits, encode, unpack
 from transport.work import Work
 
@@ -276,16 +276,19 @@ class Connection:
     def _begin(self, frame: Frame) -> bool:
         try:
             tensors = self._owner.on_frame(self, frame)
+            if tensors is None:
+                self._pending = frame
+                self._watch()
+                return False
+            if (payload := self._decoder.take_payload()) is None:
+                self._filling = tensors
+                self._decoder.receive_into([memory(tensor) for tensor in tensors])
+            else:  # all of a short message is here
+                fill(tensors, payload)
+                self._owner.on_payload(self)
         except ProtocolError as error:
             self._owner.on_end(self, error)
             return False
-        if tensors is None:
-            self._pending = frame
-            self._watch()
-            return False
-        self._filling = tensors
-        if tensors:
-            self._decoder.receive_into([memory(tensor) for tensor in tensors])
         return True
 
     def _end(self, error: OSError | None) -> None:

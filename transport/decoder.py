@@ -119,6 +119,18 @@ class Decoder:
         assert sum(map(len, destinations)) == self._left, "destinations do not fit"
         self._destinations = [view for view in destinations if len(view)]
 
+    def take_payload(self) -> memoryview | None:
+        """Return the current frame's payload if all of it came with the header, and go on.
+
+        Otherwise None: name its destination. The view is good until bytes are received again.
+        """
+        start, end = self._start, self._start + self._left
+        if end > self._end:
+            return None
+        self._start = end
+        self._frame = None
+        return self._scratch[start:end]
+
     def next_event(self) -> Frame | PayloadDone | None:
         """Return the next event, or None when more bytes are needed.
 
@@ -156,17 +168,18 @@ class Decoder:
             del self._destinations[0]
 
     def _frame_event(self) -> Frame | None:
+        start, end = self._start, self._end
         if self._header is None:
-            if self._end - self._start < HEADER.size:
-                if self._start < self._end:
+            if end - start < HEADER.size:
+                if start < end:
                     self._check_magic()
                 return None
             self._header = self._decode_header()
+            start = self._start
         kind, meta_nbytes, meta_crc, payload_nbytes, tag, word = self._header
-        start = self._start
-        if self._end - start >= meta_nbytes and not self._meta:  # the usual case: it is all here
+        if end - start >= meta_nbytes and not self._meta:  # the usual case: it is all here
             meta = bytes(self._scratch[start : start + meta_nbytes])
-            self._start += meta_nbytes
+            self._start = start + meta_nbytes
         else:
             self._gather_meta(meta_nbytes)
             if len(self._meta) < meta_nbytes:

@@ -31,7 +31,7 @@ from transport.tensors import MessageSpec
 from transport.wire import Frame, FrameKind, Limits
 from transport.work import Send
 
-LEND_NBYTES: Final = 32 * 1024  # below this the stream's copies cost less than the bookkeeping
+LEND_NBYTES: Final = 128 * 1024  # below this the stream's two copies cost no more
 _WITH_ARENA: Final = b"\1"
 _WITHOUT: Final = b"\0"  # no memory for an arena: all payloads travel on the stream
 

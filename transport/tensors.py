@@ -217,7 +217,7 @@ def _sendable(tensor: object) -> torch.Tensor:
             f"a {layout} tensor of {tensor.dtype} cannot be sent; "
             f"dense tensors of these can: {', '.join(DTYPES)}"
         )
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise InvalidArgument(
             f"this transport moves CPU tensors, this one is on {tensor.device}: send tensor.cpu()"
         )
@@ -249,6 +249,12 @@ def tensors_of(message: Message) -> Sequence[torch.Tensor]:
     return (message,) if isinstance(message, torch.Tensor) else message
 
 
+# ctypes forgets an array type with its last instance, and making one takes 5 us.
+@functools.lru_cache(maxsize=1024)
+def _bytes_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * nbytes
+
+
 def memory(tensor: torch.Tensor) -> memoryview:
     """Return a writable view of the bytes of a contiguous CPU tensor.
 
@@ -257,7 +263,16 @@ def memory(tensor: torch.Tensor) -> memoryview:
     nbytes = tensor.nbytes
     if not nbytes:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+    return memoryview(_bytes_type(nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
+    """Copy a payload into the contiguous CPU tensors that it belongs to."""
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.nbytes
+        memory(tensor)[:] = payload[start:end]
+        start = end
 
 
 def copied_bytes(tensor: torch.Tensor) -> bytes:
