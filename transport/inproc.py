@@ -10,8 +10,6 @@ from __future__ import annotations
 import threading
 from typing import ClassVar
 
-import torch
-
 from transport.contract import Transport
 from transport.errors import (
     InvalidArgument,
@@ -23,7 +21,7 @@ from transport.errors import (
     fresh,
 )
 from transport.mailbox import Arrival, Mailbox
-from transport.tensors import Message, prepare
+from transport.tensors import Message, overwrite, prepare
 from transport.work import Receive, Send, Work, count, deadline_after, remaining
 
 
@@ -71,9 +69,8 @@ class InprocTransport(Transport):
                 raise InvalidArgument(f"rank {dst} has not joined this hub yet")
             arrival = Arrival(self.rank, tag, spec)
             peer._mailbox.arrive(arrival)
-            with torch.inference_mode():  # outside of it a target made inside could not be written
-                for target, tensor in zip(arrival.tensors, tensors, strict=True):
-                    target.copy_(tensor)
+            for target, tensor in zip(arrival.tensors, tensors, strict=True):
+                overwrite(target, tensor)
             peer._mailbox.complete(arrival)
             count(self.traffic.sent, dst)
             count(peer.traffic.received, self.rank)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from transport.errors import MessageMismatch, TransportError
-from transport.tensors import MessageSpec, tensors_of
+from transport.tensors import MessageSpec, overwrite, tensors_of
 from transport.work import Receive
 
 
@@ -162,7 +162,6 @@ class Mailbox:
             return
         into = tensors_of(receive.into)
         if into and into[0] is not arrival.tensors[0]:  # it arrived before it was asked for
-            with torch.inference_mode():  # outside of it a target made inside cannot be written
-                for target, tensor in zip(into, arrival.tensors, strict=True):
-                    target.copy_(tensor)
+            for target, tensor in zip(into, arrival.tensors, strict=True):
+                overwrite(target, tensor)
         receive.complete(receive.into)

@@ -107,8 +107,8 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             self._raise_if_ended()
             self._mailbox.post(receive)
-            peer = self._contacts.get(receive.peer)
-            if peer.connection in self._paused:
+            peer = self._peers.get(receive.peer) or self._contacts.get(receive.peer)
+            if self._paused and peer.connection in self._paused:
                 self._resume(peer.connection)
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.peer)
@@ -181,7 +181,7 @@ class TcpTransport(Transport):
     def _peer(self, rank: int) -> Peer:
         """Return a peer that a message can still go to, and connect at first use."""
         self._raise_if_ended()
-        peer = self._contacts.get(rank)
+        peer = self._peers.get(rank) or self._contacts.get(rank)
         if peer.ended is not None:
             raise fresh(peer.ended)
         return peer

@@ -234,6 +234,8 @@ def fillable(message: Message) -> MessageSpec:
     Raises:
         InvalidArgument: not a message, on another device, not contiguous, or needs a gradient.
     """
+    if isinstance(message, torch.Tensor) and _sendable(message) is message:  # the usual case
+        return _single(message.dtype, message.shape)
     spec, ready = prepare(message)
     for tensor, prepared in zip(tensors_of(message), ready, strict=True):
         if prepared is tensor:
@@ -273,6 +275,14 @@ def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
         end = start + tensor.nbytes
         memory(tensor)[:] = payload[start:end]
         start = end
+
+
+def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy the bytes of one contiguous CPU tensor over another's of the same spec.
+
+    As when the kernel writes there, neither autograd nor a thread's inference mode has a say.
+    """
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
 
 
 def copied_bytes(tensor: torch.Tensor) -> bytes:
