@@ -111,6 +111,8 @@ class Executor:
         world, now = self._world, time.perf_counter_ns
         self._batch = batch
         self._local.clear()
+        for stage in self._stages.values():
+            stage.look_again()
         if world.probe is not None:  # a test lets this rank fail
             methods = world.probe.around(methods, program, batch.step)
         computed = waited = 0

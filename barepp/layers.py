@@ -113,6 +113,11 @@ class Layers:
             self._cut = Cut(step, groups, weights)
         return self._cut
 
+    def look_again(self) -> None:
+        """Forget what was found out about the layers; whoever holds the stage may change them."""
+        self._cut = Cut(None, [], [])
+        self._care = Care(None, frozenset(), frozenset(), True)
+
     def care(self, step: int) -> Care:
         """Return what has to be done about each layer; found anew in each step."""
         if self._care.step != step:

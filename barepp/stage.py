@@ -174,6 +174,10 @@ class Stage:
             value = boundary.enter(x, [False] * len(tensors(x))).value
             return self._layers.run(self._layers.without_loss, value, Turn(microbatch, step))
 
+    def look_again(self) -> None:
+        """Find out anew what the layers are like: a script may change them between steps."""
+        self._layers.look_again()
+
     def output_requires_grad(self, microbatch: int) -> tuple[bool, ...]:
         """Return for each tensor of the output of a microbatch in flight: has its gradient a use?
 

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from barepp import Pipeline, run
 from barepp.canonical import canonical
 from barepp.layers import Layers
 from barepp.models import HeLinear, LinearReLU
 from barepp.plain import PLAIN, is_plain
 from barepp.seeding import LayerRandomness
 from barepp.stage import Stage
+from barepp.world import World
 
 SIZE = 16
 BUILDERS = {
@@ -44,6 +46,7 @@ def test_a_plain_layer_keeps_its_word(kind, rows, training):
     value = torch.randn(*rows, SIZE).requires_grad_()
     before, version, state = value.detach().clone(), value._version, torch.get_rng_state()
     output = layer(value)
+    assert output.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     assert value._version == version
     assert torch.equal(value, before)
@@ -68,6 +71,13 @@ def test_what_is_not_plain():
     assert not is_plain(with_hook)
     handle.remove()
     assert is_plain(with_hook)
+    patched = nn.Linear(2, 2)
+    patched.forward = functional.dropout  # type: ignore[method-assign,assignment]
+    for layer in (nn.SiLU(inplace=True), patched):
+        assert not is_plain(layer)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    assert not is_plain(with_hook)
+    handle.remove()
     for layer in (nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Sequential(), Inheriting(2, 2), None):
         assert not is_plain(layer)
 
@@ -97,6 +107,26 @@ def test_hooks_that_come_between_steps_are_seen():
     assert not layers.care(0).draws
     linear.register_forward_hook(lambda module, given, output: functional.dropout(output))
     assert layers.care(1).draws == {3}
+
+
+def test_a_hook_that_comes_after_an_evaluation_is_seen_by_the_next_step():
+    """An evaluation has the number of the step after it, but what it finds out may not be true then."""
+
+    def losses(world: World, cut: list[int]) -> list[float]:
+        pipe = Pipeline(
+            world, [partial(nn.Linear, 4, 4)] * 4, functional.mse_loss, num_microbatches=2,
+            partition=cut,
+        )  # fmt: skip
+        inputs, targets = torch.ones(4, 4), torch.zeros(4, 4)
+        pipe.evaluate(inputs, targets)
+        for stage in pipe.stages.values():
+            for layer in stage.layers.values():
+                layer.register_forward_hook(lambda m, given, output: functional.dropout(output))
+        return [pipe.step(inputs, targets).item() for _ in range(3)]
+
+    whole = run(losses, 1, [4], transport="inproc")[0]
+    assert whole == run(losses, 2, [2, 2], transport="inproc")[0]
+    assert len(set(whole)) == 3
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -244,6 +244,30 @@ def test_a_transport_that_lends_nothing_refuses_a_lent_message() -> None:
             ranks[1].irecv(0).wait(SOON_S)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_lent_tensor_does_not_show_the_mode_of_who_moved_the_bytes(mode) -> None:
+    with worlds.world("shm", 2) as ranks:
+        connected(ranks)
+        ranks[0].isend((torch.ones(BIG), torch.ones(2, 3)), 1)
+        with mode():
+            tensors = ranks[1].irecv(0).wait(SOON_S)
+        assert in_use(ranks[1], 0) == 1
+        for tensor in tensors:
+            assert not tensor.is_inference()
+            leaf = tensor.detach().requires_grad_()
+            (2 * leaf).sum().backward()
+            tensor.mul_(torch.ones(1, requires_grad=True))  # not a view made under no_grad
+
+
+def test_a_message_with_long_metadata_is_not_lent_and_loses_no_block() -> None:
+    with worlds.world("shm", 2) as ranks:
+        connected(ranks)
+        message = tuple(torch.ones(BIG // 100) for _ in range(100))
+        ranks[0].isend(message, 1)
+        assert len(ranks[1].irecv(0).wait(SOON_S)) == 100
+        assert in_use(ranks[1], 0) == 0
+
+
 @pytest.mark.parametrize("greeting", [b"x", b"\1", b"\0"])
 def test_a_greeting_that_is_none(greeting: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that says it shows memory and does not, or shows some and says it does not."""

@@ -14,8 +14,11 @@
    however those end. It is sealed against growing and shrinking before it is shown to anybody, so
    no peer can cut it under a reader (a read behind the end of a file would be a SIGBUS).
 4. What comes from the other side, an offset, is checked before it is used.
-5. A block that was used is used again before a new one is: first touching memory costs far more
-   than copying to it. Sizes are rounded up by at most a quarter, so that blocks fit again.
+5. A block of the same size that was used is used again before a new one is: first touching memory
+   costs far more than copying to it. Sizes are rounded up by at most a quarter, so that blocks fit
+   again. Once all is cut, larger ones serve too; when nothing is lent, everything is cut anew.
+6. A child that is forked shares what its parent holds: writes of either show in both, and a block
+   comes back when the parent has freed it. Clone before the fork what the child is to keep.
 
 That a byte is written after the payload was read, and read before it is written again, is ordered
 by the system call in between on one side and by the interpreter's lock on the other.
@@ -35,7 +38,7 @@ from typing import Final
 import torch
 
 from transport.errors import ProtocolError
-from transport.tensors import MessageSpec
+from transport.tensors import MessageSpec, TensorSpec, bytes_type
 
 ARENA_NBYTES: Final = 256 * 1024 * 1024  # a bound: memory that is never touched is never there
 ALIGNMENT: Final = 64  # of every tensor; also the length of a block's head
@@ -45,7 +48,7 @@ _FREE: Final = 0
 _LENT: Final = 1
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def layout(spec: MessageSpec) -> tuple[tuple[int, ...], int]:
     """Return where in a block each tensor of a message starts, and how long they are together."""
     starts, end = [], 0
@@ -61,8 +64,19 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+def _over(array: ctypes.Array[ctypes.c_char], start: int, spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor over part of an array."""
+    if not spec.nbytes:
+        return torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+    count = spec.nbytes // spec.dtype.itemsize
+    flat = torch.frombuffer(array, dtype=spec.dtype, count=count, offset=start)
+    return flat.view(spec.shape).detach()
+
+
 class Lender:
     """An arena of this rank, from which it lends blocks to one peer.
+
+    `fd` is for showing it; the map has a descriptor of its own (Python before 3.13 duplicates it).
 
     Raises:
         OSError: the system gives no such memory.
@@ -84,7 +98,7 @@ class Lender:
         self._end = 0  # of the part that has been cut into blocks
 
     def close(self) -> None:
-        """Close the descriptor; the memory stays as long as somebody maps it."""
+        """Close `fd`; the memory stays as long as somebody maps it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -108,6 +122,7 @@ class Lender:
         if self._end + ALIGNMENT + size > self.nbytes:
             return self._other_block(size)
         offset, self._end = self._end, self._end + ALIGNMENT + size
+        self._states[offset] = _FREE  # (old payload may lie there, after everything was cut anew)
         self._blocks.setdefault(size, []).append(offset)
         return offset
 
@@ -159,16 +174,13 @@ class Borrowed:
         if offset % ALIGNMENT or offset + ALIGNMENT + nbytes > self._nbytes or offset in self._used:
             raise ProtocolError(f"no block at offset {offset} that {spec} could lie in")
         # Every tensor's storage keeps this array alive, and the array keeps the map.
-        array = (ctypes.c_char * max(1, nbytes)).from_buffer(self._map, offset + ALIGNMENT)
+        array = bytes_type(max(1, nbytes)).from_buffer(self._map, offset + ALIGNMENT)
         self._used[offset] = weakref.ref(array, functools.partial(self._give_back, offset))
-        return [
-            torch.frombuffer(
-                array, dtype=t.dtype, count=t.nbytes // t.dtype.itemsize, offset=start
-            ).view(t.shape)
-            if t.nbytes
-            else torch.empty(t.shape, dtype=t.dtype, device="cpu")
-            for start, t in zip(starts, spec.tensors, strict=True)
-        ]
+        # (Whichever thread moves the bytes: its inference mode or no_grad may not show.)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return [
+                _over(array, start, each) for start, each in zip(starts, spec.tensors, strict=True)
+            ]
 
     def _give_back(self, offset: int, _: object) -> None:
         # A forked child frees its copies of the tensors as well; the block is not its to give.

@@ -160,8 +160,7 @@ class Mailbox:
             mine = [t.clone() for t in arrival.tensors] if arrival.borrowed else arrival.tensors
             receive.complete(arrival.spec.pack(mine))
             return
-        into = tensors_of(receive.into)
-        if into and into[0] is not arrival.tensors[0]:  # it arrived before it was asked for
-            for target, tensor in zip(into, arrival.tensors, strict=True):
+        for target, tensor in zip(tensors_of(receive.into), arrival.tensors, strict=True):
+            if target is not tensor:  # it arrived before it was asked for
                 overwrite(target, tensor)
         receive.complete(receive.into)

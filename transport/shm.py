@@ -14,6 +14,7 @@ block. Ranks of other hosts are reached over TCP. How blocks are lent is in aren
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from transport.wire import Frame, FrameKind, Limits
 from transport.work import Send
 
 LEND_NBYTES: Final = 128 * 1024  # below this the stream's two copies cost no more
+LENT_META_NBYTES: Final = 256  # a message with longer metadata, of very many tensors, is not lent
 _WITH_ARENA: Final = b"\1"
 _WITHOUT: Final = b"\0"  # no memory for an arena: all payloads travel on the stream
 
@@ -62,16 +64,17 @@ class LendingConnection(Connection):
             self.lender = Lender()
         except OSError:
             self.lender = None
-        try:  # one byte always fits into an empty buffer
-            if self.lender is None:
+        if self.lender is not None:
+            lender = self.lender
+            try:  # one byte always fits into an empty buffer
+                socket.send_fds(sock, [_WITH_ARENA], [lender.fd])
+            except OSError:  # too many descriptors under way, for example
+                self.lender = None
+            finally:
+                lender.close()
+        if self.lender is None:
+            with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
                 sock.send(_WITHOUT)
-            else:
-                socket.send_fds(sock, [_WITH_ARENA], [self.lender.fd])
-        except OSError:
-            pass  # the peer is gone: reading finds out how
-        finally:
-            if self.lender is not None:
-                self.lender.close()
 
     def _read(self) -> None:
         if self._greeted or self._take_greeting():
@@ -127,7 +130,9 @@ class ShmTransport(UnixTransport):
         assert isinstance(connection, LendingConnection)
         lender, limits = connection.lender, self._limits
         # (What is over the limits is left to the stream, which says so.)
-        if lender is not None and LEND_NBYTES <= spec.nbytes <= limits.payload_nbytes:
+        meta_fits = len(spec.packed.data) <= min(limits.meta_nbytes, LENT_META_NBYTES)
+        payload_fits = LEND_NBYTES <= spec.nbytes <= limits.payload_nbytes
+        if lender is not None and meta_fits and payload_fits:
             offset = lender.lend(spec, tensors)
             if offset is not None:
                 connection.queue(

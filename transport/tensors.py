@@ -118,8 +118,9 @@ class MessageSpec:
             ProtocolError: it is not a message's metadata.
         """
         if len(data) <= _CACHED_META_NBYTES:
-            return _read(data)
-        return _read.__wrapped__(data)
+            return _read_once(data)
+        is_tuple, pairs = _read(data)
+        return cls(tuple(TensorSpec(*pair) for pair in pairs), is_tuple)
 
     def fit(self, payload_nbytes: int) -> None:
         """Check the length that a frame announces for its payload.
@@ -158,21 +159,25 @@ def _tuple(*tensors: tuple[torch.dtype, tuple[int, ...]]) -> MessageSpec:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(data: bytes) -> MessageSpec:
+def _read_once(data: bytes) -> MessageSpec:
+    is_tuple, pairs = _read(data)
+    return _tuple(*pairs) if is_tuple else _single(*pairs[0])  # the objects that a sender has too
+
+
+def _read(data: bytes) -> tuple[bool, list[tuple[torch.dtype, tuple[int, ...]]]]:
     meta = unpack(data)
     if not isinstance(meta, list) or not 1 <= len(meta) <= 1 + 2 * MAX_TENSORS or not len(meta) % 2:
         raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
     is_tuple = meta[0]
     if type(is_tuple) is not bool:
         raise ProtocolError(f"not a message's form: {is_tuple!r:.200}")
-    specs = tuple(_spec_of_meta(meta[i], meta[i + 1]) for i in range(1, len(meta), 2))
-    if not is_tuple and len(specs) != 1:
-        raise ProtocolError(f"a single tensor was announced, {len(specs)} are described")
-    pairs = [(spec.dtype, spec.shape) for spec in specs]
-    return _tuple(*pairs) if is_tuple else _single(*pairs[0])
+    pairs = [_checked_pair(meta[i], meta[i + 1]) for i in range(1, len(meta), 2)]
+    if not is_tuple and len(pairs) != 1:
+        raise ProtocolError(f"a single tensor was announced, {len(pairs)} are described")
+    return is_tuple, pairs
 
 
-def _spec_of_meta(name: object, shape: object) -> TensorSpec:
+def _checked_pair(name: object, shape: object) -> tuple[torch.dtype, tuple[int, ...]]:
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ProtocolError(f"dtype {name!r:.100} is not one of {', '.join(DTYPES)}")
@@ -185,7 +190,7 @@ def _spec_of_meta(name: object, shape: object) -> TensorSpec:
     # torch counts with 64 bits even when one size is 0, so the other sizes have to fit as well.
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
         raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
-    return TensorSpec(dtype, tuple(shape))
+    return dtype, tuple(shape)
 
 
 def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
@@ -253,7 +258,8 @@ def tensors_of(message: Message) -> Sequence[torch.Tensor]:
 
 # ctypes forgets an array type with its last instance, and making one takes 5 us.
 @functools.lru_cache(maxsize=1024)
-def _bytes_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+def bytes_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """Return ctypes' type of an array of bytes."""
     return ctypes.c_char * nbytes
 
 
@@ -265,7 +271,7 @@ def memory(tensor: torch.Tensor) -> memoryview:
     nbytes = tensor.nbytes
     if not nbytes:
         return memoryview(bytearray())
-    return memoryview(_bytes_type(nbytes).from_address(tensor.data_ptr())).cast("B")
+    return memoryview(bytes_type(nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
