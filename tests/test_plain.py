@@ -110,7 +110,7 @@ def test_hooks_that_come_between_steps_are_seen():
 
 
 def test_a_hook_that_comes_after_an_evaluation_is_seen_by_the_next_step():
-    """An evaluation has the number of the step after it, but what it finds out may not be true then."""
+    """An evaluation has the number of the step after it, when what it found may not be true."""
 
     def losses(world: World, cut: list[int]) -> list[float]:
         pipe = Pipeline(
