@@ -71,7 +71,6 @@ class TcpTransport(Transport):
         self._checksum = checksum
         self._mailbox = Mailbox()
         self._waiting = 0  # threads that wait for a work: while there are, read on
-        self._paused: set[Connection] = set()  # what is not read, because too much is held
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
@@ -108,8 +107,7 @@ class TcpTransport(Transport):
             self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._peers.get(receive.peer) or self._contacts.get(receive.peer)
-            if self._paused and peer.connection in self._paused:
-                self._resume(peer.connection)
+            peer.connection.resume()
             if not receive.done and peer.ended is not None:
                 self._mailbox.fail(peer.ended, receive.peer)
 
@@ -120,12 +118,10 @@ class TcpTransport(Transport):
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
-        with self._lock:
+        with self._lock, self._guard:
             self._waiting += 1
-            if self._paused:
-                with self._guard:
-                    for connection in list(self._paused):
-                        self._resume(connection)
+            for connection in [p.connection for p in self._peers.values() if p.connection.paused]:
+                connection.resume()
         try:
             return self._progress.run_until(work, timeout)
         finally:
@@ -226,10 +222,6 @@ class TcpTransport(Transport):
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
-    def _resume(self, connection: Connection) -> None:
-        self._paused.discard(connection)
-        connection.resume()
-
     def _connect(self, rank: int) -> Connection:
         return Connection(self._progress, self, rank, self._limits)
 
@@ -249,7 +241,6 @@ class TcpTransport(Transport):
         if peer.ended is not None:
             return
         peer.ended = error
-        self._paused.discard(peer.connection)
         if peer.call is not None:
             peer.call.cancel()
         peer.connection.detach(error)
@@ -276,7 +267,6 @@ class TcpTransport(Transport):
         if not read_on and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
-                self._paused.add(connection)
                 return None
         arrival = peer.arrival = Arrival(src, tag, spec)
         self._fetch(connection, frame, arrival)
