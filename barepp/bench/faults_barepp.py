@@ -12,6 +12,7 @@ import torch  # noqa: E402
 import barepp  # noqa: E402
 from barepp.bench.faults_kinds import MICROBATCHES, VICTIM, Fault  # noqa: E402
 from barepp.bench.faults_ranks import (  # noqa: E402
+    NOBODY_SENDS,
     ROWS,
     SHORT,
     STEPS,
@@ -21,8 +22,6 @@ from barepp.bench.faults_ranks import (  # noqa: E402
     orders,
     stay_away_if_told,
 )
-
-_NOBODY_SENDS = 99  # a tag
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def _train(world: barepp.World, fault: Fault, witness: Witness) -> None:
         if falls_out(fault, witness, step):
             if fault.name == "return":
                 return
-            world.recv(VICTIM + 1, _NOBODY_SENDS)
+            world.recv(VICTIM + 1, NOBODY_SENDS)
         pipe.zero_grad()
         pipe.step(inputs, targets)
         optimizer.step()

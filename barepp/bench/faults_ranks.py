@@ -41,6 +41,7 @@ STEPS: Final = 1_000_000  # of a training that only its fault can end
 SHORT: Final = 3  # steps of a training without one
 ROWS: Final = 64
 HIDDEN: Final = 128
+NOBODY_SENDS: Final = 99  # the tag of a message that never comes
 _NUM_LAYERS: Final = 16
 _TEXT_LIMIT: Final = 1500  # a record has to stay below PIPE_BUF, 4096 bytes, to arrive in one piece
 

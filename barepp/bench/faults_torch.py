@@ -27,6 +27,7 @@ from barepp.bench.faults_kinds import (  # noqa: E402
 )
 from barepp.bench.faults_ranks import (  # noqa: E402
     HIDDEN,
+    NOBODY_SENDS,
     ROWS,
     SHORT,
     STEPS,
@@ -41,8 +42,6 @@ from barepp.lowering import Step, activation_tag, gradient_tag, lower  # noqa: E
 from barepp.partition import partition  # noqa: E402
 from barepp.schedules import make_schedule  # noqa: E402
 from barepp.stage import Stage  # noqa: E402
-
-_NOBODY_SENDS = 99  # a tag
 
 
 @record
@@ -75,7 +74,7 @@ def _train(fault: Fault, witness: Witness) -> None:
         if falls_out(fault, witness, step):
             if fault.name == "return":
                 return
-            dist.recv(torch.empty(1), VICTIM + 1, tag=_NOBODY_SENDS)
+            dist.recv(torch.empty(1), VICTIM + 1, tag=NOBODY_SENDS)
         optimizer.zero_grad()
         sends = [_act(stage, action, inputs, step) for action in program]
         for send in sends:
