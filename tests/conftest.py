@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -33,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # `nohup` and shells' background jobs ignore these; a test's launcher would inherit that, and
+    # rightly ignore what the test sends it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = config.getoption("--matrix-seed")
     config.stash[SEED] = random.randrange(10**6) if given is None else int(given)
     config.stash[TOLD_MS] = []
