@@ -31,6 +31,8 @@ class Beat:
             when it computes, or may go on by itself.
         blocked: whether any of its threads waits in barepp without a limit, for whatever it is.
         sent, received: messages handed to the transport for each peer, and received from it.
+        sent_nbytes, received_nbytes: the payloads of all of these.
+        steps, microbatches: training steps that it has done, microbatches that have passed it.
     """
 
     made_at: float
@@ -39,6 +41,10 @@ class Beat:
     blocked: bool
     sent: Mapping[int, int]
     received: Mapping[int, int]
+    sent_nbytes: int = 0
+    received_nbytes: int = 0
+    steps: int = 0
+    microbatches: float = 0.0
 
     def same_state(self, other: Beat) -> bool:
         """Whether nothing has moved between two beats."""
@@ -53,6 +59,7 @@ class Beat:
             "blocked": self.blocked,
             "sent": list(self.sent.items()),
             "received": list(self.received.items()),
+            "totals": [self.sent_nbytes, self.received_nbytes, self.steps, self.microbatches],
         }
 
     @classmethod
@@ -66,11 +73,12 @@ class Beat:
                 "blocked": bool(blocked),
                 "sent": list(sent),
                 "received": list(received),
+                "totals": [int() as out, int() as into, int() as steps, float() as microbatches],
             } if all(map(_is_count, [*sent, *received])) and all(map(_is_int, waits_for or [])):
                 waits = None if waits_for is None else tuple(waits_for)
-                counts = [dict(pairs) for pairs in (sent, received)]
                 words = " ".join(printable(doing, DOING_LIMIT).split())  # one line of a report
-                return cls(made_at, words, waits, blocked, *counts)
+                totals = out, into, steps, microbatches
+                return cls(made_at, words, waits, blocked, dict(sent), dict(received), *totals)
         return None
 
 
@@ -102,6 +110,8 @@ def beat_of(
         bool(waits),
         dict(traffic.sent),
         dict(traffic.received),
+        traffic.sent_nbytes,
+        traffic.received_nbytes,
     )
 
 

@@ -117,6 +117,7 @@ class Executor:
             methods = world.probe.around(methods, program, batch.step)
         computed = waited = 0
         sends: list[Work] = []
+        share = len(batch.weights) / max(1, len(program))  # of a microbatch, that an action is
         world.activity = ("posting its receives",)
         try:
             receives = [self._post(step) for step in program]
@@ -129,6 +130,7 @@ class Executor:
                 started = now()
                 made = methods[action.kind](action, taken)
                 ended = now()
+                world.microbatches += share
                 if made is not None:
                     self._give(step, made, sends)
                 if world.probe is not None:

@@ -137,6 +137,7 @@ class Pipeline:
         self.recorder.end_step()
         self._broken = False
         self._steps += 1
+        self.world.steps += 1
         return loss
 
     def forward(self, inputs: Value | None) -> Value | None:

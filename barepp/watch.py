@@ -13,11 +13,27 @@ Three ways to hang, three proofs:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from barepp.beats import AT_BARRIER, IN_SCRIPT, Beat
 from transport.errors import Failure
+
+SILENT_S: Final = 2.5  # longer than a rank is usually silent, which speaks twice a second
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a rank has said last; times are `time.monotonic()` seconds.
+
+    `beat` is None from a rank that is in no world; `since` is when it said the same first.
+    """
+
+    beat: Beat | None
+    since: float
+    heard_at: float
 
 
 class Watch:
@@ -44,7 +60,8 @@ class Watch:
         self._state_of = state_of
         self._heard_at: dict[int, float] = {}
         self._beats: dict[int, Beat] = {}  # of the ranks that are in the world
-        self._since: dict[int, float] = {}  # when the second of a rank's equal beats was made
+        self._said: dict[int, float] = {}  # when the first of a rank's equal beats was made
+        self._since: dict[int, float] = {}  # and the second
         self._moved_at = -math.inf
 
     def beat(self, rank: int, beat: Beat | None, now: float) -> None:
@@ -57,11 +74,19 @@ class Watch:
             return
         before = self._beats.get(rank)
         if before is None or not beat.same_state(before):
+            self._said[rank] = beat.made_at
             self._since[rank] = math.inf
             self._moved_at = now
         elif math.isinf(self._since[rank]):
             self._since[rank] = beat.made_at
         self._beats[rank] = beat
+
+    def said(self, rank: int) -> Said | None:
+        """Return what a rank has said last; None when it has ended, or was never heard."""
+        heard_at = self._heard_at.get(rank)
+        if heard_at is None:
+            return None
+        return Said(self._beats.get(rank), self._said.get(rank, heard_at), heard_at)
 
     def ended(self, rank: int, at: float) -> str:
         """Stop to watch a rank whose process ended at `at`; return what it had said last.
@@ -97,10 +122,17 @@ class Watch:
             return Failure(busy[0], "hang", message, doing=self._beats[busy[0]].doing)
         return None
 
-    def graph(self, but: int = -1) -> str:
-        """Return who waits for whom, one line a rank, all but one."""
-        ranks = sorted(self._beats.keys() - {but})
-        return "\n".join(f"  rank {rank} {self._line(rank)}" for rank in ranks)
+    def graph(self, but: int = -1, now: float = -math.inf) -> str:
+        """Return who waits for whom, one line a rank, all but one.
+
+        With `now`, a word that is older than usual is told with its age.
+        """
+        lines = []
+        for rank in sorted(self._beats.keys() - {but}):
+            age_s = now - self._heard_at[rank]
+            age = f" (as it said {age_s:.1f} s ago)" if age_s > SILENT_S else ""
+            lines.append(f"  rank {rank} {self._line(rank)}{age}")
+        return "\n".join(lines)
 
     def _line(self, rank: int) -> str:
         beat = self._beats[rank]

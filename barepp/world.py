@@ -11,6 +11,7 @@ How a process gets into its world is in joining.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -61,6 +62,8 @@ class World:
         random_lock: held around whatever draws random numbers when ranks are threads of one
             process (torch's generator is the process's); None when the process has one rank.
         activity: what the rank is about, for error messages; the executor keeps it.
+        steps, microbatches: how many training steps it has done, and how many microbatches have
+            passed through it, each action being its share of one; for whoever watches.
         probe: lets this rank fail at a chosen action; None but in a test that wants it so.
     """
 
@@ -76,6 +79,8 @@ class World:
         self.world_size = transport.world_size
         self.random_lock = random_lock
         self.activity: tuple[object, ...] = ()
+        self.steps = 0
+        self.microbatches = 0.0
         self.probe = probe
         self._control = control
         self._left = False
@@ -90,7 +95,8 @@ class World:
         """
         if self._left or self._failed:
             return None
-        return beat_of(self.position(), self._waits_for, self.transport.traffic, threads)
+        beat = beat_of(self.position(), self._waits_for, self.transport.traffic, threads)
+        return dataclasses.replace(beat, steps=self.steps, microbatches=self.microbatches)
 
     def _waits_for(self) -> dict[int, int | None]:
         """Return for each thread that waits without a limit the rank whose message it waits for."""

@@ -38,6 +38,7 @@ BEAT: Final = {
     "blocked": True,
     "sent": [[1, 3]],
     "received": [[1, 2]],
+    "totals": [4096, 2048, 3, 24.5],
 }
 RECORDS: Final = [
     {"record": "join", "world_size": 2, "address": ["host", "unix", "127.0.0.1", 4000]},

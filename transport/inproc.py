@@ -74,6 +74,8 @@ class InprocTransport(Transport):
             peer._mailbox.complete(arrival)
             count(self.traffic.sent, dst)
             count(peer.traffic.received, self.rank)
+            self.traffic.sent_nbytes += spec.nbytes
+            peer.traffic.received_nbytes += spec.nbytes
             self._hub.changed.notify_all()
         work.complete()
         return work

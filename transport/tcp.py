@@ -99,6 +99,7 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             self._dispatch(self._peer(dst).connection, spec, tensors, work)
             count(self.traffic.sent, dst)
+            self.traffic.sent_nbytes += spec.nbytes
         return work
 
     def post_receive(self, receive: Receive) -> None:
@@ -292,6 +293,7 @@ class TcpTransport(Transport):
             )
         peer.arrival = None
         count(self.traffic.received, connection.peer)
+        self.traffic.received_nbytes += arrival.spec.nbytes
         self._mailbox.complete(arrival)
 
     def on_end(self, connection: Connection, error: TransportError) -> None:

@@ -130,6 +130,7 @@ class Traffic:
     Attributes:
         sent: messages handed to the transport, by receiver.
         received: messages whose last byte is here, by sender, asked for or not.
+        sent_nbytes, received_nbytes: the payloads of all of these, whichever way they travelled.
         waits: for each thread inside a wait the work that it waits for; None where the wait has a
             limit, so that it will go on by itself.
     """
@@ -137,6 +138,8 @@ class Traffic:
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
+        self.sent_nbytes = 0
+        self.received_nbytes = 0
         self.waits: dict[int, Work | None] = {}
 
 
