@@ -11,11 +11,12 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from barepp.assignment import Rehearsal
-from barepp.stacks import STACKS_SIGNAL
+from barepp.stack_dump import StackPipe
 from transport.errors import Failure
 
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
 READ_NBYTES: Final = 1024 * 1024
+KILL_WAIT_S: Final = 5.0  # from SIGKILL to the end of the process
 
 
 class ResultReader:
@@ -64,6 +65,7 @@ class Options:
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
     checksum: bool = False  # whether payloads carry a sum
     rehearsal: Rehearsal | None = None  # a test's wish: see testing.py
+    stacks_on_quit: bool = False  # whether SIGQUIT prints every rank's stack; for a launcher's own
 
 
 @dataclasses.dataclass
@@ -71,7 +73,7 @@ class Rank:
     """What the launcher knows of one rank.
 
     Attributes:
-        stacks_fd: where it writes its Python stacks when it is asked to; `stacks` once read.
+        stack_pipe: where it writes its Python stacks when it is asked to; `stacks` once read.
         ended_fd: is readable once the process has ended.
         joined, left: whether it is, or has been, in the world, and whether it left in order.
         status: what the process ended with, as soon as that is known.
@@ -86,7 +88,7 @@ class Rank:
     process: BaseProcess
     ended_fd: int
     result: ResultReader
-    stacks_fd: int
+    stack_pipe: StackPipe
     pid: int
     joined: bool = False
     left: bool = False
@@ -102,8 +104,26 @@ class Rank:
     def ask_for_stacks(self) -> None:
         """Let it write its Python stack, before the news of a failure unwinds that."""
         if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, STACKS_SIGNAL)
+            self.stack_pipe.ask()
+
+    def kill(self) -> None:
+        """End its process now, unless it has ended."""
+        if self.status is None:
+            self.killed = True
+            self.process.kill()
+
+    def let_go(self) -> None:
+        """Close what the launcher holds of it, now that the job is over."""
+        if self.status is None:  # an error of the launcher's own brought us here
+            self.process.kill()
+            self.kill_started()
+            self.process.join(KILL_WAIT_S)
+        os.close(self.ended_fd)
+        self.result.close()
+        self.stacks = self.stack_pipe.text()
+        self.stack_pipe.close()
+        with contextlib.suppress(ValueError):  # it has not ended even now
+            self.process.close()
 
     def kill_started(self) -> None:
         """End what it had started, data loaders for example, now that it has ended."""

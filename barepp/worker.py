@@ -36,7 +36,7 @@ from barepp.failures import exit_code_of, failure_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import LENGTH  # noqa: E402
 from barepp.probe import note_told, rehearse  # noqa: E402
-from barepp.stacks import write_stacks_to  # noqa: E402
+from barepp.stack_dump import write_stacks_to  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
 from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
 

@@ -14,8 +14,8 @@ from transport_worlds import eventually
 
 import barepp
 from barepp.beats import AT_BARRIER, Beat, beat_of
-from barepp.stacks import process_state
-from barepp.watch import Watch
+from barepp.stack_dump import process_state
+from barepp.watch import Said, Watch
 from transport.errors import WaitTimeout
 from transport.work import Traffic
 
@@ -110,6 +110,25 @@ def test_what_a_rank_said_last_is_told_with_its_age():
     assert watch.ended(2, 2.0) == watch.ended(1, 2.0) == ""
 
 
+def test_what_a_rank_says_is_told_with_the_time_when_it_said_so_first():
+    watch = watch_of(2)
+    assert watch.said(0) is None
+    watch.beat(1, None, 0.7)
+    assert watch.said(1) == Said(None, 0.7, 0.7)
+    for at in (1.0, 1.5, 2.0):
+        watch.beat(0, busy(at), at + 0.1)
+    assert watch.said(0) == Said(busy(2.0), 1.0, 2.1)
+    for at in (2.5, 3.0):  # the same words, but it has come further
+        watch.beat(0, dataclasses.replace(busy(at), microbatches=0.5), at)
+    said = watch.said(0)
+    assert said is not None and (said.since, said.heard_at) == (2.5, 3.0)
+    line = "  rank 0 is busy: computing 2F3"
+    assert watch.graph() == watch.graph(now=5.0) == line
+    assert watch.graph(now=7.0) == f"{line} (as it said 4.0 s ago)"
+    watch.ended(0, 4.0)
+    assert watch.said(0) is None
+
+
 def test_a_barrier_that_all_have_reached_is_no_deadlock_but_one_that_a_rank_misses_is():
     watch = watch_of(2)
     tell_all(watch, {0: waiting(0, AT_BARRIER), 1: waiting(0, AT_BARRIER)})
@@ -176,7 +195,7 @@ def test_zero_switches_a_limit_off():
 
 
 def test_a_beat_survives_its_record_and_nonsense_does_not():
-    beat = Beat(1.5, "computing", (1, 2), True, {1: 5}, {2: 7})
+    beat = Beat(1.5, "computing", (1, 2), True, {1: 5}, {2: 7}, 100, 200, 3, 24.5)
     record = {**beat.to_record(), "waits_for": [1, 2], "sent": [[1, 5]], "received": [[2, 7]]}
     assert Beat.from_record(record) == beat
     rng = random.Random(0)
