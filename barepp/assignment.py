@@ -32,6 +32,11 @@ class Script:
     path: str
     arguments: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """What it is called, for people."""
+        return self.path
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -39,6 +44,11 @@ class Call:
 
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is called, for people."""
+        return f"{getattr(self.function, '__qualname__', 'a function')}()"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,7 @@ class PickledCall:
     """
 
     pickled: bytes
+    name: str
 
 
 Task = Script | Call | PickledCall

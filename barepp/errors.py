@@ -20,5 +20,13 @@ class PartitionError(UsageError):
     """A model that cannot be cut into that many stages."""
 
 
+class NobodyAnswers(BareppError):
+    """No job is there to be asked, or its launcher does not answer."""
+
+
+class JobEnded(NobodyAnswers):
+    """The job that was asked has ended."""
+
+
 class DataError(BareppError):
     """A data file that is missing, damaged or not what its reader expects."""

@@ -35,8 +35,9 @@ from barepp.foresight import preloads
 from barepp.member import Options, Outcome, Rank, ResultReader
 from barepp.nursery import Nursery
 from barepp.output import Output
+from barepp.reception import Reception
 from barepp.signals import signals_to
-from barepp.stacks import process_state, read_stacks
+from barepp.stack_dump import StackPipe, process_state
 from barepp.watch import Watch
 from transport.errors import Failure
 from transport.handshake import new_secret
@@ -45,7 +46,6 @@ from transport.rendezvous import Event, EventKind, RendezvousServer
 LAST_WORDS_S: Final = 1.0  # from the end of a process to the end of its control connection
 LOST_WAIT_S: Final = 2.0  # from the end of a control connection to the end of its process
 SUSPICION_S: Final = 1.0  # from "rank 2 is lost to me" to somebody's better explanation
-KILL_WAIT_S: Final = 5.0  # from SIGKILL to the end of the process
 
 
 class _InterruptedError(Exception):
@@ -66,7 +66,7 @@ class Job:
     ) -> None:
         self._preloads = [] if fork else preloads(task)
         if isinstance(task, Call) and not fork:
-            task = PickledCall(pickle.dumps(task))
+            task = PickledCall(pickle.dumps(task), task.name)
         self._task = task
         self._options = options
         self._output = output
@@ -82,13 +82,15 @@ class Job:
         limits = options.heartbeat_s, options.timeout_s
         ranks = range(options.world_size)
         self._watch = Watch(ranks, *limits, lambda rank: process_state(self._ranks[rank].pid))
+        self._reception = Reception(task.name, options, self._ranks, self._watch, output)
 
     def run(self) -> Outcome:
         """Start all ranks, wait for their end and return how it went."""
         options = self._options
         with contextlib.ExitStack() as stack:
             self._selector = stack.enter_context(selectors.DefaultSelector())
-            wakeup = stack.enter_context(signals_to(self._on_signal))
+            more = [signal.SIGQUIT] if options.stacks_on_quit else []
+            wakeup = stack.enter_context(signals_to(self._on_signal, *more))
             self._server = RendezvousServer(
                 options.world_size, self._secret, join_timeout_s=options.join_timeout_s
             )
@@ -96,7 +98,12 @@ class Job:
             stack.callback(self._end_all)
             self._selector.register(wakeup, selectors.EVENT_READ, lambda: os.eventfd_read(wakeup))
             self._selector.register(self._server.fileno(), selectors.EVENT_READ, lambda: None)
+            stack.callback(self._reception.close)
+            if not self._fork:
+                self._reception.open(self._selector)
             self._start_all(stack)
+            if self._fork:  # not before: the ranks would inherit the door, and keep it open
+                self._reception.open(self._selector)
             while any(rank.exit_code is None for rank in self._ranks):
                 self._turn()
             if self._suspicion is not None and self._failure is None:
@@ -143,7 +150,8 @@ class Job:
         for connection in (*readers, *writers):
             connection.close()
         ended_fd = nursery.end_descriptor(process)
-        rank = Rank(number, process, ended_fd, ResultReader(result), stacks, process.pid)
+        stack_pipe = StackPipe(stacks, process.pid)
+        rank = Rank(number, process, ended_fd, ResultReader(result), stack_pipe, process.pid)
         self._ranks.append(rank)
         self._output.add_rank(number, stdout, stderr)
         self._selector.register(ended_fd, selectors.EVENT_READ, lambda: self._on_end(rank))
@@ -166,7 +174,7 @@ class Job:
         self._check_deadlines()
 
     def _seconds_to_deadline(self) -> float | None:
-        deadlines = [self._server.next_deadline(), self._kill_at]
+        deadlines = [self._server.next_deadline(), self._kill_at, self._reception.next_deadline()]
         if self._failure is None:
             deadlines.append(self._watch.next_deadline())
         if self._suspicion is not None and self._failure is None:
@@ -251,10 +259,12 @@ class Job:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._kill()
+        self._reception.check()
 
     def _fail(self, failure: Failure) -> None:
         if self._failure is None:
             self._failure = failure
+            self._reception.close()
             self._kill_at = time.monotonic() + self._options.grace_s
             self._server.tell_failure(failure)
             self._write_failure(failure, primary=True)
@@ -271,6 +281,9 @@ class Job:
 
     def _on_signal(self, number: int) -> None:
         """Take note of a signal; runs between any two instructions of the loop."""
+        if number == signal.SIGQUIT:  # a question, and no end
+            self._reception.stacks_wanted = True
+            return
         again = self._signal is not None or self._failure is not None
         if self._signal is None:
             self._signal = number
@@ -287,21 +300,11 @@ class Job:
 
     def _kill(self) -> None:
         for rank in self._ranks:
-            if rank.status is None:
-                rank.killed = True
-                rank.process.kill()
+            rank.kill()
 
     def _end_all(self) -> None:
         for rank in self._ranks:
-            if rank.status is None:  # an error of our own brought us here
-                rank.process.kill()
-                rank.kill_started()
-                rank.process.join(KILL_WAIT_S)
-            os.close(rank.ended_fd)
-            rank.result.close()
-            rank.stacks = read_stacks(rank.stacks_fd)
-            with contextlib.suppress(ValueError):  # it has not ended even now
-                rank.process.close()
+            rank.let_go()
 
     def _on_result(self, rank: Rank) -> None:
         if not rank.result.read():

@@ -9,6 +9,7 @@ import signal
 from typing import Final
 
 PARENT_PID: Final = "BAREPP_PARENT_PID"  # tells the fork server who starts it
+_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)  # Ctrl-C and Ctrl-\
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -23,12 +24,14 @@ def die_with_parent(parent_pid: int = 0) -> None:
 
 
 def leave_terminal() -> None:
-    """Let Ctrl-C, which reaches every process of the terminal, reach this one no more.
+    r"""Let Ctrl-C and Ctrl-\, which reach every process of the terminal, reach this one no more.
 
-    One that came before, while SIGINT was blocked, is forgotten; from here on it is not blocked.
+    One that came before, while they were blocked, is forgotten; from here on they are not blocked.
     """
     with contextlib.suppress(PermissionError):  # it leads a process group already
         os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this discards what is pending
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in _KEYBOARD:
+        signal.signal(number, signal.SIG_IGN)  # this discards what is pending
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _KEYBOARD)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)

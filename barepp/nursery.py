@@ -53,8 +53,10 @@ class Nursery:
         if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
             self._server = forkserver.ForkServer()
             self._server.set_forkserver_preload(modules)
-            resource_tracker.ensure_running()  # (by itself, because it unblocks SIGINT)
-            with _borrowing, self._own_folder(), _own_pid_in_environment(), _deaf_to_ctrl_c():
+            with _blocked(signal.SIGQUIT):  # (by itself, because it unblocks SIGINT)
+                resource_tracker.ensure_running()
+            deaf = _blocked(signal.SIGINT, signal.SIGQUIT)
+            with _borrowing, self._own_folder(), _own_pid_in_environment(), deaf:
                 self._server.ensure_running()
         else:
             self.context.set_forkserver_preload(modules)
@@ -146,12 +148,13 @@ def _own_pid_in_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start the server with SIGINT blocked; it unblocks it when it has left the terminal.
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Start processes with these signals of the terminal blocked: they are for the launcher alone.
 
-    Until then Ctrl-C would make it print a traceback. What comes here meanwhile comes afterwards.
+    The server unblocks them when it has left the terminal. Until then Ctrl-C would make it print a
+    traceback, and Ctrl-\\ kill it. What comes here meanwhile comes afterwards.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

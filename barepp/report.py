@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from barepp.beats import IN_SCRIPT
 from barepp.member import Outcome, Rank
@@ -29,20 +29,25 @@ def report(failure: Failure, ranks: Sequence[Rank]) -> str:
     if failure.traceback:
         lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
     if failure.cause == "hang":
-        lines += _stacks(ranks)
+        unknown = "(it could not tell: it is stopped, or had ended)"
+        lines += _stack_lines({rank.rank: rank.stacks or unknown for rank in ranks})
     for rank in ranks:
         if rank.rank != failure.rank and rank.rank not in same:
             lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")
     return printable("\n".join(lines)) + "\n"
 
 
-def _stacks(ranks: Sequence[Rank]) -> list[str]:
-    """Return where each rank was in Python when the hang was found."""
+def where_all_are(graph: str, stacks: Mapping[int, str]) -> str:
+    """Return who waits for whom and every rank's Python stack, of a job that runs; many lines."""
+    lines = ["barepp: where every rank is:", *graph.splitlines(), *_stack_lines(stacks)]
+    return printable("\n".join(lines)) + "\n"
+
+
+def _stack_lines(stacks: Mapping[int, str]) -> list[str]:
     lines = []
-    for rank in ranks:
-        told = rank.stacks or "(it could not tell: it is stopped, or had ended)"
-        lines.append(f"barepp: the Python stack of rank {rank.rank}:")
-        lines += ["    " + line for line in told.splitlines()]
+    for rank, text in sorted(stacks.items()):
+        lines.append(f"barepp: the Python stack of rank {rank}:")
+        lines += ["    " + line for line in text.splitlines()]
     return lines
 
 

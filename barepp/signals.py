@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP for the launcher: told to its loop, not raised in the midst of it."""
+"""SIGINT, SIGTERM, SIGHUP for the launcher: told to its loop, not raised in the midst of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def signals_to(handle: Callable[[int], None]) -> Iterator[int]:
-    """Send the three signals to `handle`, as far as we may; yield a descriptor that then wakes.
+def signals_to(handle: Callable[[int], None], *more: signal.Signals) -> Iterator[int]:
+    """Send the three signals, and `more`, to `handle`; yield a descriptor that then wakes.
 
     Outside of the main thread signals are not ours. A SIGHUP that is ignored stays so (nohup).
     """
@@ -22,7 +22,7 @@ def signals_to(handle: Callable[[int], None]) -> Iterator[int]:
 
     previous = {}
     with contextlib.suppress(ValueError):  # not the main thread
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *more):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, on_signal)
     try:

@@ -18,14 +18,18 @@ READS_AT_ONCE: Final = 16  # of one stream, so that one rank that floods does no
 
 
 class RecordStream:
-    """Records over one non-blocking socket; both ends of a control connection use it."""
+    """Records over one non-blocking socket; both ends of a control connection use it.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `limits` are what the other side is held to.
+    """
+
+    def __init__(self, sock: socket.socket, limits: Limits = RECORD_LIMITS) -> None:
         self.socket = sock
-        # Else a record waits 40 ms for the acknowledgement of the one before (tcp(7), Nagle).
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            # Else a record waits 40 ms for the acknowledgement of the one before (tcp(7), Nagle).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.error: ProtocolError | None = None  # what nonsense ended the stream
-        self._decoder = Decoder(RECORD_LIMITS)
+        self._decoder = Decoder(limits)
         self._sequence = 0
         self._unsent = bytearray()
 
