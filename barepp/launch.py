@@ -11,6 +11,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from barepp.events import EventLog
 from barepp.job import Job
 from barepp.member import Options
 from barepp.output import Output
+from barepp.picture import interval
 from barepp.report import tell
 from transport.errors import TransportError
 from transport.registry import check_name, transport_names
@@ -54,11 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.heartbeat,
         parsed.timeout,
         parsed.checksum,
+        stacks_on_quit=True,
     )
     task = Script(parsed.script, tuple(parsed.args))
     try:
         with Output(log_dir) as output:
-            outcome = Job(task, options, output, events).run()
+            with _watching(output, parsed.interval) if parsed.watch else nullcontext():
+                outcome = Job(task, options, output, events).run()
             tell(outcome, output)
     except UsageError as error:
         return _refuse(error)
@@ -69,6 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return outcome.exit_code
 
 
+def _watching(output: Output, interval_s: float) -> AbstractContextManager[None]:
+    from barepp.top import watching  # imports psutil, which takes time that few launches need
+
+    return watching(output, interval_s)
+
+
 def _refuse(why: object) -> int:
     print(f"barepp.launch: {why}", file=sys.stderr)
     return 2
@@ -76,7 +86,10 @@ def _refuse(why: object) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m barepp.launch", description="Run a script on several ranks of this machine."
+        prog="python -m barepp.launch",
+        description="Run a script on several ranks of this machine.",
+        epilog="While it runs, Ctrl-\\ (SIGQUIT to this process) prints every rank's Python stack "
+        "and who waits for whom, as python -m barepp.stacks does from elsewhere; the job goes on.",
     )
     parser.add_argument(
         "--world", type=int, required=True, metavar="N", help="number of ranks (processes)"
@@ -93,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="write rank0.log ... and events.jsonl there"
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="show what every rank is about, below what the ranks print; from another terminal "
+        "python -m barepp.top does the same",
+    )
+    parser.add_argument(
+        "--interval", type=interval, default=1.0, metavar="S", help="seconds between pictures (1)"
     )
     for flag, default, what in _LIMITS:
         parser.add_argument(

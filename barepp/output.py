@@ -7,6 +7,7 @@
    the last words of a rank that died stand before the report of its death.
 3. Whatever goes wrong with a terminal or a log file, the pipes are emptied: a rank must not hang
    because a disk is full.
+4. A picture that stands below (`--watch`) is taken away before anything is shown, and drawn again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
+
+from barepp.screen import Screen
 
 READ_NBYTES: Final = 64 * 1024
 MAX_LINE_NBYTES: Final = 64 * 1024  # a longer line is shown in pieces
@@ -55,6 +58,9 @@ class Output:
         self._logs: dict[int, BinaryIO] = {}
         self._later: deque[Callable[[], None]] = deque()  # to be done when all pipes are empty
         self._new: deque[_Source] = deque()
+        self._picture: tuple[Sequence[str], int | None] | None = None  # the next one
+        self._below: tuple[Sequence[str], int] | None = None  # the one that stands on a terminal
+        self._screen = Screen()
         self._finish_by: float | None = None
         self._selector = selectors.DefaultSelector()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -74,6 +80,20 @@ class Output:
     def say(self, text: str, target: int = 2) -> None:
         """Print the launcher's own text after what the ranks have printed so far; never blocks."""
         self._later.append(partial(self._show, target, text.encode(errors="replace")))
+        self._wake()
+
+    def show_below(self, lines: Sequence[str], columns: int | None) -> None:
+        """Show a picture; of several at once only the last one is shown. Never blocks.
+
+        On a terminal of `columns` it stands below whatever is shown from then on, in the place of
+        the picture before. None is for anything else: there it is shown as other text is.
+        """
+        self._picture = lines, columns
+        self._wake()
+
+    def let_stand(self) -> None:
+        """Let the picture stay where it is: what is shown from then on comes below it."""
+        self._later.append(self._leave_picture)
         self._wake()
 
     def write_log(self, rank: int, text: str) -> None:
@@ -111,6 +131,7 @@ class Output:
                     os.eventfd_read(self._wakeup)
                 else:
                     busy |= self._read(key.data)
+            self._draw()
             while self._new:
                 source = self._new.popleft()
                 self._selector.register(source.fd, selectors.EVENT_READ, source)
@@ -151,7 +172,29 @@ class Output:
                 self._selector.unregister(source.fd)
                 os.close(source.fd)
 
+    def _draw(self) -> None:
+        picture, self._picture = self._picture, None
+        if picture is None:
+            return
+        lines, columns = picture
+        if columns is None:
+            self._show(2, "\n".join([*lines, "", ""]).encode(errors="replace"))
+        else:
+            self._below = lines, columns
+            self._put(2, self._screen.draw(lines, columns).encode(errors="replace"))
+
+    def _leave_picture(self) -> None:
+        self._draw()
+        self._below = None
+
     def _show(self, target: int, text: bytes) -> None:
+        if self._below is not None:
+            self._put(2, self._screen.erase().encode())
+        self._put(target, text)
+        if self._below is not None:
+            self._put(2, self._screen.draw(*self._below).encode(errors="replace"))
+
+    def _put(self, target: int, text: bytes) -> None:
         # Whoever replaced the stream (a notebook, a test) may have closed it: then nobody looks.
         with contextlib.suppress(Exception):
             self._write(target, text)

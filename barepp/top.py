@@ -1,0 +1,139 @@
+"""`python -m barepp.top`: what every rank of a running job is about, drawn anew each second.
+
+On a terminal the picture is redrawn in its place, elsewhere it is printed again and again. --once
+looks for one interval, because rates need two looks, and prints one picture. Ctrl-C ends it, and
+not the job. Exit code: 0, also when the job has ended; 2 when there is no job to watch, or more
+than one and none is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from barepp.ask import Line, add_job_argument, line_to
+from barepp.errors import BareppError, JobEnded
+from barepp.output import Output
+from barepp.picture import MIN_INTERVAL_S, as_object, interval, picture
+from barepp.readings import Reading, Readings
+from barepp.screen import Screen, seen_enough, size_of
+from barepp.status import JobStatus
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        with line_to(parsed.job) as line:
+            seen = looks(line, parsed.interval, threading.Event())
+            if parsed.once:
+                next(seen)  # rates need two
+            for job, readings in seen:
+                parsed.show(job, readings)
+                if parsed.once:
+                    break
+    except JobEnded as error:
+        print(f"barepp.top: {error}", file=sys.stderr)
+    except BareppError as error:
+        print(f"barepp.top: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print()  # the terminal has written ^C there
+    except BrokenPipeError:
+        return seen_enough()
+    return 0
+
+
+def looks(
+    line: Line, interval_s: float, stop: threading.Event
+) -> Iterator[tuple[JobStatus, list[Reading]]]:
+    """Yield what can be seen of a job, every `interval_s` seconds until `stop` is set.
+
+    Raises:
+        JobEnded, NobodyAnswers: there is nothing more to see.
+    """
+    job, ranks = line.status()
+    readings = Readings(local=line.launcher_pid == job.pid)
+    yield job, readings.take(ranks)
+    while not stop.wait(interval_s):
+        job, ranks = line.status()
+        yield job, readings.take(ranks)
+
+
+@contextlib.contextmanager
+def watching(output: Output, interval_s: float) -> Iterator[None]:
+    """Show the job that this process launches in the block, below what its ranks print."""
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_watch_own_job, args=(output, interval_s, stop), name="barepp-watch", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        output.let_stand()
+
+
+def _watch_own_job(output: Output, interval_s: float, stop: threading.Event) -> None:
+    while not stop.wait(MIN_INTERVAL_S):
+        with (
+            contextlib.suppress(BareppError),  # it has not started yet, or has just ended
+            line_to(str(os.getpid())) as line,
+        ):
+            for job, readings in looks(line, interval_s, stop):
+                columns, height = size_of(2) or (None, None)
+                output.show_below(picture(job, readings, columns, height), columns)
+
+
+def _show_as_json(job: JobStatus, readings: Sequence[Reading]) -> None:
+    print(json.dumps(as_object(job, readings)), flush=True)
+
+
+class _Shown:
+    """Shows one picture after the other on stdout."""
+
+    def __init__(self) -> None:
+        self._screen = Screen()
+
+    def __call__(self, job: JobStatus, readings: Sequence[Reading]) -> None:
+        size = size_of(sys.stdout.fileno()) if sys.stdout.isatty() else None
+        if size is None:
+            print("\n".join(picture(job, readings)), end="\n\n", flush=True)
+        else:
+            lines = picture(job, readings, size.columns, size.lines)
+            print(self._screen.draw(lines, size.columns), end="", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m barepp.top",
+        description="Show what every rank of a running job of yours is about: its state, and for "
+        "how long nothing about it has changed; training steps done, microbatches a second, CPU "
+        "time and memory of its process, and the bytes of tensors that it receives and sends.",
+    )
+    add_job_argument(parser)
+    parser.add_argument(
+        "--interval", type=interval, default=1.0, metavar="S", help="seconds between pictures (1)"
+    )
+    parser.add_argument("--once", action="store_true", help="show one picture and end")
+    parser.add_argument(
+        "--json",
+        dest="show",
+        action="store_const",
+        const=_show_as_json,
+        default=_Shown(),
+        help="one JSON object a line for each picture",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
