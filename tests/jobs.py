@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from barepp.ask import Line, doors
 from barepp.assignment import Script
 from barepp.census import Census
 from barepp.events import EventLog
@@ -95,6 +96,43 @@ def run_job(folder: Path, text: str, world_size: int = 2, **options: Any) -> Fin
     events.close()
     out, err = (shown[target].decode(errors="replace") for target in (1, 2))
     return Finished(outcome.exit_code, out, err, log_dir, seconds)
+
+
+@dataclasses.dataclass
+class Watched:
+    """A job that runs in a thread of this process, and a line to its launcher."""
+
+    line: Line
+    thread: threading.Thread
+    ended: list[Finished]
+
+    def finish(self) -> Finished:
+        self.thread.join(LIMIT_S)
+        return self.ended[0]
+
+
+@contextlib.contextmanager
+def watched_job(folder: Path, text: str, world_size: int = 2, **options: Any) -> Iterator[Watched]:
+    """Run a script's text as `run_job` does, but meanwhile the block."""
+    ended: list[Finished] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(run_job(folder, text, world_size, **options))
+    )
+    thread.start()
+    while not (own := [door for door in doors() if door.pid == os.getpid()]):
+        assert thread.is_alive(), ended[0].report
+        time.sleep(0.01)
+    with Line(own[0]) as line:
+        pids = [rank.pid for rank in line.status()[1]]
+        try:
+            yield Watched(line, thread, ended)
+        except BaseException:
+            for pid in pids:  # else nobody would ever end it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid or 0, signal.SIGKILL)
+            raise
+        finally:
+            thread.join(LIMIT_S)
 
 
 @dataclasses.dataclass

@@ -448,6 +448,16 @@ def test_signals_are_told_and_given_back() -> None:
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+def test_sigquit_is_taken_only_by_who_asks_for_it() -> None:
+    before = signal.getsignal(signal.SIGQUIT)
+    told: list[int] = []
+    with signals_to(told.append):
+        assert signal.getsignal(signal.SIGQUIT) is before
+    with signals_to(told.append, signal.SIGQUIT):
+        signal.raise_signal(signal.SIGQUIT)
+    assert told == [signal.SIGQUIT] and signal.getsignal(signal.SIGQUIT) is before
+
+
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -59,6 +59,7 @@ def in_fresh_python(code: str) -> str:
         "import barepp; barepp.Action; barepp.make_schedule; barepp.JobFailed",
         "import barepp.plan",
         "import barepp.launch",
+        "import barepp.top, barepp.stacks",
         "import barepp.run",
         "import barepp; barepp.testing.run_with_fault",
         "import transport",

@@ -1,0 +1,241 @@
+"""Every rank's stack in a job that goes on: as often as one likes, and to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from jobs import ROOT, assert_nothing_left, launching, run_job, watched_job
+from transport_worlds import eventually
+
+from barepp.errors import JobEnded
+from barepp.stack_dump import PATIENCE_S, StackPipe, StackRound, process_state
+from barepp.stacks import main
+
+EVERYWHERE = """
+    import ctypes, hashlib, os, signal, time
+    import torch, barepp
+
+    with barepp.init() as world:
+        world.barrier()
+        if world.rank == 0:
+            world.recv(1)  # waits
+        elif world.rank == 1:
+            def work(): hashlib.scrypt(b"", salt=b"", n=2**14, r=8, p=1)
+            while not os.path.exists("{go}"): work()  # computes
+            world.send(torch.ones(1), 0)
+        elif world.rank == 2:
+            fifo, read = os.open("{fifo}", os.O_RDWR), ctypes.CDLL(None).read
+            print("read", read(fifo, ctypes.create_string_buffer(1), 1))  # reads in C
+        elif world.rank == 3:
+            began = time.monotonic()
+            time.sleep(3)  # sleeps
+            print("slept", time.monotonic() - began >= 3)
+        else:
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+WHERE = ["# waits", "# computes", "# reads in C", "# sleeps"]
+
+
+def test_every_rank_tells_where_it_is_wherever_it_is_and_goes_on(tmp_path, capsys):
+    go, fifo = tmp_path / "go", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    text = EVERYWHERE.replace("{go}", str(go)).replace("{fifo}", str(fifo))
+    lines = text.splitlines()
+    with watched_job(tmp_path, text, 5, heartbeat_s=60.0) as job:
+        pids = [rank.pid or 0 for rank in job.line.status()[1]]
+        eventually(lambda: "is stopped" in process_state(pids[4]))
+        eventually(lambda: job.line.stacks()[0].count("rank ") == 6)  # all have said something
+        for _ in range(5):
+            graph, stacks = job.line.stacks()
+            for rank, mark in enumerate(WHERE):
+                [number] = [i for i, line in enumerate(lines, 1) if line.endswith(mark)]
+                assert f'script.py", line {number} in <module>' in stacks[rank]
+                assert stacks[rank].count("<module>") == 1, stacks[rank]  # our threads are left out
+            assert stacks[4] == "(it is stopped (SIGSTOP, or a terminal))"
+            assert "rank 1 is busy: in the script's own code" in graph
+        assert main([str(os.getpid())]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("barepp: where every rank is:\n  rank 0 waits for rank 1: ")
+        for rank in range(5):
+            assert f"barepp: the Python stack of rank {rank}:\n" in shown
+        go.touch()
+        fifo.write_bytes(b"x")
+        os.kill(pids[4], signal.SIGCONT)
+    ended = job.finish()
+    assert ended.code == 0, ended.report
+    assert ended.said(2) == ["read 1"]  # not -1 and EINTR
+    assert ended.said(3) == ["slept True"]
+
+
+def test_a_rank_without_the_handler_is_not_asked_for_it_would_die(tmp_path):
+    go = tmp_path / "go"
+    script = f"""
+        import barepp, faulthandler, os, signal, time
+        with barepp.init() as world:
+            if world.rank:
+                faulthandler.unregister(signal.SIGQUIT)
+            world.barrier()
+            while not os.path.exists("{go}"):
+                time.sleep(0.01)
+    """
+    with watched_job(tmp_path, script) as job:
+        eventually(lambda: "in the script's own code" in job.line.status()[1][1].state)
+        stacks = job.line.stacks()[1]
+        assert "script.py" in stacks[0] and "does not catch SIGQUIT" in stacks[1]
+        go.touch()
+    assert job.finish().code == 0, job.finish().report
+
+
+TRAIN = """
+    import torch, barepp
+    with barepp.init() as world:
+        pipe = barepp.Pipeline(
+            world, barepp.mlp(5, 16), torch.nn.functional.cross_entropy, schedule="1f1b"
+        )
+        generator = torch.Generator().manual_seed(0)
+        for step in range(20):
+            pipe.zero_grad()
+            inputs = torch.randn(32, 64, generator=generator)
+            pipe.step(inputs, torch.arange(32) % 10)
+            with torch.no_grad():
+                for parameter in pipe.parameters():
+                    parameter -= 0.1 * parameter.grad
+        print(pipe.parameters_sha256())
+"""
+
+
+def test_a_training_that_is_asked_all_the_time_has_the_same_bits(tmp_path):
+    undisturbed = run_job(tmp_path, TRAIN)
+    told: list[str] = []
+    with watched_job(tmp_path, TRAIN) as job, contextlib.suppress(JobEnded):
+        while True:
+            told += job.line.stacks()[1].values()
+    ended = job.finish()
+    assert ended.code == 0, ended.report
+    assert sum("script.py" in text for text in told) > 10
+    assert ended.said(0) == ended.said(1) == undisturbed.said(0) != []
+
+
+def test_sigquit_to_the_launcher_prints_the_stacks_and_ends_nothing(tmp_path: Path) -> None:
+    """In a terminal Ctrl-\\ reaches the launcher's whole group, also while the ranks start."""
+    go = tmp_path / "go"
+    script = f"""
+        import barepp, os, time
+        with barepp.init() as world:
+            world.barrier()
+            print("ready", flush=True)
+            while not os.path.exists("{go}"):
+                time.sleep(0.01)
+    """
+    with launching(tmp_path, script, "--world", "2") as running:
+        eventually(lambda: len(running.processes()) >= 2)  # it catches the signal by now
+        os.killpg(running.process.pid, signal.SIGQUIT)
+        running.wait_for_line("ready", 2)
+        assert running.process.stderr is not None
+        for _ in range(2):
+            os.killpg(running.process.pid, signal.SIGQUIT)
+            for rank in range(2):  # (what was asked for while they started told of no line yet)
+                line = "nothing"
+                while 'script.py", line ' not in line:
+                    assert line, f"no stack of rank {rank}"
+                    line = running.process.stderr.readline().decode()
+        go.touch()
+        ended = running.finish()
+        assert_nothing_left(running)
+    assert ended.code == 0, ended.err
+
+
+# -- the pipe, by itself ---------------------------------------------------------------------------
+
+
+class Process:
+    """A process that can write its stacks to a pipe, does what `before` says, and sleeps."""
+
+    def __init__(self, before: str = "") -> None:
+        code = f"""
+            import os, signal, sys, time
+            from barepp.stack_dump import write_stacks_to
+            write_stacks_to({{fd}})
+            {before}
+            print("ready", flush=True); time.sleep(1000)
+        """
+        reader, writer = os.pipe()
+        text = textwrap.dedent(code).replace("{fd}", str(writer))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", text], pass_fds=[writer], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        os.close(writer)
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        self.pipe = StackPipe(reader, self.process.pid)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.pipe.close()
+
+
+def run_round(process: Process, now: float = 0.0) -> str:
+    asked = StackRound({0: process.pipe, 1: None}, now)
+    eventually(lambda: asked.advance(now))
+    assert asked.told[1] == "(it has ended)"
+    return asked.told[0]
+
+
+def test_each_round_tells_what_is_true_now():
+    with Process() as process:
+        first = run_round(process)
+        assert first == run_round(process) != ""
+        process.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: "is stopped" in process_state(process.process.pid))
+        assert run_round(process) == "(it is stopped (SIGSTOP, or a terminal))"
+        process.process.send_signal(signal.SIGCONT)
+        eventually(lambda: "is stopped" not in process_state(process.process.pid))
+        assert run_round(process) == first
+        process.process.kill()
+        process.process.wait()
+        assert run_round(process) == "(it has ended)"
+
+
+def test_what_came_too_late_for_one_round_is_no_part_of_the_next():
+    with Process() as process:
+        first = run_round(process)
+        process.process.send_signal(signal.SIGQUIT)
+        eventually(process.pipe.complete)
+        assert run_round(process) == first
+
+
+def test_a_long_dump_comes_whole():
+    many_threads = """
+            import threading
+            there = threading.Barrier(41)
+            def deep(n):
+                if n:
+                    deep(n - 1)
+                else:
+                    there.wait()
+                    time.sleep(1000)
+            for _ in range(40):
+                threading.Thread(target=deep, args=(15,), daemon=True).start()
+            there.wait()
+    """
+    with Process(many_threads.strip()) as process:
+        for _ in range(5):
+            assert run_round(process).count(" in deep") == 40 * 16
+
+
+def test_a_process_that_never_writes_is_waited_for_a_while():
+    with Process("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})") as process:
+        asked = StackRound({0: process.pipe}, 100.0)
+        assert not asked.advance(100.0 + PATIENCE_S - 0.1)
+        assert asked.advance(100.0 + PATIENCE_S)
+        assert asked.told == {0: f"(it has written nothing within {PATIENCE_S:g} s)"}
