@@ -93,13 +93,16 @@ def test_a_rank_without_the_handler_is_not_asked_for_it_would_die(tmp_path):
 
 
 TRAIN = """
+    import os, time
     import torch, barepp
     with barepp.init() as world:
         pipe = barepp.Pipeline(
             world, barepp.mlp(5, 16), torch.nn.functional.cross_entropy, schedule="1f1b"
         )
         generator = torch.Generator().manual_seed(0)
-        for step in range(20):
+        for step in range(30):
+            while step == 15 and not os.path.exists("{go}"):
+                time.sleep(0.001)
             pipe.zero_grad()
             inputs = torch.randn(32, 64, generator=generator)
             pipe.step(inputs, torch.arange(32) % 10)
@@ -111,14 +114,17 @@ TRAIN = """
 
 
 def test_a_training_that_is_asked_all_the_time_has_the_same_bits(tmp_path):
-    undisturbed = run_job(tmp_path, TRAIN)
-    told: list[str] = []
-    with watched_job(tmp_path, TRAIN) as job, contextlib.suppress(JobEnded):
+    go = tmp_path / "go"
+    script = TRAIN.replace("{go}", str(go))
+    told = 0
+    with watched_job(tmp_path, script) as job, contextlib.suppress(JobEnded):
         while True:
-            told += job.line.stacks()[1].values()
+            told += sum("script.py" in text for text in job.line.stacks()[1].values())
+            if told > 10:
+                go.touch()
     ended = job.finish()
     assert ended.code == 0, ended.report
-    assert sum("script.py" in text for text in told) > 10
+    undisturbed = run_job(tmp_path, script)
     assert ended.said(0) == ended.said(1) == undisturbed.said(0) != []
 
 
