@@ -75,7 +75,7 @@ class Readings:
                     if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                         state = f"stopped; last heard: {status.state}"
                         state_s = status.silent_s
-                    rss_nbytes = process.memory_info().rss
+                    rss_nbytes = process.memory_info().rss or None  # (0: it is just ending)
                     percent = process.cpu_percent()  # since the last call
                 cpu_percent = percent if known else None
                 self._processes[process.pid] = process

@@ -33,7 +33,8 @@ class Screen:
         start = _UP.format(self._height) if self._height and self._width <= columns else ""
         self._height = len(lines)
         self._width = min(max(map(len, lines), default=0), columns)
-        body = "".join(f"{line}{_CLEAR_LINE}\n" for line in lines)
+        # (A full line leaves the cursor on its last character, which clearing would take away.)
+        body = "".join(s + (_CLEAR_LINE if len(s) < columns else "") + "\n" for s in lines)
         return f"{_NO_WRAP}{start}{body}{_CLEAR_BELOW}{_WRAP}"
 
     def erase(self) -> str:

@@ -52,7 +52,8 @@ class Terminal:
                 self._row -= int(argument)
                 self._printed = 0
             case "K":
-                self.lines[self._row] = self.lines[self._row][: self._printed]
+                column = min(self._printed, self.columns - 1)  # the cursor stays in the line
+                self.lines[self._row] = self.lines[self._row][:column]
             case "J":
                 self.lines[self._row :] = [""]
             case "l" | "h" if argument == "?7":
