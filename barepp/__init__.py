@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from barepp import testing
     from barepp.actions import Action, Kind
+    from barepp.balancing import balance
     from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
     from barepp.joining import init
+    from barepp.layer_costs import LayerCost, stage_costs
     from barepp.models import mlp
     from barepp.pipeline import Pipeline
+    from barepp.profiling import profile
     from barepp.run import run
     from barepp.schedules import Schedule, make_schedule, schedule_names
     from barepp.stage import Stage
@@ -30,6 +33,7 @@ _HOMES = {
     "Failure": "transport.errors",
     "JobFailed": "transport.errors",
     "Kind": "barepp.actions",
+    "LayerCost": "barepp.layer_costs",
     "PartitionError": "barepp.errors",
     "Pipeline": "barepp.pipeline",
     "Schedule": "barepp.schedules",
@@ -37,11 +41,14 @@ _HOMES = {
     "Stage": "barepp.stage",
     "UsageError": "barepp.errors",
     "World": "barepp.world",
+    "balance": "barepp.balancing",
     "init": "barepp.joining",
     "make_schedule": "barepp.schedules",
     "mlp": "barepp.models",
+    "profile": "barepp.profiling",
     "run": "barepp.run",
     "schedule_names": "barepp.schedules",
+    "stage_costs": "barepp.layer_costs",
     "summarise": "barepp.trace",
     "write_trace": "barepp.trace",
 }
@@ -53,6 +60,7 @@ __all__ = [
     "Failure",
     "JobFailed",
     "Kind",
+    "LayerCost",
     "PartitionError",
     "Pipeline",
     "Schedule",
@@ -60,11 +68,14 @@ __all__ = [
     "Stage",
     "UsageError",
     "World",
+    "balance",
     "init",
     "make_schedule",
     "mlp",
+    "profile",
     "run",
     "schedule_names",
+    "stage_costs",
     "summarise",
     "testing",
     "write_trace",

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from barepp.errors import PartitionError
 
-PARTITIONS = ("uniform",)
+PARTITIONS = ("uniform", "balanced")
 
 
 def partition(
@@ -20,8 +20,27 @@ def partition(
 ) -> list[range]:
     """Return the range of layers of each stage; together they hold every layer exactly once.
 
-    `how` is the name of a rule, or the number of layers of each stage.
+    `how` is "uniform", or the number of layers of each stage. (What is "balanced" depends on more
+    than their number: balancing.py.)
     """
+    check_counts(num_layers, num_stages)
+    if isinstance(how, str):
+        check_name(how)
+        if how == "balanced":
+            raise PartitionError(
+                "a balanced partition needs to know what the layers cost: barepp.balance makes a "
+                "list of it"
+            )
+        sizes = uniform_sizes(num_layers, num_stages)
+    else:
+        sizes = list(how)
+        _check_sizes(sizes, num_layers, num_stages)
+    stops = list(accumulate(sizes))
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def check_counts(num_layers: int, num_stages: int) -> None:
+    """Raise a PartitionError unless every stage can get a layer."""
     if num_stages < 1:
         raise PartitionError(f"cannot cut a model into {num_stages} stages; ask for at least 1")
     if num_layers < num_stages:
@@ -30,19 +49,16 @@ def partition(
             f"least one: use at most {num_layers} stages, or a model of at least {num_stages} "
             "layers"
         )
-    if isinstance(how, str):
-        if how not in PARTITIONS:
-            known = ", ".join(PARTITIONS)
-            raise PartitionError(
-                f"unknown partition {how!r}; there is: {known}, "
-                "or a list with the number of layers of each stage"
-            )
-        sizes = uniform_sizes(num_layers, num_stages)
-    else:
-        sizes = list(how)
-        _check_sizes(sizes, num_layers, num_stages)
-    stops = list(accumulate(sizes))
-    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def check_name(how: str) -> None:
+    """Raise a PartitionError if no rule is called that."""
+    if how not in PARTITIONS:
+        known = ", ".join(PARTITIONS)
+        raise PartitionError(
+            f"unknown partition {how!r}; there is: {known}, "
+            "or a list with the number of layers of each stage"
+        )
 
 
 def uniform_sizes(total: int, parts: int) -> list[int]:

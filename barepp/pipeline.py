@@ -12,7 +12,7 @@ with barepp.init() as world:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -26,7 +26,9 @@ from barepp.layers import LossFunction
 from barepp.lowering import Program, Step, lower, placement
 from barepp.microbatch import join, microbatch_sizes, num_rows, split
 from barepp.models import LayerBuilder
+from barepp.partition import check_counts
 from barepp.partition import partition as cut
+from barepp.profiling import balanced_sizes
 from barepp.recompute import recompute_of_stages
 from barepp.schedules import Schedule, make_schedule
 from barepp.seeding import LayerRandomness
@@ -53,10 +55,18 @@ class Pipeline:
             for "interleaved_1f1b" and "zb_v". The schedule decides which rank holds which.
         num_microbatches: into how many microbatches a batch is cut; a batch with fewer rows makes
             as many microbatches as it has rows.
-        partition: "uniform", or the number of layers of each stage.
+        partition: "uniform": as many layers in each stage; "balanced": so that the slowest stage is
+            as fast as possible (balancing.py); or the number of layers of each stage.
         seed: decides all initial weights and dropout masks, whatever the number of ranks.
         recompute: which microbatches keep only their stage's input and run its forward once more in
             backward: "off", "all" or "all_but_last"; or one of these for each stage.
+        sample: a batch (inputs, targets), such as the first one: with "balanced" the rank of the
+            first stage needs it, to measure what the layers cost. The others wait meanwhile, some
+            seconds for some dozens of layers. It changes no bit of the training.
+        memory_limit: what "balanced" may use of a rank's memory, in bytes (layer_costs.py).
+
+    Attributes:
+        partition: how many layers each stage has.
 
     Raises:
         ScheduleError, PartitionError, UsageError: before anything is built or sent.
@@ -74,6 +84,8 @@ class Pipeline:
         partition: str | Sequence[int] = "uniform",
         seed: int = 0,
         recompute: str | Sequence[str] = "off",
+        sample: tuple[Value, Value] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         if num_stages is None:
             num_stages = world.world_size * _STAGES_PER_RANK.get(schedule, 1)
@@ -82,8 +94,28 @@ class Pipeline:
             schedule, num_stages, num_microbatches, world.world_size
         )
         recomputed = recompute_of_stages(recompute, num_stages)
-        ranges = cut(len(layers), num_stages, partition)
         self._holder = placement(self.schedule.order)
+        self._last = num_stages - 1
+        self._loss_fn = loss_fn
+        self.recorder = Recorder()
+        if partition == "balanced":
+            check_counts(len(layers), num_stages)
+            partition = self._balanced(
+                lambda: balanced_sizes(
+                    layers,
+                    loss_fn,
+                    sample,
+                    self.schedule,
+                    recomputed=[how != "off" for how in recomputed],
+                    memory_limit=memory_limit,
+                    seed=seed,
+                    lock=world.random_lock,
+                )
+            )
+        elif memory_limit is not None:
+            raise UsageError('memory_limit is for partition="balanced"; no other heeds it')
+        ranges = cut(len(layers), num_stages, partition)
+        self.partition = [len(layer_range) for layer_range in ranges]
         self.stages: dict[int, Stage] = {
             index: Stage(
                 index,
@@ -98,13 +130,19 @@ class Pipeline:
             if self._holder[index] == world.rank
         }
         check_no_sharing(self.stages, ranges, layers, LayerRandomness(seed, world.random_lock))
-        self.recorder = Recorder()
-        self._loss_fn = loss_fn
-        self._last = num_stages - 1
         self._steps = 0
         self._broken = False
         self._executor = Executor(world, self.stages, num_stages, recomputed)
         self._programs: dict[tuple[int, bool], Program] = {}
+
+    def _balanced(self, sizes: Callable[[], list[int]]) -> list[int]:
+        """Let the rank of the first stage, which has the data, find the sizes and tell them."""
+        told = None
+        if self._holder[0] == self.world.rank:
+            self.world.activity = ("profiling the layers",)
+            told = torch.tensor(sizes())
+        found: list[int] = self._from_rank(told, self._holder[0], "the partition").tolist()
+        return found
 
     # -- one step ---------------------------------------------------------------------------------
 
