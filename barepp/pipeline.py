@@ -30,15 +30,13 @@ from barepp.partition import check_counts
 from barepp.partition import partition as cut
 from barepp.profiling import balanced_sizes
 from barepp.recompute import recompute_of_stages
-from barepp.schedules import Schedule, make_schedule
+from barepp.schedules import Schedule, make_schedule, usual_stages
 from barepp.seeding import LayerRandomness
 from barepp.sharing import check_no_sharing
 from barepp.stage import Stage
 from barepp.trace import Recorder
 from barepp.world import World
 from transport.collectives import broadcast
-
-_STAGES_PER_RANK = {"interleaved_1f1b": 2, "zb_v": 2}  # when nobody says; 1 if not named here
 
 
 class Pipeline:
@@ -88,7 +86,7 @@ class Pipeline:
         memory_limit: int | None = None,
     ) -> None:
         if num_stages is None:
-            num_stages = world.world_size * _STAGES_PER_RANK.get(schedule, 1)
+            num_stages = usual_stages(schedule, world.world_size)
         self.world = world
         self.schedule: Schedule = make_schedule(
             schedule, num_stages, num_microbatches, world.world_size

@@ -85,7 +85,7 @@ def train(
     schedule: str,
     num_microbatches: int,
     partition: str | list[int] = "uniform",
-    **options: int | str,
+    **options: object,
 ) -> tuple[list[float], str, int, dict[str, bytes]]:
     pipe = barepp.Pipeline(
         world,
@@ -289,3 +289,75 @@ def test_a_model_that_is_hard_to_cut_gives_the_bits_of_one_rank(name: str, sched
         for losses, parameters_sha256, _, _ in results:
             found = (losses, parameters_sha256, state)
             assert found == one_rank(name), f"{partition} on {world_size} ranks, {recompute}"
+
+
+# -- a weight that several layers of a stage use ---------------------------------------------------
+
+
+class Using(nn.Module):
+    """A layer that multiplies by a weight that it may not have alone, `times` times."""
+
+    def __init__(self, weight: nn.Parameter, times: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = torch.tanh(x @ self.weight.t())  # [rows, 9]
+        return x
+
+
+def repeated() -> Model:
+    """Layers 2, 4 and 5 have one weight between them: they belong into one stage.
+
+    New at each call: the weight exists before the layers do, and is trained.
+    """
+    generator = torch.Generator().manual_seed(8)
+    weight = nn.Parameter(torch.randn(9, 9, generator=generator))
+    once, twice = partial(Using, weight, 1), partial(Using, weight, 2)
+    front = [linear(12, 9), partial(nn.LayerNorm, 9)]
+    return Model(
+        [*front, twice, partial(nn.Dropout, 0.2), once, once, linear(9, 9), nn.GELU, linear(9, 5)],
+        (12,),
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_repeated_parameter_within_a_stage_gives_the_bits_of_one_rank(schedule: str) -> None:
+    [expected] = barepp.run(train, 1, repeated(), "naive", 3, transport="inproc")
+    for num_stages, sizes in ((2, [1, 8]), (2, [6, 3]), (4, [1, 5, 2, 1]), (4, [2, 4, 1, 2])):
+        world_size = num_stages // (1 + (schedule in TWO_STAGES_A_RANK))
+        for recompute in ("off", "all"):
+            work = partial(train, num_stages=num_stages, recompute=recompute)
+            results = barepp.run(
+                work, world_size, repeated(), schedule, 3, sizes, transport="inproc"
+            )
+            state = {key: value for result in results for key, value in result[3].items()}
+            assert state == expected[3], f"{sizes}, {recompute}"
+            assert {result[1] for result in results} == {expected[1]}
+
+
+# -- a partition that was measured -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_balanced_partition_gives_the_bits_of_plain_torch(schedule: str, world_size: int) -> None:
+    """Whatever it comes to: measured times are not the same from run to run."""
+    recompute = Random(f"{schedule} {world_size}").choice(RECOMPUTE)
+    work = partial(train, recompute=recompute, sample=data(MLP, [20])[0])
+    results = barepp.run(work, world_size, MLP, schedule, 3, "balanced", transport="inproc")
+    assert [result[:2] for result in results] == [plain_torch(3)] * world_size
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_a_model_that_is_hard_to_cut_can_be_balanced(name: str) -> None:
+    model, random = HARD[name], Random(name)
+    schedule = random.choice(SCHEDULES)
+    num_stages = 2 * (1 + (schedule in TWO_STAGES_A_RANK))
+    work = partial(train, num_stages=num_stages, sample=data(model, [20])[0])
+    results = barepp.run(work, 2, model, schedule, 3, "balanced", transport="inproc")
+    state = {key: value for result in results for key, value in result[3].items()}
+    for losses, parameters_sha256, _, _ in results:
+        assert (losses, parameters_sha256, state) == one_rank(name), schedule

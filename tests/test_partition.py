@@ -41,7 +41,7 @@ def test_no_stages() -> None:
 
 
 def test_an_unknown_rule_lists_what_exists() -> None:
-    with pytest.raises(PartitionError, match=r"'evenly'; there is: uniform, or a list"):
+    with pytest.raises(PartitionError, match=r"'evenly'; there is: uniform, balanced, or a list"):
         partition(8, 2, "evenly")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
 import weakref
 
 import pytest
@@ -14,6 +13,7 @@ from zoo import ZOO, WritingLinear
 from zoo import data as zoo_data
 
 import barepp
+from barepp.bench.sleepy import SleepyLinear
 from barepp.errors import PartitionError, ScheduleError, UsageError
 from barepp.parcels import (
     copied,
@@ -549,41 +549,13 @@ def test_a_pipeline_of_several_ranks_is_not_used_again_after_a_failed_step():
     failing("a step of this pipeline failed", work)
 
 
-class Sleep(torch.autograd.Function):
-    """Takes a known time on the way back."""
-
-    @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(ctx.seconds)
-        return gradient, None
-
-
-class SleepyLinear(nn.Linear):
-    """Takes as long forward as for its input's gradient and for its weights'."""
-
-    def __init__(self, out_features, seconds):
-        super().__init__(64, out_features)
-        self.seconds = seconds
-
-    def forward(self, x):
-        time.sleep(self.seconds)
-        # Two nodes, one on each way back: a part of the backward passes one of them.
-        weight = Sleep.apply(self.weight, self.seconds)
-        return torch.nn.functional.linear(Sleep.apply(x, self.seconds), weight, self.bias)
-
-
 @pytest.mark.parametrize("schedule", barepp.schedule_names())
 def test_the_measured_bubble_is_the_predicted_one(schedule):
     stages = 8 if schedule in ("interleaved_1f1b", "zb_v") else 4
 
     def work(world):
-        layers = [functools.partial(SleepyLinear, 64, 0.04 / stages)] * (stages - 1)
-        layers += [functools.partial(SleepyLinear, 10, 0.04 / stages)]
+        layers = [functools.partial(SleepyLinear, 64, 64, 0.04 / stages)] * (stages - 1)
+        layers += [functools.partial(SleepyLinear, 64, 10, 0.04 / stages)]
         pipe = barepp.Pipeline(world, layers, cross_entropy, schedule=schedule, num_microbatches=4)
         for _ in range(3):
             pipe.step(*data(8))

@@ -25,6 +25,7 @@ BENCHMARKS: Final = {
     "training": "step time beside torch.distributed.pipelining, one process, and the ideal",
     "start": "from the command to the first barrier, beside torchrun",
     "faults": "who is told of a failure, after how many milliseconds, beside torchrun",
+    "bubbles": "measured bubbles beside predicted ones, with stages that sleep",
     "growth": "what more microbatches, ranks, bytes and processes cost",
 }
 DEFAULT: Final = "training"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from barepp.bench.sleepy import SleepyLinear
 from barepp.models import LayerBuilder, mlp
 from barepp.seeding import LayerRandomness
 
@@ -19,7 +21,9 @@ class Case:
     """A model, a batch and its microbatches; travels as JSON.
 
     `layers` hidden layers of width `hidden` and a head, as `barepp.mlp` makes them. With `cheap`,
-    layers that hardly compute: what is left is what moving their activations costs.
+    layers that hardly compute: what is left is what moving their activations costs. With `sleep_s`,
+    layers that sleep so long forwards, and as long for each part of their backward, behind one that
+    hardly computes: so the first of them, too, has an input whose gradient is wanted.
     """
 
     layers: int = 16
@@ -27,9 +31,10 @@ class Case:
     batch: int = 32
     microbatches: int = 8
     cheap: bool = False
+    sleep_s: float = 0.0
 
     def __str__(self) -> str:
-        kind = "cheap layers" if self.cheap else "layers"
+        kind = "cheap layers" if self.cheap else "sleepy layers" if self.sleep_s else "layers"
         return (
             f"{self.layers} {kind} of {self.hidden}, batch {self.batch} in "
             f"{self.microbatches} microbatches"
@@ -43,12 +48,15 @@ class Case:
         """Return the layers' builders."""
         if self.cheap:
             return [Shift] * self.layers
+        if self.sleep_s:
+            sleepy = partial(SleepyLinear, self.hidden, self.hidden, self.sleep_s)
+            return [Shift, *[sleepy] * self.layers]
         return mlp(self.layers, self.hidden)
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Return the batch: inputs and targets."""
         generator = torch.Generator().manual_seed(SEED)
-        if self.cheap:
+        if self.cheap or self.sleep_s:
             inputs = torch.randn(self.batch, self.hidden, generator=generator)
             return inputs, torch.zeros(self.batch)
         inputs = torch.randn(self.batch, 64, generator=generator)
@@ -56,7 +64,7 @@ class Case:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss over the rows."""
-        if self.cheap:
+        if self.cheap or self.sleep_s:
             return output[:, 0].mean()
         return nn.functional.cross_entropy(output, target)
 

@@ -34,6 +34,8 @@ _SCHEDULES: dict[str, ScheduleFunction] = {
 
 # How many stages a rank holds when nobody says how many ranks there are; 1 if not named here.
 _USUAL_STAGES_PER_RANK = {"zb_v": 2}
+# The same when nobody says how many stages there are.
+_USUAL_STAGES_FOR_RANKS = {"interleaved_1f1b": 2, "zb_v": 2}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Schedule:
 def schedule_names() -> list[str]:
     """Return the names that `make_schedule` knows."""
     return list(_SCHEDULES)
+
+
+def usual_stages(name: str, num_ranks: int) -> int:
+    """Return into how many stages a model is cut for so many ranks when nobody says."""
+    return num_ranks * _USUAL_STAGES_FOR_RANKS.get(name, 1)
 
 
 def make_schedule(
