@@ -100,6 +100,7 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
         schedule="monolith",
         world_size=1,
         stages=1,
+        partition=[flags.layers + 1],
         microbatches=flags.microbatches,
         steps=flags.steps,
         losses=losses,

@@ -34,6 +34,7 @@ class Flags:
     batch: int = 64
     microbatches: int = 8
     stages: int = 0
+    partition: str = "uniform"
     recompute: str = "off"
     layers: int = 16
     hidden: int = 128
@@ -43,11 +44,13 @@ class Flags:
     trace: Path | None = None
 
 
+DEFAULTS = Flags()
 HELP = {
     "steps": "optimizer steps to take",
     "batch": "rows of a batch",
     "microbatches": "into how many microbatches a batch is cut",
     "stages": "slices of the model; 0 for what is usual: one a rank, or what the schedule needs",
+    "partition": "uniform, balanced, or how many layers each stage gets: 5,4,4,4",
     "recompute": "which microbatches run their forward again in backward, to save memory",
     "layers": "hidden layers (Linear + ReLU); the head is one more",
     "hidden": "width of a hidden layer",
@@ -65,6 +68,7 @@ class Results:
     schedule: str
     world_size: int
     stages: int
+    partition: list[int]
     microbatches: int
     steps: int
     losses: list[float]  # one a step
@@ -89,8 +93,10 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         schedule=schedule,
         num_stages=flags.stages or None,
         num_microbatches=flags.microbatches,
+        partition=partition_of(flags.partition),
         seed=flags.seed,
         recompute=flags.recompute,
+        sample=digits.batch(training_set, 0, flags.batch, flags.seed),
     )
     pipe.recorder.tracing = flags.trace is not None
     # Each rank has an optimizer for its own layers: Adam treats each number by itself, so nothing
@@ -114,6 +120,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         schedule=schedule,
         world_size=world.world_size,
         stages=pipe.schedule.num_stages,
+        partition=pipe.partition,
         microbatches=flags.microbatches,
         steps=flags.steps,
         losses=losses,
@@ -121,7 +128,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         parameters_sha256=pipe.parameters_sha256(),
         step_ms=summary.step_ms,
         bubble_measured=summary.bubble,
-        bubble_predicted=predicted_bubble(pipe.schedule, flags),
+        bubble_predicted=predicted_bubble(pipe.schedule, pipe.partition, flags),
         peak_in_flight=summary.peak_in_flight,
         computing_ms=summary.computing_ms,
         waiting_ms=summary.waiting_ms,
@@ -141,15 +148,32 @@ def accuracy(world: barepp.World, pipe: barepp.Pipeline, data: digits.Digits) ->
     return shared.item()
 
 
-def predicted_bubble(schedule: barepp.Schedule, flags: Flags) -> float:
-    """Return what theory says: stages of equal cost, a backward twice a forward, no transfer."""
+def partition_of(text: str) -> str | list[int]:
+    """Return "5,4,4,4" as a list, and a word as it is: whether it means anything, others know."""
+    if not text[:1].isdigit():
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise barepp.UsageError(
+            f"--partition is uniform, balanced, or a number of layers for each stage, not {text}"
+        ) from None
+
+
+def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Flags) -> float:
+    """Return what theory says: a backward costs twice a forward, a transfer nothing.
+
+    Uniform stages count as equal; of others each layer does.
+    """
     # A batch with fewer rows than microbatches makes as many microbatches as it has rows.
     num_microbatches = min(flags.microbatches, flags.batch)
     stages, ranks = schedule.num_stages, schedule.num_ranks
     order = barepp.make_schedule(schedule.name, stages, num_microbatches, ranks).order
     # Running the forward again comes on top. (One microbatch fewer of it is not a cost of a stage.)
     again = 0 if flags.recompute == "off" else 1
-    return simulate(order, stages, Costs(backward_input=1 + again)).bubble
+    cost = [1] * stages if flags.partition == "uniform" else partition
+    inputs = [(1 + again) * one for one in cost]
+    return simulate(order, stages, Costs(cost, inputs, cost)).bubble
 
 
 class Progress:
@@ -242,7 +266,9 @@ class _Parser(argparse.ArgumentParser):
         raise barepp.UsageError(message)
 
 
-def read_flags(arguments: Sequence[str], world: barepp.World, about: str) -> Flags | None:
+def read_flags(
+    arguments: Sequence[str], world: barepp.World, about: str, defaults: Flags = DEFAULTS
+) -> Flags | None:
     """Return the checked flags, or None when all that was asked for is --help."""
     # Not argparse's own --help: it would print once a rank, and leave without the others.
     parser = _Parser(
@@ -254,11 +280,12 @@ def read_flags(arguments: Sequence[str], world: barepp.World, about: str) -> Fla
     )
     parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
     for field in dataclasses.fields(Flags):
-        kind = Path if field.default is None else type(field.default)
-        text = HELP[field.name] + ("" if field.default is None else f" ({field.default})")
+        default = getattr(defaults, field.name)
+        kind = Path if default is None else type(default)
+        text = HELP[field.name] + ("" if default is None else f" ({default})")
         metavar = {Path: "PATH", int: "N", float: "RATE", str: "WORD"}[kind]
         parser.add_argument(
-            f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text
+            f"--{field.name}", type=kind, default=default, metavar=metavar, help=text
         )
     chosen = vars(parser.parse_args(arguments))
     if chosen.pop("help"):

@@ -19,6 +19,7 @@ import pytest
 from jobs import LIMIT_S, MARK, ROOT, marked, nothing_left
 
 from barepp.bench import __main__ as command_line
+from barepp.bench import bubbles as bubbles_bench
 from barepp.bench import growth as growth_bench
 from barepp.bench import start as start_bench
 from barepp.bench import training
@@ -283,6 +284,9 @@ def test_flags_alone_are_those_of_training(capsys: pytest.CaptureFixture[str]) -
         (["training", "--schedules", "2f2b"], "2f2b"),
         (["training", "--schedules", "zb_v"], "two stages on each rank"),
         (["start", "--world", "0"], "--world and --rounds start at 1"),
+        (["bubbles", "--ranks", "0"], "start at 1"),
+        (["bubbles", "--forward-ms", "0"], "--forward-ms is 0; it must be above 0"),
+        (["bubbles", "--schedules", "1f1b,2f2b"], "2f2b"),
         (["growth", "--ranks", "4,2"], "smallest first"),
         (["growth", "--bytes", "many"], "--bytes is numbers"),
     ],
@@ -385,6 +389,57 @@ def test_training_beside_torch(tmp_path: Path) -> None:
     for part in ("computing_ms", "waiting_ms", "moving_ms", "own_us_per_action"):
         assert len(ours[part]) == 2 and min(ours[part]) > 0
     assert [len(measured["costs_ms"][kind]) for kind in ("forward", "backward")] == [2, 2]
+
+
+def test_bubbles_of_stages_that_sleep(tmp_path: Path) -> None:
+    flags = ["--ranks", "2", "--microbatches", "4", "--forward-ms", "4", "--rounds", "1"]
+    rows = bench(tmp_path, "bubbles", *flags, "--steps", "1")["rows"]
+    # design.md has them: a forward, input gradients and weight gradients of 1 each.
+    golden = {
+        "naive": 24,
+        "gpipe": 15,
+        "1f1b": 15,
+        "interleaved_1f1b": 13.5,
+        "zb_h1": 13,
+        "zb_v": 12.5,
+    }
+    assert [row["schedule"] for row in rows] == list(golden)
+    for row in rows:
+        makespan = golden[row["schedule"]]
+        assert row["predicted_ms"] == pytest.approx(4 * makespan)
+        assert row["bubble_predicted"] == pytest.approx(1 - 12 / makespan)
+        assert row["step_ms"]["median"] > 0.99 * row["predicted_ms"]  # no sleep is shorter
+        assert 0 < row["bubble"] < 1
+
+
+def bubbles(**rows: tuple[float, float, float, float]) -> dict[str, bool]:
+    return bubbles_bench.bounds(
+        [
+            {
+                "schedule": name,
+                "predicted_ms": predicted_ms,
+                "step_ms": {"median": step_ms},
+                "bubble_predicted": predicted,
+                "bubble": bubble,
+            }
+            for name, (predicted_ms, step_ms, predicted, bubble) in rows.items()
+        ]
+    )
+
+
+def test_the_bounds_of_the_bubbles() -> None:
+    fine = bubbles(
+        a=(30, 33, 0.2, 0.219), b=(20, 21, 0.1, 0.081), c=(30.0000000001, 33.9, 0.2, 0.2)
+    )
+    assert list(fine.values()) == [True, True, True]
+    assert [words.split(" (")[0] for words in fine][1:] == ["b < a in step time", "a = c"]
+    for rows, holds in (
+        ({"a": (30, 33, 0.2, 0.221), "b": (20, 21, 0.1, 0.1)}, [False, True]),
+        ({"a": (30, 33, 0.2, 0.179), "b": (20, 21, 0.1, 0.1)}, [False, True]),
+        ({"a": (30, 33, 0.2, 0.2), "b": (20, 34, 0.1, 0.1)}, [True, False]),
+        ({"a": (30, 33, 0.2, 0.2), "b": (30, 34.1, 0.2, 0.2)}, [True, False]),
+    ):
+        assert list(bubbles(**rows).values()) == holds
 
 
 def test_growth_with_ranks_and_the_rendezvous(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ PIPELINES = {
     "zero_bubble": "zb_h1",
     "zero_bubble_v": "zb_v",
 }
-COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES, "kill_a_worker"]
+COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES, "balance", "kill_a_worker"]
 ODD = ["--steps", "3", "--batch", "21", "--microbatches", "4"]  # 6, 5, 5, 5 rows
 KEYS = {
     "schedule",
     "world_size",
     "stages",
+    "partition",
     "microbatches",
     "steps",
     "losses",
@@ -206,6 +207,46 @@ def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: C
     assert (found["world_size"], found["stages"]) == (1, 3)
 
 
+@pytest.mark.parametrize("partition", ["balanced", "6,5,6"])
+def test_a_partition_is_a_flag(
+    partition: str, monolith: dict, tmp_path: Path, alone: Callable
+) -> None:
+    path = tmp_path / "results.json"
+    assert monolith["partition"] == [17]
+    flags = ["--stages", "3", "--partition", partition, "--json", path]
+    assert alone("interleaved", *ODD, *flags)[0] == 0
+    found = results(path)
+    assert found["parameters_sha256"] == monolith["parameters_sha256"]
+    assert len(found["partition"]) == 3 and sum(found["partition"]) == 17
+    assert partition == "balanced" or found["partition"] == [6, 5, 6]
+
+
+def test_four_processes_cut_where_the_first_one_says(monolith: dict, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run = python(*the_command("one_f_one_b"), *ODD, "--partition", "balanced", "--json", path)
+    assert run.returncode == 0, run.stderr
+    found = results(path)
+    assert found["parameters_sha256"] == monolith["parameters_sha256"]
+    assert len(found["partition"]) == 4 and sum(found["partition"]) == 17
+
+
+def test_balance(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run = python(*the_command("balance"), "--steps", "12", "--hidden", "128", "--json", path)
+    assert run.returncode == 0, run.stderr
+    assert_keeps_its_promise("balance", run.stdout)
+    found = json.loads(path.read_text())
+    uniform, balanced = found["partitions"]
+    assert len(found["layers"]) == 17
+    assert uniform["partition"] == [9, 8]
+    assert sum(balanced["partition"]) == 17
+    assert uniform["parameters_sha256"] == balanced["parameters_sha256"]
+    # Measured times move, and the heavy layer moves the cut whatever they are.
+    assert balanced["partition"][0] < 9
+    assert balanced["predicted_ms"] < uniform["predicted_ms"]
+    assert min(uniform["step_ms"], balanced["step_ms"]) > 0
+
+
 def test_kill_a_worker() -> None:
     run = python(*the_command("kill_a_worker"))
     assert (run.returncode, run.stderr) == (0, "")
@@ -265,6 +306,15 @@ def test_the_picture_in_the_manual_is_what_plan_draws(
         (
             ["--recompute", "some"],
             "unknown recompute 'some'; there is: off, all, all_but_last",
+        ),
+        (
+            ["--partition", "5,x"],
+            "--partition is uniform, balanced, or a number of layers for each stage, not 5,x",
+        ),
+        (
+            ["--partition", "even"],
+            "unknown partition 'even'; there is: uniform, balanced, or a list with the number of "
+            "layers of each stage",
         ),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
