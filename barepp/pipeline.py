@@ -12,16 +12,16 @@ with barepp.init() as world:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from barepp.actions import Kind
 from barepp.boundary import Value
 from barepp.errors import UsageError
 from barepp.executor import Batch, Executor
 from barepp.hashing import hash_parameters
+from barepp.holding import Holding
 from barepp.layers import LossFunction
 from barepp.lowering import Program, Step, lower, placement
 from barepp.microbatch import join, microbatch_sizes, num_rows, split
@@ -39,7 +39,7 @@ from barepp.world import World
 from transport.collectives import broadcast
 
 
-class Pipeline:
+class Pipeline(Holding):
     """A model in stages over the ranks of a world, trained as one process would train it.
 
     Args:
@@ -67,7 +67,8 @@ class Pipeline:
         partition: how many layers each stage has.
 
     Raises:
-        ScheduleError, PartitionError, UsageError: before anything is built or sent.
+        ScheduleError, PartitionError, UsageError: before anything is built or sent. (What is wrong
+            with a sample or a memory limit, the rank of the first stage finds.)
     """
 
     def __init__(
@@ -259,43 +260,6 @@ class Pipeline:
         return shared
 
     # -- the model --------------------------------------------------------------------------------
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield this rank's parameters, in layer order."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters under their names in the one-process model: "3.weight"."""
-        for stage in self.stages.values():
-            yield from stage.named_parameters()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return this rank's parameters and buffers under the one-process model's keys."""
-        state: dict[str, torch.Tensor] = {}
-        for stage in self.stages.values():
-            state.update(stage.state_dict())
-        return state
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load this rank's part of a state; keys of other ranks' layers are passed over."""
-        for stage in self.stages.values():
-            own = stage.state_dict().keys()
-            stage.layers.load_state_dict({key: state[key] for key in own if key in state})
-
-    def zero_grad(self) -> None:
-        """Forget all gradients of this rank."""
-        for parameter in self.parameters():
-            parameter.grad = None
-
-    def train(self, mode: bool = True) -> None:
-        """Put this rank's layers into training mode (dropout on)."""
-        for stage in self.stages.values():
-            stage.train(mode)
-
-    def eval(self) -> None:
-        """Put this rank's layers into evaluation mode (dropout off)."""
-        self.train(False)
 
     @property
     def peak_in_flight(self) -> int:

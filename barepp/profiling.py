@@ -230,7 +230,14 @@ class _Run:
 
 def _own_copy(builder: LayerBuilder) -> nn.Module:
     # A builder may return a module that exists already and is to be trained.
-    return copy.deepcopy(builder())
+    layer = builder()
+    try:
+        return copy.deepcopy(layer)
+    except Exception as error:  # whatever the module's own attributes raise
+        raise UsageError(
+            f"a layer of type {type(layer).__name__} cannot be copied ({error}), and a balanced "
+            "partition measures copies: give the number of layers of each stage instead"
+        ) from error
 
 
 def _storages(of: Iterable[Tensor]) -> Storages:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import barepp
+from barepp.models import LayerBuilder, LinearReLU
 from barepp.simulate import simulate
 from transport.collectives import broadcast
 
@@ -54,8 +55,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.widen = barepp.models.LinearReLU(width, TIMES * width)
-        self.narrow = barepp.models.LinearReLU(TIMES * width, width)
+        self.widen = LinearReLU(width, TIMES * width)
+        self.narrow = LinearReLU(TIMES * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.narrow(self.widen(x))  # [rows, width]
@@ -73,7 +74,7 @@ class Row:
     parameters_sha256: str
 
 
-def layers_of(flags: training.Flags) -> list[barepp.models.LayerBuilder]:
+def layers_of(flags: training.Flags) -> list[LayerBuilder]:
     """Return the builders of the net."""
     layers = barepp.mlp(flags.layers, flags.hidden)
     return [*layers[:HEAVY], partial(Block, flags.hidden), *layers[HEAVY + 1 :]]

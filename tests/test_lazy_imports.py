@@ -56,7 +56,7 @@ def in_fresh_python(code: str) -> str:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import barepp; barepp.Action; barepp.make_schedule; barepp.JobFailed",
+        "import barepp; barepp.Action; barepp.make_schedule; barepp.JobFailed; barepp.balance",
         "import barepp.plan",
         "import barepp.launch",
         "import barepp.top, barepp.stacks",
@@ -92,6 +92,7 @@ def test_dependencies_point_one_way() -> None:
 
 def test_the_pure_zone_needs_the_standard_library_alone() -> None:
     pure = ["actions", "dependencies", "lowering", "validation", "simulate", "timeline", "errors"]
+    pure += ["partition", "layer_costs", "balancing"]
     paths = [ROOT / "barepp" / f"{name}.py" for name in pure]
     paths += sources("barepp/schedules")
     for path in paths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from functools import partial
 
@@ -132,6 +133,18 @@ def test_modules_that_exist_already_are_left_as_they_are() -> None:
             k: as_bytes(v) for k, v in state.items()
         }
         assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_layer_that_cannot_be_copied_is_a_sentence() -> None:
+    class Locked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 6)
+            self.lock = threading.Lock()
+
+    with pytest.raises(
+        UsageError, match="type Locked cannot be copied .*give the number of layers"
+    ):
+        profile([linear(6, 6), Locked, linear(6, 6)], cross_entropy, *batch(), budget_s=0)
 
 
 def test_more_compute_threads_come_back_also_after_an_error() -> None:

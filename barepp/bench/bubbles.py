@@ -6,7 +6,7 @@ A layer sleeps for its forward, its input's gradient and its weights' gradient, 
 every cost is known, and more ranks than cores are no matter: what is measured is the schedule, the
 executor and the transport. The schedules take turns, round by round, on the same ranks, and a step
 that computed another gradient ends the benchmark. A rank sleeps `--forward-ms` for each microbatch
-forwards, whether it holds one stage or two.
+forwards, whether it holds one stage or two. All ranks begin a step together, as in the prediction.
 
     step ms      median, and quartiles
     x predicted  measured / predicted step time: what a sleep lasts longer than it should, messages,
