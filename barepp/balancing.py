@@ -88,10 +88,10 @@ def _best(
     `add(total of the stages before, cost)` is what makes a total. With a `bound` no stage may cost
     more, and costs have to grow with every layer that is added in front.
     """
-    totals = [0.0] + [
-        math.inf
-    ] * num_layers  # totals[n]: of the first n layers in the stages so far
-    starts: list[list[int]] = []  # for each stage, starts[n]: where it starts if it stops before n
+    # totals[n] is the best total of the first n layers in the stages so far; starts has, for each
+    # stage and n, where that stage starts if it stops before layer n.
+    totals = [0.0] + [math.inf] * num_layers
+    starts: list[list[int]] = []
     for stage in range(num_stages):
         following, begun = [math.inf] * (num_layers + 1), [0] * (num_layers + 1)
         behind = num_stages - 1 - stage  # stages, each of which needs a layer
@@ -100,10 +100,8 @@ def _best(
                 own = cost(stage, start, stop)
                 if bound is not None and own > bound:
                     break
-                if (
-                    fits(stage, start, stop)
-                    and (total := add(totals[start], own)) < following[stop]
-                ):
+                total = add(totals[start], own)
+                if total < following[stop] and fits(stage, start, stop):
                     following[stop], begun[stop] = total, start
         totals = following
         starts.append(begun)
