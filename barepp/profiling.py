@@ -41,7 +41,7 @@ from barepp.schedules import Schedule
 from barepp.stage import Stage
 
 LEAST_RUNS: Final = 3
-MOST_RUNS: Final = 30
+MOST_RUNS: Final = 20
 
 Storages = dict[int, torch.UntypedStorage]  # by address
 

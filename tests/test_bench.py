@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -200,8 +201,8 @@ class InThisProcess:
     def build(self, case: Case) -> None:
         self.worker.build(case)
 
-    def train(self, schedule: str, steps: int) -> list[dict[str, Any]]:
-        return [self.worker.train(schedule, steps + 1)]
+    def train(self, schedule: str, steps: int, **options: str) -> list[dict[str, Any]]:
+        return [self.worker.train(schedule, steps + 1, **options)]
 
     def __enter__(self) -> InThisProcess:
         return self
@@ -285,7 +286,7 @@ def test_flags_alone_are_those_of_training(capsys: pytest.CaptureFixture[str]) -
         (["training", "--schedules", "zb_v"], "two stages on each rank"),
         (["start", "--world", "0"], "--world and --rounds start at 1"),
         (["bubbles", "--ranks", "0"], "start at 1"),
-        (["bubbles", "--forward-ms", "0"], "--forward-ms is 0; it must be above 0"),
+        (["bubbles", "--forward-ms", "0"], "--forward-ms 0 --heavy 1: the first has to be above 0"),
         (["bubbles", "--schedules", "1f1b,2f2b"], "2f2b"),
         (["growth", "--ranks", "4,2"], "smallest first"),
         (["growth", "--bytes", "many"], "--bytes is numbers"),
@@ -410,6 +411,38 @@ def test_bubbles_of_stages_that_sleep(tmp_path: Path) -> None:
         assert row["bubble_predicted"] == pytest.approx(1 - 12 / makespan)
         assert row["step_ms"]["median"] > 0.99 * row["predicted_ms"]  # no sleep is shorter
         assert 0 < row["bubble"] < 1
+
+
+def test_bubbles_with_a_heavy_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bubbles_bench, "Conductor", InThisProcess)
+    parser = argparse.ArgumentParser()
+    bubbles_bench.add_arguments(parser)
+    flags = ["--ranks", "1", "--microbatches", "2", "--forward-ms", "4", "--rounds", "1"]
+    lines: list[str] = []
+    names = ["interleaved_1f1b", "zb_v"]
+    results = bubbles_bench.run(
+        parser.parse_args([*flags, "--steps", "1", "--heavy", "5", "--schedules", ",".join(names)]),
+        lines.append,
+    )
+    # A layer that does not sleep, two that do, one that does five times as long, and one more.
+    for uniform, balanced in (results["rows"][:2], results["rows"][2:]):
+        assert uniform["partition"] == [3, 2]
+        assert sum(balanced["partition"]) == 5
+        for row in (uniform, balanced):
+            assert row["predicted_ms"] == pytest.approx(2 * 3 * 8)  # one rank: all layers, twice
+            assert row["step_ms"]["median"] > 0.99 * row["predicted_ms"]
+    assert [lines[-2].split(":")[0], lines[-1].split(":")[0]] == names == list(results["gains"])
+    assert all(gain["predicted"] == pytest.approx(1) for gain in results["gains"].values())
+
+
+def test_a_prediction_knows_which_layer_is_heavy() -> None:
+    case = Case(layers=4, microbatches=1, sleep_s=0.001, heavy=5)
+    assert case.sleeps_s() == [0, 0.001, 0.001, 0.005, 0.001]
+    seconds = [getattr(build(), "seconds", 0) for build in case.builders()]
+    assert seconds == case.sleeps_s()
+    slow, _ = bubbles_bench.predict("gpipe", 2, dataclasses.replace(case, microbatches=9), [2, 3])
+    fast, _ = bubbles_bench.predict("gpipe", 2, dataclasses.replace(case, microbatches=9), [3, 2])
+    assert (slow, fast) == (pytest.approx(3 * (1 + 9 * 7)), pytest.approx(3 * (2 + 9 * 6)))
 
 
 def bubbles(**rows: tuple[float, float, float, float]) -> dict[str, bool]:

@@ -17,6 +17,10 @@ forwards, whether it holds one stage or two. All ranks begin a step together, as
 At the end stand the two bounds that this project holds itself to, and whether they were met: every
 bubble within 0.02 of the predicted one; and step times in the order of the predicted ones (zb_v,
 zb_h1, interleaved_1f1b, 1f1b and gpipe, naive), with 1f1b and gpipe within 3 % of each other.
+
+With `--heavy N` one layer of many sleeps N times as long. Then each schedule trains with a uniform
+and with a balanced partition, which the ranks find by measuring, and instead of the bounds stands
+how much of the uniform step's time the balanced one takes, measured and predicted.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ from barepp.simulate import Costs, simulate
 BOUND: Final = 0.02  # of the measured bubble, beside the predicted one
 ALIKE: Final = 0.03  # of the step times that are predicted to be the same
 LAYERS_PER_RANK: Final = 2  # so that every schedule cuts the same layers
+LAYERS_TO_SHIFT: Final = 4  # a rank's, where one is heavy
 
+Entry = tuple[str, str]  # schedule, partition
 Row = dict[str, Any]
 
 
@@ -49,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, default=8, help="(8)")
     parser.add_argument(
         "--forward-ms", type=float, default=40.0, help="a rank's forward of a microbatch (40)"
+    )
+    parser.add_argument(
+        "--heavy", type=float, default=1.0, help="one layer sleeps so many times as long (1)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each schedule (5)")
     parser.add_argument("--steps", type=int, default=2, help="in a turn, after one to warm up (2)")
@@ -61,67 +70,86 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     names = arguments.schedules.split(",")
     if min(arguments.ranks, arguments.microbatches, arguments.rounds, arguments.steps) < 1:
         raise UsageError("--ranks, --microbatches, --rounds and --steps start at 1")
-    if not 0 < arguments.forward_ms < float("inf"):
-        raise UsageError(f"--forward-ms is {arguments.forward_ms:g}; it must be above 0")
+    if not 0 < arguments.forward_ms < math.inf or not 1 <= arguments.heavy < math.inf:
+        raise UsageError(
+            f"--forward-ms {arguments.forward_ms:g} --heavy {arguments.heavy:g}: the first has to "
+            "be above 0, the second at least 1"
+        )
+    heavy = arguments.heavy > 1
+    layers_per_rank = LAYERS_TO_SHIFT if heavy else LAYERS_PER_RANK
     case = Case(
-        layers=LAYERS_PER_RANK * arguments.ranks,
+        layers=layers_per_rank * arguments.ranks,
         hidden=16,
         batch=arguments.microbatches,
         microbatches=arguments.microbatches,
-        sleep_s=arguments.forward_ms / 1e3 / LAYERS_PER_RANK,
+        sleep_s=arguments.forward_ms / 1e3 / layers_per_rank,
+        heavy=arguments.heavy,
     )
-    predicted = {name: predict(name, arguments.ranks, case) for name in names}
+    for name in names:  # what cannot run is found before anything is started
+        make_schedule(name, usual_stages(name, arguments.ranks), 1, arguments.ranks)
+    entries = list(itertools.product(names, ("uniform", "balanced") if heavy else ("uniform",)))
     with Conductor() as conductor:
         team = conductor.start_barepp(arguments.ranks, "--transport", arguments.transport)
         conductor.gather()
         team.build(case)
-        turns = _take_turns(team, names, arguments.rounds, arguments.steps)
-    rows = [_row(name, *predicted[name], turns[name]) for name in names]
-    for line in table([_line(row) for row in rows]):
+        turns = _take_turns(team, entries, arguments.rounds, arguments.steps)
+    rows = [_row(entry, case, turns[entry]) for entry in entries]
+    for line in table([_line(row, heavy) for row in rows]):
         show(line)
+    results = {"case": case.to_record(), "ranks": arguments.ranks, "rows": rows}
+    if heavy:
+        return {**results, "gains": _gains(rows, show)}
     met = bounds(rows)
     for bound, holds in met.items():
         show(f"{'met    ' if holds else 'NOT met'} {bound}")
-    return {"case": case.to_record(), "ranks": arguments.ranks, "rows": rows, "met": met}
+    return {**results, "met": met}
 
 
-def predict(name: str, ranks: int, case: Case) -> tuple[float, float]:
-    """Return the makespan in ms and the bubble."""
-    stages = usual_stages(name, ranks)
-    order = make_schedule(name, stages, case.microbatches, ranks).order
-    cost = 1e3 * case.sleep_s * case.layers / stages
-    timeline = simulate(order, stages, Costs(cost, cost, cost))
+def predict(name: str, ranks: int, case: Case, sizes: Sequence[int]) -> tuple[float, float]:
+    """Return the makespan in ms and the bubble of stages of so many layers."""
+    layers = iter(case.sleeps_s())
+    costs_ms = [1e3 * math.fsum(itertools.islice(layers, size)) for size in sizes]
+    order = make_schedule(name, len(sizes), case.microbatches, ranks).order
+    timeline = simulate(order, len(sizes), Costs(costs_ms, costs_ms, costs_ms))
     return float(timeline.makespan), timeline.bubble
 
 
 def _take_turns(
-    team: Team, names: Sequence[str], rounds: int, steps: int
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return for each schedule the answers of its ranks, round by round."""
-    check_same_gradients({("barepp", name): team.train(name, 1) for name in names})
-    turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in names}
+    team: Team, entries: Sequence[Entry], rounds: int, steps: int
+) -> dict[Entry, list[list[dict[str, Any]]]]:
+    """Return for each entry the answers of its ranks, round by round."""
+
+    def turn(entry: Entry, steps: int) -> list[dict[str, Any]]:
+        return team.train(entry[0], steps, partition=entry[1])
+
+    check_same_gradients({entry: turn(entry, 1) for entry in entries})
+    turns: dict[Entry, list[list[dict[str, Any]]]] = {entry: [] for entry in entries}
     for _ in range(rounds):
-        for name in names:
-            turns[name].append(team.train(name, steps))
+        for entry in entries:
+            turns[entry].append(turn(entry, steps))
     return turns
 
 
-def _row(name: str, makespan_ms: float, bubble: float, turns: list[list[dict[str, Any]]]) -> Row:
+def _row(entry: Entry, case: Case, turns: list[list[dict[str, Any]]]) -> Row:
+    sizes = turns[0][0]["partition"]
+    makespan_ms, bubble = predict(entry[0], len(turns[0]), case, sizes)
     step_ms = spread([1e3 * second for second in flat([step_times(turn) for turn in turns])])
-    measured = statistics.median(turn[0]["bubble"] for turn in turns)
     return {
-        "schedule": name,
+        "schedule": entry[0],
+        "partition": sizes,
         "step_ms": step_ms.to_record(),
         "predicted_ms": makespan_ms,
-        "bubble": measured,
+        "bubble": statistics.median(turn[0]["bubble"] for turn in turns),
         "bubble_predicted": bubble,
     }
 
 
-def _line(row: Row) -> dict[str, str]:
+def _line(row: Row, with_partition: bool) -> dict[str, str]:
     step, predicted = row["step_ms"], row["predicted_ms"]
+    partition = {"partition": ",".join(map(str, row["partition"]))} if with_partition else {}
     return {
         "schedule": row["schedule"],
+        **partition,
         "step ms": f"{step['median']:.1f}",
         "[quartiles]": f"[{step['low']:.1f} {step['high']:.1f}]",
         "predicted": f"{predicted:.1f}",
@@ -130,6 +158,20 @@ def _line(row: Row) -> dict[str, str]:
         "predicted ": f"{row['bubble_predicted']:.3f}",
         "off": f"{row['bubble'] - row['bubble_predicted']:+.3f}",
     }
+
+
+def _gains(rows: Sequence[Row], show: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Show, for each schedule, the balanced step's part of the uniform one's."""
+    gains = {}
+    for uniform, balanced in zip(rows[::2], rows[1::2], strict=True):
+        measured = balanced["step_ms"]["median"] / uniform["step_ms"]["median"]
+        predicted = balanced["predicted_ms"] / uniform["predicted_ms"]
+        gains[uniform["schedule"]] = {"measured": measured, "predicted": predicted}
+        show(
+            f"{uniform['schedule']}: balanced takes {measured:.3f} of the uniform step's time, "
+            f"{predicted:.3f} predicted"
+        )
+    return gains
 
 
 def bounds(rows: Sequence[Row]) -> dict[str, bool]:

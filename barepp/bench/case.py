@@ -14,6 +14,7 @@ from barepp.models import LayerBuilder, mlp
 from barepp.seeding import LayerRandomness
 
 SEED = 0
+_HEAVY = 3  # which layer, counted with the one in front that does not sleep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Case:
     `layers` hidden layers of width `hidden` and a head, as `barepp.mlp` makes them. With `cheap`,
     layers that hardly compute: what is left is what moving their activations costs. With `sleep_s`,
     layers that sleep so long forwards, and as long for each part of their backward, behind one that
-    hardly computes: so the first of them, too, has an input whose gradient is wanted.
+    hardly computes: so the first of them, too, has an input whose gradient is wanted. The third of
+    them sleeps `heavy` times as long.
     """
 
     layers: int = 16
@@ -32,6 +34,7 @@ class Case:
     microbatches: int = 8
     cheap: bool = False
     sleep_s: float = 0.0
+    heavy: float = 1.0
 
     def __str__(self) -> str:
         kind = "cheap layers" if self.cheap else "sleepy layers" if self.sleep_s else "layers"
@@ -49,9 +52,16 @@ class Case:
         if self.cheap:
             return [Shift] * self.layers
         if self.sleep_s:
-            sleepy = partial(SleepyLinear, self.hidden, self.hidden, self.sleep_s)
-            return [Shift, *[sleepy] * self.layers]
+            sleepy = partial(SleepyLinear, self.hidden, self.hidden)
+            return [Shift, *(partial(sleepy, seconds) for seconds in self.sleeps_s()[1:])]
         return mlp(self.layers, self.hidden)
+
+    def sleeps_s(self) -> list[float]:
+        """Return how long each of the layers that sleep does so, in each of its three parts."""
+        return [
+            self.sleep_s * (0 if layer == 0 else self.heavy if layer == _HEAVY else 1)
+            for layer in range(self.layers + 1)
+        ]
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Return the batch: inputs and targets."""

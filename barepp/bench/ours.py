@@ -21,7 +21,7 @@ class Ours:
     def __init__(self, world: World) -> None:
         self._world = world
         self._case = Case()
-        self._pipelines: dict[str, Pipeline] = {}
+        self._pipelines: dict[tuple[str, str], Pipeline] = {}
         self._sockets: int | None = None  # open before the first step
 
     def build(self, case: Case) -> None:
@@ -31,19 +31,21 @@ class Ours:
         if self._sockets is None:  # those that listen, and those to the launcher and the conductor
             self._sockets = _count_sockets()
 
-    def train(self, schedule: str, steps: int) -> dict[str, Any]:
+    def train(self, schedule: str, steps: int, partition: str = "uniform") -> dict[str, Any]:
         """Run steps; the summary is all ranks' together."""
-        case, pipe = self._case, self._pipelines.get(schedule)
+        case, pipe = self._case, self._pipelines.get((schedule, partition))
+        inputs, targets = case.data()
         if pipe is None:
-            pipe = self._pipelines[schedule] = Pipeline(
+            pipe = self._pipelines[schedule, partition] = Pipeline(
                 self._world,
                 case.builders(),
                 case.loss,
                 schedule=schedule,
                 num_microbatches=case.microbatches,
+                partition=partition,
                 seed=SEED,
+                sample=(inputs, targets),
             )
-        inputs, targets = case.data()
         pipe.recorder = Recorder()
         answer = timed(steps, partial(self._prepare, pipe), lambda: pipe.step(inputs, targets))
         summary = summarise(self._world, pipe.recorder, pipe.peak_in_flight)
@@ -51,6 +53,7 @@ class Ours:
             **answer,
             "gradient_square": gradient_square(pipe.parameters()),
             "bubble": summary.bubble,
+            "partition": pipe.partition,
             "computing_ms": summary.computing_ms,
             "waiting_ms": summary.waiting_ms,
             "moving_ms": summary.moving_ms,

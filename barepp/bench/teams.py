@@ -97,9 +97,9 @@ class Team:
         """Let every member build a case."""
         self.ask({"order": "build", "case": case.to_record()})
 
-    def train(self, schedule: str, steps: int) -> list[dict[str, Any]]:
+    def train(self, schedule: str, steps: int, **options: str) -> list[dict[str, Any]]:
         """Run one turn: a step that warms up, and `steps` more."""
-        return self.ask({"order": "train", "schedule": schedule, "steps": steps + 1})
+        return self.ask({"order": "train", "schedule": schedule, "steps": steps + 1, **options})
 
     def broken(self, why: str) -> BenchError:
         """Return the error for a team that cannot go on, with the end of what it printed."""
