@@ -20,9 +20,9 @@ simulator says before anything is trained. In a script of your own all this is
 
     barepp.Pipeline(…, partition="balanced", sample=(inputs, targets))
 
-Here both partitions are trained, in turns. The prediction has a core for each rank. Where ranks have
-less than that, because they are more than the cores or because others use them too, the work of all
-stages shares what there is, however it is cut, and little is gained.
+Here both partitions are trained, in turns. The prediction has a core for each rank. Where ranks
+have less than that, because they are more than the cores or because others use them too, the work
+of all stages shares what there is, however it is cut, and little is gained.
 """
 
 import dataclasses
