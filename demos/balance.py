@@ -29,13 +29,13 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 import digits
 import torch
 import training
+from flags import one_sentence, read
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -182,10 +182,11 @@ def report(rows: Sequence[Row], costs: Sequence[barepp.LayerCost]) -> str:
 
 def main() -> None:
     """Join the world, compare, and let rank 0 tell."""
-    with barepp.init() as world, training.one_sentence(world):
-        flags = training.read_flags(sys.argv[1:], world, __doc__ or "", DEFAULTS)
+    with barepp.init() as world, one_sentence(world):
+        flags = read(DEFAULTS, training.HELP, world, __doc__ or "")
         if flags is None:
             return
+        training.check(flags, world)
         if flags.layers <= HEAVY:
             raise barepp.UsageError(f"--layers is {flags.layers}; it must be at least {HEAVY + 1}")
         rows, costs = compare(world, flags)

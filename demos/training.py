@@ -4,19 +4,16 @@ demos/naive.py, gpipe.py, one_f_one_b.py and those that follow differ in one wor
 everything else that they do is `train` below. Nothing in it knows how many ranks there are.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import digits
 import torch
+from flags import check_at_least, check_writable, one_sentence, read
 from torch.nn import functional
 
 import barepp
@@ -44,7 +41,6 @@ class Flags:
     trace: Path | None = None
 
 
-DEFAULTS = Flags()
 HELP = {
     "steps": "optimizer steps to take",
     "batch": "rows of a batch",
@@ -236,9 +232,10 @@ def report(results: Results) -> str:
 def main(run: Callable[[barepp.World, Flags], Results], about: str | None) -> None:
     """Run a training demo: join the world, read the flags, train, and let rank 0 tell."""
     with barepp.init() as world, one_sentence(world):
-        flags = read_flags(sys.argv[1:], world, about or "")
+        flags = read(Flags(), HELP, world, about or "")
         if flags is None:
             return
+        check(flags, world)
         results = run(world, flags)
         if world.rank == 0:
             print(report(results))
@@ -246,85 +243,17 @@ def main(run: Callable[[barepp.World, Flags], Results], about: str | None) -> No
                 flags.json.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def one_sentence(world: barepp.World) -> Iterator[None]:
-    """Tell a person's mistake in one sentence instead of a traceback, and end with code 2.
-
-    With several ranks, which all make the same mistake, that is the launcher's to say, once.
-    """
-    try:
-        yield
-    except (barepp.UsageError, barepp.DataError) as error:
-        if world.world_size > 1:
-            raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise barepp.UsageError(message)
-
-
-def read_flags(
-    arguments: Sequence[str], world: barepp.World, about: str, defaults: Flags = DEFAULTS
-) -> Flags | None:
-    """Return the checked flags, or None when all that was asked for is --help."""
-    # Not argparse's own --help: it would print once a rank, and leave without the others.
-    parser = _Parser(
-        prog=Path(sys.argv[0]).name,
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
-    for field in dataclasses.fields(Flags):
-        default = getattr(defaults, field.name)
-        kind = Path if default is None else type(default)
-        text = HELP[field.name] + ("" if default is None else f" ({default})")
-        metavar = {Path: "PATH", int: "N", float: "RATE", str: "WORD"}[kind]
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=default, metavar=metavar, help=text
-        )
-    chosen = vars(parser.parse_args(arguments))
-    if chosen.pop("help"):
-        if world.rank == 0:
-            print(parser.format_help(), end="")
-        return None
-    flags = Flags(**chosen)
-    _check(flags, world)
-    return flags
-
-
-def _check(flags: Flags, world: barepp.World) -> None:
+def check(flags: Flags, world: barepp.World) -> None:
     """Find what cannot work before anything is built, sent or trained."""
-    for name in ("steps", "batch", "microbatches", "layers", "hidden"):
-        number = getattr(flags, name)
-        if number < 1:
-            raise barepp.UsageError(f"--{name} is {number}; it must be at least 1")
+    check_at_least(1, flags, ("steps", "batch", "microbatches", "layers", "hidden"))
     if not 0 < flags.lr < float("inf"):
         raise barepp.UsageError(f"--lr is {flags.lr}; it must be a positive number")
-    if flags.stages < 0:
-        raise barepp.UsageError(f"--stages is {flags.stages}; it must be at least 0")
+    check_at_least(0, flags, ("stages",))
     if flags.layers + 1 < world.world_size:
         raise barepp.UsageError(
             f"{flags.layers} layers and the head are {flags.layers + 1} to share, too few for "
             f"{world.world_size} ranks: {flags.layers} layers allow {flags.layers + 1} ranks"
         )
     if world.rank == 0:  # the one rank that writes
-        _check_writable("--json", flags.json)
-        _check_writable("--trace", flags.trace)
-
-
-def _check_writable(flag: str, path: Path | None) -> None:
-    if path is None:
-        return
-    existed = path.exists()
-    try:
-        path.open("a").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise barepp.UsageError(f"{flag} {path} cannot be written: {reason}") from error
+        check_writable("--json", flags.json)
+        check_writable("--trace", flags.trace)

@@ -1,0 +1,81 @@
+"""The demos' command lines: flags from a dataclass, and mistakes told in one sentence."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import barepp
+
+F = TypeVar("F")
+
+
+@contextlib.contextmanager
+def one_sentence(world: barepp.World) -> Iterator[None]:
+    """Tell a person's mistake in one sentence instead of a traceback, and end with code 2.
+
+    With several ranks, which all make the same mistake, that is the launcher's to say, once.
+    """
+    try:
+        yield
+    except (barepp.UsageError, barepp.DataError) as error:
+        if world.world_size > 1:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise barepp.UsageError(message)
+
+
+def read(defaults: F, help_texts: Mapping[str, str], world: barepp.World, about: str) -> F | None:
+    """Return this command line's flags in a dataclass as `defaults` is one; None for --help alone.
+
+    Each field is a flag of the same name; one whose default is None is a path.
+    """
+    # Not argparse's own --help: it would print once a rank, and leave without the others.
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
+    for name, default in vars(defaults).items():
+        type_ = Path if default is None else type(default)
+        text = help_texts[name] + ("" if default is None else f" ({default})")
+        metavar = {Path: "PATH", int: "N", float: "X", str: "WORD"}[type_]
+        parser.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=text)
+    chosen = vars(parser.parse_args(sys.argv[1:]))
+    if chosen.pop("help"):
+        if world.rank == 0:
+            print(parser.format_help(), end="")
+        return None
+    return type(defaults)(**chosen)
+
+
+def check_at_least(least: int, flags: object, names: Sequence[str]) -> None:
+    """Refuse smaller numbers."""
+    for name in names:
+        number = getattr(flags, name)
+        if number < least:
+            raise barepp.UsageError(f"--{name} is {number}; it must be at least {least}")
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Find a file that cannot be written before anything is trained."""
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise barepp.UsageError(f"{flag} {path} cannot be written: {reason}") from error

@@ -1,0 +1,274 @@
+"""Beyond the course: a transformer that learns to write Python, byte by byte, in a pipeline.
+
+    python -m barepp.launch --world 4 demos/gpt.py
+
+ends with
+
+    held out        3.…
+    it writes       'def …
+
+A GPT (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") without a
+tokenizer: its 256 words are the bytes. It reads the standard library's own sources, or any file
+(`--text PATH`), and predicts each byte from those before it. What it is measured in, bits per byte,
+is the cross-entropy in base 2: a model that knows nothing needs 8, `gzip` about 2 for Python.
+
+    embedding → [attention → feed-forward] × blocks → head
+
+Attention and feed-forward are layers of their own, so that a model of few blocks can be cut into
+many stages. Each adds what it found to what it was given: one tensor goes from layer to layer, and
+is all that two ranks exchange. Dropout is on, and the parameters are still those of one process,
+bit for bit, on any number of ranks: masks depend on the layer, the step and the microbatch alone.
+
+At the end it writes. Every byte goes once through the whole pipeline: the last rank draws it and
+tells the others. That is slow on purpose (nothing is cached) and shows what inference through a
+pipeline costs: while one rank works the others wait.
+"""
+
+import dataclasses
+import json
+import math
+import sysconfig
+from pathlib import Path
+
+import torch
+import training
+from flags import check_at_least, check_writable, one_sentence, read
+from gpt_model import gpt, loss_fn
+from torch import Tensor
+
+import barepp
+from barepp.seeding import derive_seed
+from transport.collectives import broadcast
+
+HELD_OUT = 0.05  # of the text, at its end
+HELD_OUT_ROWS = 32
+TEXT_NBYTES = 16 * 2**20  # of a longer text the first part is used
+PROMPT = b"def "
+TEMPERATURE = 0.8  # below 1 it prefers what is likely
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What a person can choose; the defaults take a minute or two on two cores."""
+
+    steps: int = 200
+    batch: int = 16
+    microbatches: int = 8
+    schedule: str = "1f1b"
+    stages: int = 0
+    partition: str = "uniform"
+    recompute: str = "off"
+    blocks: int = 4
+    width: int = 128
+    heads: int = 4
+    context: int = 128
+    dropout: float = 0.1
+    seed: int = 0
+    lr: float = 2e-3
+    write: int = 160
+    text: Path | None = None
+    json: Path | None = None
+    trace: Path | None = None
+
+
+HELP = {
+    **training.HELP,
+    "schedule": "naive, gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, or file.py:function",
+    "blocks": "transformer blocks, two layers each; embedding and head are two more",
+    "width": "numbers that stand for one byte on its way from layer to layer",
+    "heads": "attention heads; they divide the width",
+    "context": "bytes that it sees at once",
+    "dropout": "part of the numbers that is left out while training",
+    "lr": "learning rate of AdamW at its highest",
+    "write": "bytes to write at the end",
+    "text": "the file to learn from; without it the standard library's own sources",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a run came to: the object that --json writes."""
+
+    schedule: str
+    world_size: int
+    stages: int
+    partition: list[int]
+    microbatches: int
+    steps: int
+    losses: list[float]  # bits a byte, one a step
+    held_out: float  # bits a byte, of text that was not learnt from
+    parameters_sha256: str
+    step_ms: float  # median; forward and backward, without the optimizer
+    tokens_per_s: float  # a token is a byte
+    bubble_measured: float
+    peak_in_flight: list[int]  # per rank
+    written: str
+
+
+def check(flags: Flags, world: barepp.World) -> None:
+    """Find what cannot work before anything is built, sent or trained."""
+    check_at_least(1, flags, ("steps", "batch", "microbatches", "blocks", "width", "heads"))
+    check_at_least(len(PROMPT), flags, ("context",))
+    check_at_least(0, flags, ("stages", "write"))
+    if flags.width % flags.heads:
+        raise barepp.UsageError(f"--width {flags.width} does not divide into {flags.heads} heads")
+    if not 0 <= flags.dropout < 1:
+        raise barepp.UsageError(f"--dropout is {flags.dropout}; it must be from 0 to below 1")
+    if world.rank == 0:  # the one rank that writes
+        check_writable("--json", flags.json)
+        check_writable("--trace", flags.trace)
+
+
+# -- the text ------------------------------------------------------------------------------------
+
+
+def read_text(path: Path | None) -> Tensor:
+    """Return a file's bytes, or by default the standard library's sources: [length] uint8."""
+    if path is not None:
+        try:
+            text = path.read_bytes()[:TEXT_NBYTES]
+        except OSError as error:
+            reason = error.strerror or error
+            raise barepp.DataError(f"--text {path} cannot be read: {reason}") from error
+    else:
+        library = Path(sysconfig.get_path("stdlib"))
+        text = b"".join(source.read_bytes() for source in sorted(library.glob("*.py")))
+    return torch.frombuffer(bytearray(text or b"\n"), dtype=torch.uint8)
+
+
+def share_text(world: barepp.World, flags: Flags) -> tuple[Tensor, Tensor]:
+    """Return what is learnt from and what is held out, the same on every rank: rank 0's."""
+    text = broadcast(world.transport, read_text(flags.text) if world.rank == 0 else None, root=0)
+    assert isinstance(text, Tensor)
+    held_out = max(int(len(text) * HELD_OUT), flags.context + 1)
+    if len(text) < 2 * held_out:
+        raise barepp.DataError(
+            f"the text has {len(text)} bytes; a context of {flags.context} needs {2 * held_out}"
+        )
+    return text[:-held_out], text[-held_out:]
+
+
+def excerpts(text: Tensor, rows: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return `rows` random excerpts and, of each place, the byte that follows: [rows, context]."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(text) - context, (rows, 1), generator=generator)
+    places = starts + torch.arange(context)  # [rows, context]
+    return text[places].long(), text[places + 1].long()
+
+
+# -- training and writing ------------------------------------------------------------------------
+
+
+def train(world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Flags) -> list[float]:
+    """Train the pipeline; return the loss of each step, in bits a byte."""
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=flags.lr, weight_decay=0.1)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, flags))
+    every = max(1, flags.steps // training.NUM_PROGRESS_LINES)
+    losses = []
+    for step in range(flags.steps):
+        seed = derive_seed(flags.seed, "excerpts", step=step)
+        text, following = excerpts(learnt, flags.batch, flags.context, seed)
+        pipe.zero_grad()
+        losses.append(bits(pipe.step(text, following)))
+        optimizer.step()
+        rate.step()
+        if world.rank == 0 and ((step + 1) % every == 0 or step + 1 == flags.steps):
+            print(f"step {step + 1:4d}/{flags.steps}   {losses[-1]:.3f} bits a byte")
+    return losses
+
+
+def part_of_rate(step: int, flags: Flags) -> float:
+    """Return the part of --lr that a step uses: a tenth of the steps to warm up, then a cosine."""
+    warmup = max(1, flags.steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (flags.steps - warmup)))
+
+
+def bits(nats: Tensor) -> float:
+    """Return a cross-entropy in base 2."""
+    return nats.item() / math.log(2)
+
+
+def write(world: barepp.World, pipe: barepp.Pipeline, flags: Flags) -> str:
+    """Return `PROMPT` and what the model puts behind it, the same on every rank."""
+    pipe.eval()
+    text = list(PROMPT)
+    generator = torch.Generator().manual_seed(derive_seed(flags.seed, "writing"))
+    for _ in range(flags.write):
+        scores = pipe.forward(torch.tensor([text[-flags.context :]]))  # [1, length, 256]
+        drawn = None
+        if isinstance(scores, Tensor):  # on the rank of the last stage
+            likely = (scores[0, -1] / TEMPERATURE).softmax(0)  # [256]
+            drawn = torch.multinomial(likely, 1, generator=generator)  # [1]
+        drawn = broadcast(world.transport, drawn, root=pipe.last_rank)
+        assert isinstance(drawn, Tensor)
+        text.append(int(drawn))
+    return bytes(text).decode(errors="replace")
+
+
+def run(world: barepp.World, flags: Flags) -> Results:
+    """Train, measure and write; the same results on every rank."""
+    learnt, held_out = share_text(world, flags)
+    pipe = barepp.Pipeline(
+        world,
+        gpt(flags),
+        loss_fn,
+        schedule=flags.schedule,
+        num_stages=flags.stages or None,
+        num_microbatches=flags.microbatches,
+        partition=training.partition_of(flags.partition),
+        seed=flags.seed,
+        recompute=flags.recompute,
+        sample=excerpts(learnt, flags.batch, flags.context, seed=0),
+    )
+    pipe.recorder.tracing = flags.trace is not None
+    losses = train(world, pipe, learnt, flags)
+    summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
+    if flags.trace is not None:
+        barepp.write_trace(world, pipe.recorder, flags.trace)
+    return Results(
+        schedule=flags.schedule,
+        world_size=world.world_size,
+        stages=pipe.schedule.num_stages,
+        partition=pipe.partition,
+        microbatches=flags.microbatches,
+        steps=flags.steps,
+        losses=losses,
+        held_out=bits(pipe.evaluate(*excerpts(held_out, HELD_OUT_ROWS, flags.context, seed=0))),
+        parameters_sha256=pipe.parameters_sha256(),
+        step_ms=summary.step_ms,
+        tokens_per_s=flags.batch * flags.context / summary.step_ms * 1e3,
+        bubble_measured=summary.bubble,
+        peak_in_flight=summary.peak_in_flight,
+        written=write(world, pipe, flags),
+    )
+
+
+def report(results: Results) -> str:
+    """Return what a person reads at the end."""
+    bubble = f"{results.bubble_measured:.1%} measured"
+    return f"""
+step            {results.step_ms:.1f} ms ({results.schedule}), {results.tokens_per_s:.0f} bytes/s
+bubble          {bubble}; peak in-flight {results.peak_in_flight}
+parameters      sha256 {results.parameters_sha256}
+held out        {results.held_out:.3f} bits a byte
+it writes       {results.written!r}"""
+
+
+def main() -> None:
+    """Join the world, read the flags, train, and let rank 0 tell."""
+    with barepp.init() as world, one_sentence(world):
+        flags = read(Flags(), HELP, world, __doc__ or "")
+        if flags is None:
+            return
+        check(flags, world)
+        results = run(world, flags)
+        if world.rank == 0:
+            print(report(results))
+            if flags.json is not None:
+                flags.json.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
