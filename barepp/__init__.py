@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from barepp.run import run
     from barepp.schedules import Schedule, make_schedule, schedule_names
     from barepp.stage import Stage
-    from barepp.trace import summarise, write_trace
+    from barepp.summary import Summary, summarise
+    from barepp.trace import write_trace
     from barepp.world import World
     from transport.errors import Failure, JobFailed
 
@@ -48,8 +49,9 @@ _HOMES = {
     "profile": "barepp.profiling",
     "run": "barepp.run",
     "schedule_names": "barepp.schedules",
+    "Summary": "barepp.summary",
     "stage_costs": "barepp.layer_costs",
-    "summarise": "barepp.trace",
+    "summarise": "barepp.summary",
     "write_trace": "barepp.trace",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Stage",
+    "Summary",
     "UsageError",
     "World",
     "balance",

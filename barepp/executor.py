@@ -9,7 +9,7 @@ The only file in which a stage's work meets a transport's messages.
 1. Receives are posted before the first action, so bytes move while the rank computes.
 2. No send is waited for inside a step: a rank that waited there for its neighbour to receive could
    wait for a neighbour that waits for it (1F1B does exactly that; see transport/README.md).
-3. What is measured is split where it happens: waiting for a message is never computing.
+3. What is measured is split where it happens (recorder.py): waiting is never computing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from barepp.parcels import (
     unpack_gradient,
 )
 from barepp.recompute import is_recomputed
+from barepp.recorder import Recorder, Times
 from barepp.stage import Stage
-from barepp.trace import Recorder
 from barepp.world import World
 from transport.errors import JobFailed
 from transport.tensors import Message
-from transport.work import Work
+from transport.work import Receive, Work
 
 # The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
 _FIRST_TAG = -16
@@ -54,6 +54,16 @@ class Batch:
 
 
 Result: TypeAlias = "Message | None"
+
+
+class _TimedReceive(Receive):
+    """A receive that notes when its message was here, or was asked for if it was here before."""
+
+    __slots__ = ("arrived_ns",)
+
+    def complete(self, result: Message | None = None) -> None:
+        self.arrived_ns = time.perf_counter_ns()
+        super().complete(result)
 
 
 class Executor:
@@ -74,7 +84,8 @@ class Executor:
         self._split: set[tuple[int, int]] = set()  # (stage, microbatch) of each I
         self._in_flight = 0
         self.peak_in_flight = 0
-        self._local: dict[int, Result] = {}  # handed from stage to stage on one rank, by tag
+        # From stage to stage on one rank, by (stage it is for, is it an activation, microbatch).
+        self._local: dict[tuple[int, bool, int], Result] = {}
         self._batch = Batch(0, (), None, None)
         self.losses: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, Value] = {}
@@ -115,12 +126,12 @@ class Executor:
             stage.look_again()
         if world.probe is not None:  # a test lets this rank fail
             methods = world.probe.around(methods, program, batch.step)
-        computed = waited = 0
+        times: list[Times] = []
         sends: list[Work] = []
         share = len(batch.weights) / max(1, len(program))  # of a microbatch, that an action is
         world.activity = ("posting its receives",)
         try:
-            receives = [self._post(step) for step in program]
+            receives = [self._post(step, timed=recorder.tracing) for step in program]
             for step, receive in zip(program, receives, strict=True):
                 action = step.action
                 world.activity = ("waiting for the input of", action)
@@ -135,38 +146,47 @@ class Executor:
                     self._give(step, made, sends)
                 if world.probe is not None:
                     world.probe.after(action)
-                computed += ended - started
-                waited += started - asked
-                if recorder.tracing:
-                    recorder.spans.append((action, asked, started, ended))
+                times.append((asked, started, ended, now()))
             world.activity = ("waiting for its sends",)
             asked = now()
             for send in sends:
                 send.wait()
-            waited += now() - asked
+            recorder.add_flush("waiting for its sends", asked, now())
         except JobFailed as error:
             raise JobFailed(error.failure, world.position()) from None
         world.activity = ()
-        recorder.add(computed, waited)
+        timed = receives if recorder.tracing else ()
+        arrivals = [r.arrived_ns if isinstance(r, _TimedReceive) else 0 for r in timed]
+        recorder.add_actions(program, times, arrivals)
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def _post(self, step: Step) -> Work | None:
+    def _post(self, step: Step, *, timed: bool) -> Work | None:
         if step.receive_from is None:
             return None
-        return self._world.transport.irecv(step.receive_from, _input_tag(step.action))
+        transport, tag = self._world.transport, _input_tag(step.action)
+        if not timed:
+            return transport.irecv(step.receive_from, tag)
+        receive = _TimedReceive(transport, step.receive_from, tag, None, None)
+        transport.post_receive(receive)
+        return receive
 
     def _take(self, action: Action) -> Result:
-        return self._local.pop(_input_tag(action), None)
+        stage, kind, microbatch = action
+        return self._local.pop((stage, kind is Kind.F, microbatch), None)
 
     def _give(self, step: Step, made: Message, sends: list[Work]) -> None:
-        tag = _output_tag(step.action)
-        if step.send_to is None:
+        if step.send_to is not None:
+            tag = _output_tag(step.action)
+            sends.append(self._world.transport.isend(made, step.send_to, tag))
+            return
+        stage, kind, microbatch = step.action
+        if kind is Kind.F:
             # The next stage on this rank may write to what it is given, and this stage's backward
             # may need it: a copy, as a transport would make.
-            self._local[tag] = copied(made) if step.action.kind is Kind.F else made
+            self._local[stage + 1, True, microbatch] = copied(made)
         else:
-            sends.append(self._world.transport.isend(made, step.send_to, tag))
+            self._local[stage - 1, False, microbatch] = made
 
     # -- actions ----------------------------------------------------------------------------------
 
@@ -230,12 +250,14 @@ class Executor:
 
 def _input_tag(action: Action) -> int:
     """Return the tag under which an action's input comes: an activation or a gradient."""
-    named = activation_tag if action.kind is Kind.F else gradient_tag
-    return _FIRST_TAG - named(action.stage, action.microbatch)
+    stage, kind, microbatch = action
+    named = activation_tag if kind is Kind.F else gradient_tag
+    return _FIRST_TAG - named(stage, microbatch)
 
 
 def _output_tag(action: Action) -> int:
     """Return the tag under which the next stage (the previous one, backwards) awaits the result."""
-    if action.kind is Kind.F:
-        return _FIRST_TAG - activation_tag(action.stage + 1, action.microbatch)
-    return _FIRST_TAG - gradient_tag(action.stage - 1, action.microbatch)
+    stage, kind, microbatch = action
+    if kind is Kind.F:
+        return _FIRST_TAG - activation_tag(stage + 1, microbatch)
+    return _FIRST_TAG - gradient_tag(stage - 1, microbatch)

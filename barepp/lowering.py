@@ -35,6 +35,8 @@ Program = list[list[Step]]  # program[rank], first to last
 
 _STAGE_BITS = 20
 _MICROBATCH_BITS = 40
+_STAGE_LIMIT = 1 << _STAGE_BITS
+_MICROBATCH_LIMIT = 1 << _MICROBATCH_BITS
 MAX_TAG = (1 << (_MICROBATCH_BITS + _STAGE_BITS + 1)) - 1
 
 
@@ -65,17 +67,17 @@ def lower(order: Order, num_stages: int) -> Program:
 
 def activation_tag(stage: int, microbatch: int) -> int:
     """Return the tag of the activation that `stage` (the receiver) takes for `microbatch`."""
-    return _tag(stage, microbatch, direction=0)
+    return _tag(stage, microbatch, 0)
 
 
 def gradient_tag(stage: int, microbatch: int) -> int:
     """Return the tag of the gradient that `stage` (the receiver) takes for `microbatch`."""
-    return _tag(stage, microbatch, direction=1)
+    return _tag(stage, microbatch, 1)
 
 
 def _tag(stage: int, microbatch: int, direction: int) -> int:
     # | microbatch: 40 bits | receiving stage: 20 bits | 0 activation, 1 gradient |  <= MAX_TAG
-    if not (0 <= stage < 1 << _STAGE_BITS and 0 <= microbatch < 1 << _MICROBATCH_BITS):
+    if not (0 <= stage < _STAGE_LIMIT and 0 <= microbatch < _MICROBATCH_LIMIT):
         raise ScheduleError(
             f"no tag for stage {stage}, microbatch {microbatch}: a tag has room for stages below "
             f"2**{_STAGE_BITS} and microbatches below 2**{_MICROBATCH_BITS}"

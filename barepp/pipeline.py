@@ -30,11 +30,12 @@ from barepp.partition import check_counts
 from barepp.partition import partition as cut
 from barepp.profiling import balanced_sizes
 from barepp.recompute import recompute_of_stages
+from barepp.recorder import LOSS, NUM_ROWS, Recorder
 from barepp.schedules import Schedule, make_schedule, usual_stages
 from barepp.seeding import LayerRandomness
 from barepp.sharing import check_no_sharing
 from barepp.stage import Stage
-from barepp.trace import Recorder
+from barepp.trace import start_trace
 from barepp.world import World
 from transport.collectives import broadcast
 
@@ -161,7 +162,8 @@ class Pipeline(Holding):
         if self._broken:
             raise UsageError("a step of this pipeline failed: messages of it may still be about")
         self._broken = self.world.world_size > 1  # until this step has ended well
-        self.recorder.begin_step()
+        self.recorder.schedule = self.schedule
+        self.recorder.begin_step(self._steps)
         try:
             batch = self._batch(inputs, targets, training=True)
             program = self._program(len(batch.weights), training=True)
@@ -176,6 +178,13 @@ class Pipeline(Holding):
         self._steps += 1
         self.world.steps += 1
         return loss
+
+    def trace(self) -> None:
+        """Record the last 1000 steps from now on, for `barepp.write_trace`; collective.
+
+        So are torch's optimizers; name anything else: `with pipe.recorder.span("name"):`.
+        """
+        start_trace(self.world, self.recorder, self.parameters())
 
     def forward(self, inputs: Value | None) -> Value | None:
         """Return the model's output for `inputs` on the rank of the last stage, None elsewhere.
@@ -205,7 +214,7 @@ class Pipeline(Holding):
         if self._last in self.stages:
             with torch.no_grad():
                 loss = self._loss_fn(output, targets).detach().reshape(())
-        return self._from_rank(loss, self._holder[self._last], "the loss")
+        return self._from_rank(loss, self._holder[self._last], LOSS)
 
     def _batch(self, inputs: Value | None, targets: Value | None, *, training: bool) -> Batch:
         """Agree on the number of rows (the first rank's word) and cut this rank's data."""
@@ -215,7 +224,7 @@ class Pipeline(Holding):
             if not given:
                 raise UsageError("the rank of the first stage needs inputs with at least one row")
             rows = torch.tensor([given])
-        count = int(self._from_rank(rows, self._holder[0], "the number of rows"))
+        count = int(self._from_rank(rows, self._holder[0], NUM_ROWS))
         sizes = microbatch_sizes(count, self.schedule.num_microbatches)
         if self._last in self.stages and training:
             _check_targets(targets, count)
@@ -244,7 +253,7 @@ class Pipeline(Holding):
         if self._last in self.stages:
             losses = self._executor.losses
             total = sum((losses[index] for index in sorted(losses)), torch.zeros(()))
-        return self._from_rank(total, self._holder[self._last], "the loss")
+        return self._from_rank(total, self._holder[self._last], LOSS)
 
     def _from_rank(self, tensor: torch.Tensor | None, root: int, what: str) -> torch.Tensor:
         """Return the root's tensor on every rank; the others wait for `what`."""
@@ -254,8 +263,12 @@ class Pipeline(Holding):
         self.world.activity = ("sharing" if tensor is not None else "waiting for", what)
         asked = time.perf_counter_ns()
         shared = broadcast(self.world.transport, tensor, root)
-        self.recorder.add(0, time.perf_counter_ns() - asked)
+        ended = time.perf_counter_ns()
         self.world.activity = ()
+        if root == self.world.rank:
+            self.recorder.add_flush(f"sharing {what}", asked, ended)
+        else:
+            self.recorder.add_wait(what, root, asked, ended)
         assert isinstance(shared, torch.Tensor)
         return shared
 

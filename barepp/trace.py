@@ -1,159 +1,104 @@
-"""What a rank did and when: sums for every step, and every span when tracing is on.
-
-A step's time on one rank is split into three parts, so that waiting never counts as anything else:
-
-    computing   inside an action: torch's forward or backward
-    waiting     blocked on a message that is not here yet: the bubble, and time for a core
-    moving      the rest: splitting, posting, sending, bookkeeping
-"""
+"""Every rank's spans on one clock in one file: collective, written by rank 0."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import statistics
-import time
-from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from barepp.actions import Action, Kind
-from transport.collectives import all_reduce
+from barepp.clocks import Reading, compare_clocks, on_rank_0s_clock
+from barepp.errors import UsageError
+from barepp.optimizers import watch_optimizers
+from barepp.recorder import Recorder
+from barepp.summary import peak_memory_nbytes
+from barepp.tracefile import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace, to_events
+from transport.tensors import copied_bytes
 
 if TYPE_CHECKING:
     from barepp.world import World
 
-_KINDS = tuple(Kind)
-_SPAN_TAG = -10  # negative tags are ours: a user's can never meet them
+_SPAN_TAG: Final = -10  # negative tags are ours: a user's can never meet them
 
 
-KEPT_STEPS: Final = 1000  # older ones are forgotten, so that a long run stays small
+def start_trace(world: World, recorder: Recorder, parameters: Iterable[torch.Tensor]) -> None:
+    """Let the recorder keep spans from now on, of optimizers of these parameters too; collective.
 
-
-class StepTimes(NamedTuple):
-    """One step on one rank, in nanoseconds."""
-
-    step: int
-    compute: int
-    wait: int
-
-
-@dataclasses.dataclass
-class Recorder:
-    """Collects one rank's times, in nanoseconds of `time.perf_counter_ns`.
-
-    `steps` are the last `KEPT_STEPS` steps; `spans`, when tracing, are all there were.
+    The ranks' clocks are compared, which is quick among ranks of one host.
     """
-
-    tracing: bool = False
-    steps: deque[StepTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
-    spans: list[tuple[Action, int, int, int]] = dataclasses.field(default_factory=list)
-    _began: int = 0
-    _computed: int = 0
-    _waited: int = 0
-
-    def begin_step(self) -> None:
-        """Start a step's clock."""
-        self._began = time.perf_counter_ns()
-        self._computed = self._waited = 0
-
-    def add(self, compute_ns: int, wait_ns: int) -> None:
-        """Add to the current step what was spent computing and waiting."""
-        self._computed += compute_ns
-        self._waited += wait_ns
-
-    def end_step(self) -> None:
-        """Stop the clock and take the step's sums."""
-        took = time.perf_counter_ns() - self._began
-        self.steps.append(StepTimes(took, self._computed, self._waited))
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Times of the last steps over all ranks, the very first left out if others are there.
-
-    bubble = 1 - computing / (ranks * step time), as `barepp.plan` defines it for the prediction. A
-    step lasts from the call of `Pipeline.step` to its loss, on the rank where that takes longest.
-    """
-
-    step_ms: float
-    bubble: float
-    computing_ms: list[float]  # per rank, the mean of a step
-    waiting_ms: list[float]
-    moving_ms: list[float]
-    peak_in_flight: list[int]
-
-
-def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
-    """Put all ranks' sums together; collective, the same result on every rank."""
-    # The first step warms up. (When some were forgotten, one more does not matter.)
-    steps = list(recorder.steps)[1:] or list(recorder.steps)
-    took = [times.step for times in steps]
-    mine = torch.zeros(world.world_size, 6, dtype=torch.float64)
-    mine[world.rank] = torch.tensor(
-        [
-            statistics.median(took) if took else 0.0,
-            sum(took),
-            sum(times.compute for times in steps),
-            sum(times.wait for times in steps),
-            len(steps),
-            peak_in_flight,
-        ],
-        dtype=torch.float64,
-    )
-    table = all_reduce(world.transport, mine) if world.world_size > 1 else mine
-    median, total, computing, waiting, count, peak = table.T
-    count = count.clamp(min=1)
-    longest = world.world_size * total.max()
-    moving = (total - computing - waiting) / count
-    return Summary(
-        step_ms=float(median.max()) / 1e6,
-        bubble=1 - float(computing.sum() / longest) if float(longest) else 0.0,
-        computing_ms=(computing / count / 1e6).tolist(),
-        waiting_ms=(waiting / count / 1e6).tolist(),
-        moving_ms=(moving / 1e6).tolist(),
-        peak_in_flight=[int(value) for value in peak.tolist()],
-    )
+    recorder.readings.append(compare_clocks(world.transport))
+    if not recorder.tracing:
+        watch_optimizers(recorder, parameters)
+    recorder.tracing = True
 
 
 def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
-    """Gather every rank's spans on rank 0 and write them there as Chrome trace events; collective.
+    """Write what all ranks have recorded as Chrome trace events, on rank 0; collective.
 
-    The file opens in Perfetto or chrome://tracing, one row a rank. Format: "Trace Event Format",
-    complete events ("ph": "X") with times in microseconds. Ranks share one clock because they
-    share one host (CLOCK_MONOTONIC).
+    The file opens in Perfetto (ui.perfetto.dev) or chrome://tracing, one row a rank, and
+    `python -m barepp.timeline` draws it. Blocks until this rank's part is sent, on rank 0 until the
+    file is written. The ranks' clocks are compared once more, so that drift is known.
+
+    Raises:
+        UsageError: this rank has recorded no step; call `Pipeline.trace` before the steps.
+        OSError: rank 0 cannot write the file.
     """
-    rows = [
-        [a.stage, _KINDS.index(a.kind), a.microbatch, waited, start, end]
-        for a, waited, start, end in recorder.spans
-    ]
-    mine = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    if recorder.schedule is None or not recorder.traced:
+        raise UsageError("no step was traced: call Pipeline.trace() before the steps of interest")
+    recorder.readings.append(compare_clocks(world.transport))
+    mine = _packed(recorder)
     if world.rank != 0:
         world.transport.send(mine, 0, _SPAN_TAG)
         return
-    others = range(1, world.world_size)
-    tables = [mine, *(world.transport.recv(rank, _SPAN_TAG) for rank in others)]
-    origin = min((int(table[:, 3].min()) for table in tables if len(table)), default=0)
-    events: list[dict[str, object]] = []
-    for rank, table in enumerate(tables):
-        name = {"name": f"rank {rank}"}
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": name})
-        for stage, kind, microbatch, waited, start, end in table.tolist():
-            action = str(Action(stage, _KINDS[kind], microbatch))
-            spans = [("waiting", waited, start), (action, start, end)]
-            events += [
-                {
-                    "ph": "X",
-                    "name": label,
-                    "cat": "wait" if label == "waiting" else _KINDS[kind].value,
-                    "pid": 0,
-                    "tid": rank,
-                    "ts": (begin - origin) / 1e3,
-                    "dur": (finish - begin) / 1e3,
-                }
-                for label, begin, finish in spans
-                if finish > begin
-            ]
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    ranks, errors = [], []
+    for rank in range(world.world_size):
+        message = mine if rank == 0 else world.transport.recv(rank, _SPAN_TAG)
+        readings = [of_all[rank] for of_all in recorder.readings]
+        ranks.append(_unpacked(message, readings))
+        errors.append(max(reading.error for reading in readings))
+    trace = Trace(recorder.schedule, ranks, errors)
+    Path(path).write_text(json.dumps(to_events(trace), separators=(",", ":")))
+
+
+def _packed(recorder: Recorder) -> torch.Tensor:
+    """Return what this rank has recorded as JSON in UTF-8; times on its own clock."""
+    record = {
+        "steps": [(step.number, step.start, step.end) for step in recorder.traced],
+        "actions": [
+            (
+                step.number, *action, source, to, asked, arrived or asked, started, ended, gave
+            )
+            for step in recorder.traced
+            for (action, source, to), arrived, (asked, started, ended, gave) in zip(
+                step.program, step.arrivals, step.times, strict=True
+            )
+        ],
+        "notes": [(step.number, *note) for step in recorder.traced for note in step.notes]
+        + [(None, *note) for note in recorder.outside],
+        "peak_memory_nbytes": peak_memory_nbytes(),
+    }  # fmt: skip
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def _unpacked(message: torch.Tensor, readings: list[Reading]) -> RankTrace:
+    """Undo `_packed`, and put the times on rank 0's clock."""
+    record: dict[str, Any] = json.loads(copied_bytes(message))
+
+    def at(time_ns: int) -> int:
+        return on_rank_0s_clock(time_ns, readings)
+
+    return RankTrace(
+        [StepSpan(number, at(start), at(end)) for number, start, end in record["steps"]],
+        [
+            ActionSpan(step, Action(stage, Kind(kind), microbatch), source, to, *map(at, times))
+            for step, stage, kind, microbatch, source, to, *times in record["actions"]
+        ],
+        [
+            NoteSpan(step, name, peer, at(start), at(end))
+            for step, name, peer, start, end in record["notes"]
+        ],
+        record["peak_memory_nbytes"],
+    )

@@ -13,8 +13,9 @@ is done here so that the pipelines of the next steps can be compared with it: `p
 is the same in all of them.
 """
 
+import dataclasses
+import functools
 import hashlib
-import statistics
 import time
 
 import digits
@@ -24,9 +25,9 @@ from torch import nn
 from torch.nn import functional
 
 import barepp
-from barepp.actions import Action, Kind
+from barepp.lowering import Step, lower
+from barepp.recorder import Recorder, Times
 from barepp.seeding import derive_seed
-from barepp.trace import Recorder
 
 
 def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:
@@ -48,28 +49,41 @@ def step(
     recorder: Recorder | None = None,
 ) -> torch.Tensor:
     """Add the gradients of one batch to `.grad`; return the mean loss over its rows."""
-    recorder = recorder or Recorder()
     num_microbatches = min(num_microbatches, len(labels))  # none is empty
+    times: list[Times] = []
     total = torch.zeros(())
     parts = zip(
         images.tensor_split(num_microbatches),  # as even as possible: [8, 64] each
         labels.tensor_split(num_microbatches),  # [8]
         strict=True,
     )
-    for microbatch, (x, y) in enumerate(parts):
+    for x, y in parts:
         began = time.perf_counter_ns()
         # Why the factor? cross_entropy is the mean over this microbatch's rows. Weighted by the
         # microbatch's share of the batch, the means add up to that over all rows.
         loss = functional.cross_entropy(model(x), y) * (len(y) / len(labels))  # []
         forward_ended = time.perf_counter_ns()
         loss.backward()
-        if recorder.tracing:
-            ended = time.perf_counter_ns()
-            forward, backward = (Action(0, kind, microbatch) for kind in (Kind.F, Kind.B))
-            recorder.spans.append((forward, began, began, forward_ended))
-            recorder.spans.append((backward, forward_ended, forward_ended, ended))
+        ended = time.perf_counter_ns()
+        times.append((began, began, forward_ended, forward_ended))
+        times.append((forward_ended, forward_ended, ended, ended))
         total += loss.detach()
+    if recorder is not None:
+        recorder.add_actions(program(num_microbatches), times)
     return total
+
+
+def schedule(num_microbatches: int) -> barepp.Schedule:
+    """Return what `step` does as a schedule: the naive one of a pipeline of one stage."""
+    naive = barepp.make_schedule("naive", 1, num_microbatches)
+    return dataclasses.replace(naive, name="monolith")
+
+
+@functools.cache
+def program(num_microbatches: int) -> list[Step]:
+    """Return the schedule's actions, none of which sends anything."""
+    [alone] = lower(schedule(num_microbatches).order, num_stages=1)
+    return alone
 
 
 def train(world: barepp.World, flags: training.Flags) -> training.Results:
@@ -81,17 +95,19 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
     optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
     progress = training.Progress(flags.steps)
-    recorder = Recorder(tracing=flags.trace is not None)
-    losses, times_ms = [], []
+    recorder = Recorder(tracing=flags.trace is not None, schedule=schedule(flags.microbatches))
+    losses = []
     for index in range(flags.steps):
         images, labels = digits.batch(training_set, index, flags.batch, flags.seed)
         optimizer.zero_grad()
-        began = time.perf_counter()
+        recorder.begin_step(index)
         losses.append(step(model, images, labels, flags.microbatches, recorder).item())
-        times_ms.append((time.perf_counter() - began) * 1e3)
-        optimizer.step()
+        recorder.end_step()
+        with recorder.span("optimizer"):
+            optimizer.step()
         decay.step()
         progress.tell(index, losses[-1], len(labels))
+    summary = barepp.summarise(world, recorder, peak_in_flight=1)
     if flags.trace is not None:
         barepp.write_trace(world, recorder, flags.trace)
     with torch.no_grad():
@@ -106,14 +122,15 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
         losses=losses,
         test_accuracy=(answers == test_set.labels).double().mean().item(),
         parameters_sha256=parameters_sha256(model),
-        step_ms=statistics.median(times_ms),
+        step_ms=summary.step_ms,
         # One process waits for nobody, and keeps one microbatch at a time.
         bubble_measured=0.0,
         bubble_predicted=0.0,
         peak_in_flight=[1],
-        computing_ms=[statistics.mean(times_ms)],
-        waiting_ms=[0.0],
-        moving_ms=[0.0],
+        computing_ms=summary.computing_ms,
+        waiting_ms=summary.waiting_ms,
+        moving_ms=summary.moving_ms,
+        ranks=summary.ranks,
     )
 
 

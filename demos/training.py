@@ -17,6 +17,7 @@ from flags import check_at_least, check_writable, one_sentence, read
 from torch.nn import functional
 
 import barepp
+from barepp.breakdown import RankTimes, own_time, table
 from barepp.simulate import Costs, simulate
 from transport.collectives import broadcast
 
@@ -53,7 +54,7 @@ HELP = {
     "seed": "decides the initial weights and the order of the data",
     "lr": "learning rate of Adam at the start; it decays linearly to 0",
     "json": "write the results there",
-    "trace": "write what each rank did and when there, for Perfetto or chrome://tracing",
+    "trace": "write what each rank did when there, for Perfetto and python -m barepp.timeline",
 }
 
 
@@ -77,6 +78,7 @@ class Results:
     computing_ms: list[float]
     waiting_ms: list[float]
     moving_ms: list[float]
+    ranks: list[RankTimes]  # the same and more: what each rank did all the time
 
 
 def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
@@ -94,7 +96,8 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         recompute=flags.recompute,
         sample=digits.batch(training_set, 0, flags.batch, flags.seed),
     )
-    pipe.recorder.tracing = flags.trace is not None
+    if flags.trace is not None:
+        pipe.trace()
     # Each rank has an optimizer for its own layers: Adam treats each number by itself, so nothing
     # has to be agreed on.
     optimizer = torch.optim.Adam(pipe.parameters(), lr=flags.lr)
@@ -129,6 +132,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         computing_ms=summary.computing_ms,
         waiting_ms=summary.waiting_ms,
         moving_ms=summary.moving_ms,
+        ranks=summary.ranks,
     )
 
 
@@ -199,18 +203,8 @@ def report(results: Results) -> str:
     ranks, cores = results.world_size, len(os.sched_getaffinity(0))
     lines = [
         "",
-        f"rank   peak in-flight   computing   waiting   moving    ({results.schedule}, ms a step)",
-    ]
-    rows = zip(
-        results.peak_in_flight,
-        results.computing_ms,
-        results.waiting_ms,
-        results.moving_ms,
-        strict=True,
-    )
-    for rank, (peak, computing, waiting, moving) in enumerate(rows):
-        lines.append(f"{rank:4d} {peak:16d} {computing:11.2f} {waiting:9.2f} {moving:8.2f}")
-    lines += [
+        f"{results.schedule}, milliseconds a step:",
+        *table(results.ranks),
         "",
         f"step            {results.step_ms:.2f} ms, the median of {results.steps}: forward and "
         "backward, without the optimizer",
@@ -223,6 +217,7 @@ def report(results: Results) -> str:
             f"                {ranks} ranks share {shared}: it contains waiting for a core"
         )
     lines += [
+        own_time(results.ranks),
         f"parameters      sha256 {results.parameters_sha256}",
         f"test accuracy   {results.test_accuracy:.4f}",
     ]

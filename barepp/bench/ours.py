@@ -11,7 +11,8 @@ from barepp.bench.case import SEED, Case, gradient_square
 from barepp.bench.member import serve, timed
 from barepp.joining import init
 from barepp.pipeline import Pipeline
-from barepp.trace import Recorder, summarise
+from barepp.recorder import Recorder
+from barepp.summary import summarise
 from barepp.world import World
 
 

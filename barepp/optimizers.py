@@ -1,0 +1,44 @@
+"""Records the steps of torch's optimizers, without a word in the script that calls them."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from barepp.recorder import Note, Recorder
+
+
+def watch_optimizers(recorder: Recorder, parameters: Iterable[torch.Tensor]) -> None:
+    """Let `recorder` keep a span of every optimizer step on any of `parameters`, while it traces.
+
+    The hooks are torch's own and for all optimizers of the process, whenever they are made. They
+    look and touch nothing, and go with the recorder.
+    """
+    mine = frozenset(map(id, parameters))  # (a set of tensors would compare their elements)
+    keeper = weakref.ref(recorder)  # what hangs in torch must not keep it alive
+    started: dict[int, int] = {}
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        started[id(optimizer)] = time.perf_counter_ns()
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        start, to = started.pop(id(optimizer), None), keeper()
+        if start is None or to is None or not to.tracing:
+            return
+        # Ranks that are threads have their optimizers in one process.
+        if any(id(one) in mine for group in optimizer.param_groups for one in group["params"]):
+            name = f"optimizer ({type(optimizer).__name__})"
+            to.outside.append(Note(name, None, start, time.perf_counter_ns()))
+
+    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    for handle in handles:
+        weakref.finalize(recorder, handle.remove).atexit = False
