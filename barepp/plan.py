@@ -8,27 +8,24 @@ is not imported.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NoReturn
+from pathlib import Path
 
+from barepp.command import Parser, reader_is_gone
+from barepp.draw import draw
 from barepp.dry_run import Number
 from barepp.errors import UsageError
 from barepp.packed import packed
+from barepp.palette import wants_colours
+from barepp.bars import panel
+from barepp.plot import CHARACTERS, check_path, plot
 from barepp.schedules import Schedule, make_schedule, schedule_names
 from barepp.simulate import Cost, Costs, simulate
 from barepp.theory import bubble_in_theory
-from barepp.timeline import Timeline, draw
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one sentence, without the page of usage before it."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
+from barepp.timeline import Timeline
 
 # 12.6 million actions where backwards are split: about a minute, and 600 MiB.
 _MOST_PAIRS = 1024 * 4096
@@ -58,8 +55,8 @@ def _whole_numbers(text: str) -> int | list[int]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m barepp.plan", description=(__doc__ or "").splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="python -m barepp.plan", description=(__doc__ or "").splitlines()[0])
     names = ", ".join(schedule_names())
     parser.add_argument(
         "--schedule",
@@ -85,6 +82,9 @@ def _parser() -> _Parser:
         metavar="BYTES",
         help="what a forward leaves on its stage until the backward, one number or one for each "
         "stage: the plan then says how many bytes each rank keeps at most",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw the plan as a picture too, .svg or .png"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     return parser
@@ -128,18 +128,16 @@ def report(
     costs: Costs,
     peak_bytes: list[int] | None,
     width: int,
+    *,
+    colours: bool = False,
 ) -> str:
     """Return what is printed for a person: the grid, then the numbers with their formulas."""
     ranks, makespan = schedule.num_ranks, _plain(timeline.makespan)
     actions = sum(map(len, schedule.order))
-    sizes = (
-        f"{_count(schedule.num_stages, 'stage')} on {_count(ranks, 'rank')}, "
-        f"{_count(schedule.num_microbatches, 'microbatch')}"
-    )
     lines = [
-        f"{schedule.name}: {sizes}",
+        headline(schedule),
         "",
-        draw(timeline, width)
+        draw(timeline, width, colours=colours)
         if actions <= _MOST_DRAWN
         else f"({actions} actions are too many to draw)",
         "",
@@ -157,6 +155,14 @@ def report(
     if peak_bytes is not None:
         lines.append(f"peak bytes      {_listed(peak_bytes)} (rank 0 first: kept for backwards)")
     return "\n".join(lines)
+
+
+def headline(schedule: Schedule) -> str:
+    """Return "1f1b: 4 stages on 4 ranks, 8 microbatches"."""
+    stages, ranks = _count(schedule.num_stages, "stage"), _count(schedule.num_ranks, "rank")
+    return (
+        f"{schedule.name}: {stages} on {ranks}, {_count(schedule.num_microbatches, 'microbatch')}"
+    )
 
 
 def _count(number: int, thing: str) -> str:
@@ -182,12 +188,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.forward_cost, args.backward_input_cost, args.backward_weight_cost, args.transfer_cost
     )
     try:
+        if args.plot is not None:
+            check_path(args.plot)
         check_size(args.stages, args.microbatches)
         schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.ranks)
         timeline = simulate(schedule.order, schedule.num_stages, costs)
         peak_bytes = None
         if args.activation_bytes is not None:
             peak_bytes = timeline.peak_bytes(args.activation_bytes, schedule.num_stages)
+        if args.plot is not None:
+            said = f"planned: makespan {_plain(timeline.makespan)}, bubble {timeline.bubble:.1%}"
+            drawn = panel(timeline, said, "time, in units of the costs", characters=CHARACTERS)
+            plot([drawn], headline(schedule), args.plot)
     except UsageError as error:
         parser.error(str(error))
     try:
@@ -196,13 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             # Where the output is not a terminal, 120 columns: the lines go to a file or a document.
             width = shutil.get_terminal_size((120, 24)).columns
-            print(report(schedule, timeline, costs, peak_bytes, width))
+            colours = wants_colours(sys.stdout)
+            print(report(schedule, timeline, costs, peak_bytes, width, colours=colours))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough (`| head`). The interpreter flushes stdout once more at its
-        # end; give it a place to flush to, or it would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, what the shell reports for a program that the signal ends
+        return reader_is_gone()
     return 0
 
 

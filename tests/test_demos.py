@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from traces import check_format
 
 from barepp import make_schedule
 from barepp.plan import main as plan
+from barepp.show import main as show
 from barepp.simulate import Costs, simulate
+from barepp.tracefile import read_trace
 
 DEMOS = ROOT / "demos"
 PIPELINES = {
@@ -149,6 +152,17 @@ def test_the_monolith_is_the_pipeline_of_one_process(monolith: dict) -> None:
     assert monolith["schedule"] == "monolith"
     assert monolith["bubble_predicted"] == monolith["bubble_measured"] == 0
     assert monolith["peak_in_flight"] == [1]
+    assert monolith["computing_ms"][0] > 0 and monolith["waiting_ms"] == [0]
+
+
+def test_the_monoliths_trace_is_drawn_like_any_other(tmp_path: Path, alone: Callable) -> None:
+    trace = tmp_path / "trace.json"
+    assert alone("monolith", *ODD, "--trace", trace)[0] == 0
+    [recorded] = read_trace(trace).ranks
+    once = [f"0{kind}{microbatch}" for microbatch in range(4) for kind in "FB"]
+    assert [str(span.action) for span in recorded.actions] == 3 * once
+    assert [note.name for note in recorded.notes] == 3 * ["optimizer"]
+    assert show([str(trace)]) == 0
 
 
 def test_manual_split() -> None:
@@ -193,9 +207,16 @@ def test_a_pipeline_learns_what_the_monolith_learns(
     assert found["stages"] == stages
     order = make_schedule(PIPELINES[demo], stages, 4, world_size).order
     assert found["peak_in_flight"] == simulate(order, stages, Costs()).peak_in_flight
-    events = json.loads(trace.read_text())["traceEvents"]
-    actions = [event["name"] for event in events if event.get("cat") in list("FBIW")]
-    assert sorted(actions) == sorted(3 * [str(action) for row in order for action in row])
+    check_format(json.loads(trace.read_text()))
+    traced = read_trace(trace)
+    for rank, recorded in enumerate(traced.ranks):
+        actions = [span.action for span in recorded.actions]
+        assert actions == 3 * list(order[rank])  # one for one, in this order
+        assert [note.name for note in recorded.notes if note.step is None] == 3 * [
+            "optimizer (Adam)"
+        ]
+    assert traced.clock_error_ns == [0] * world_size  # of one host
+    assert show([str(trace)]) == 0
 
 
 def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: Callable) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 import pytest
 
 from barepp.actions import Action, Kind, order_text, parse_order
+from barepp.draw import draw
 from barepp.errors import ScheduleError
 from barepp.schedules import Schedule, ScheduleFunction, make_schedule, schedule_names
 from barepp.schedules.gpipe import gpipe_order
@@ -15,7 +16,6 @@ from barepp.schedules.one_f_one_b import one_f_one_b_order
 from barepp.schedules.zb_h1 import zb_h1_order
 from barepp.schedules.zb_v import zb_v_order
 from barepp.simulate import Costs, simulate
-from barepp.timeline import draw
 from barepp.validation import validate
 
 STAGES = range(1, 9)

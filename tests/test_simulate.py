@@ -10,10 +10,11 @@ from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
 from barepp.actions import Action, Order, parse_order
 from barepp.dependencies import dependencies, result_name
+from barepp.draw import draw
 from barepp.errors import ScheduleError, UsageError
 from barepp.schedules import make_schedule, schedule_names
 from barepp.simulate import Costs, simulate
-from barepp.timeline import Span, Timeline, draw
+from barepp.timeline import Span, Timeline
 
 STAGES = range(1, 9)
 MICROBATCHES = range(1, 13)
