@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from barepp.actions import Kind
+from barepp.bars import Arrow, Interval
 from barepp.breakdown import RankTimes, longest_first
 from barepp.errors import UsageError
-from barepp.bars import Arrow, Interval
 from barepp.recorder import ACTIVATIONS, AWAITED, GRADIENTS
 from barepp.simulate import Costs, simulate
 from barepp.timeline import Span, Timeline

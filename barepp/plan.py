@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from barepp.bars import panel
 from barepp.command import Parser, reader_is_gone
 from barepp.draw import draw
 from barepp.dry_run import Number
 from barepp.errors import UsageError
 from barepp.packed import packed
 from barepp.palette import wants_colours
-from barepp.bars import panel
 from barepp.plot import CHARACTERS, check_path, plot
 from barepp.schedules import Schedule, make_schedule, schedule_names
 from barepp.simulate import Cost, Costs, simulate

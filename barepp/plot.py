@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from barepp.actions import Kind
+from barepp.bars import Panel
 from barepp.errors import UsageError
 from barepp.palette import COLOUR, MEANING, Style, shade
-from barepp.bars import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

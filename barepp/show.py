@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from barepp.bars import panel
 from barepp.breakdown import own_time, table
 from barepp.command import Parser, reader_is_gone
 from barepp.draw import draw_to_scale
@@ -30,7 +31,6 @@ from barepp.measured import (
     typical_step,
 )
 from barepp.palette import MEANING, wants_colours
-from barepp.bars import panel
 from barepp.plan import headline
 from barepp.plot import CHARACTERS, check_path, plot
 from barepp.timeline import Timeline

@@ -11,10 +11,10 @@ from test_tracefile import every_shape
 from traces import MS, made
 
 from barepp.actions import Action, Kind
+from barepp.bars import MOST_BARS, Idle, label_that_fits, panel
 from barepp.errors import UsageError
 from barepp.measured import measured
 from barepp.palette import COLOUR
-from barepp.bars import MOST_BARS, Idle, label_that_fits, panel
 from barepp.plot import CHARACTERS, check_path, plot
 from barepp.schedules import make_schedule
 from barepp.simulate import Costs, simulate
