@@ -180,10 +180,7 @@ class Pipeline(Holding):
         return loss
 
     def trace(self) -> None:
-        """Record the last 1000 steps from now on, for `barepp.write_trace`; collective.
-
-        So are torch's optimizers; name anything else: `with pipe.recorder.span("name"):`.
-        """
+        """Let each rank's recorder keep spans from now on; collective, see `barepp.trace`."""
         start_trace(self.world, self.recorder, self.parameters())
 
     def forward(self, inputs: Value | None) -> Value | None:
