@@ -37,6 +37,7 @@ from gpt_model import gpt, loss_fn
 from torch import Tensor
 
 import barepp
+from barepp.breakdown import RankTimes, table
 from barepp.seeding import derive_seed
 from transport.collectives import broadcast
 
@@ -102,6 +103,7 @@ class Results:
     tokens_per_s: float  # a token is a byte
     bubble_measured: float
     peak_in_flight: list[int]  # per rank
+    ranks: list[RankTimes]  # what each rank did all the time
     written: str
 
 
@@ -222,7 +224,8 @@ def run(world: barepp.World, flags: Flags) -> Results:
         recompute=flags.recompute,
         sample=excerpts(learnt, flags.batch, flags.context, seed=0),
     )
-    pipe.recorder.tracing = flags.trace is not None
+    if flags.trace is not None:
+        pipe.trace()
     losses = train(world, pipe, learnt, flags)
     summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
     if flags.trace is not None:
@@ -241,6 +244,7 @@ def run(world: barepp.World, flags: Flags) -> Results:
         tokens_per_s=flags.batch * flags.context / summary.step_ms * 1e3,
         bubble_measured=summary.bubble,
         peak_in_flight=summary.peak_in_flight,
+        ranks=summary.ranks,
         written=write(world, pipe, flags),
     )
 
@@ -248,7 +252,11 @@ def run(world: barepp.World, flags: Flags) -> Results:
 def report(results: Results) -> str:
     """Return what a person reads at the end."""
     bubble = f"{results.bubble_measured:.1%} measured"
+    where = "\n".join(table(results.ranks))
     return f"""
+{results.schedule}, milliseconds a step:
+{where}
+
 step            {results.step_ms:.1f} ms ({results.schedule}), {results.tokens_per_s:.0f} bytes/s
 bubble          {bubble}; peak in-flight {results.peak_in_flight}
 parameters      sha256 {results.parameters_sha256}
