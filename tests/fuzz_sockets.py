@@ -12,6 +12,7 @@ import random
 import select
 import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -218,7 +219,7 @@ def rogue_messages(rng: random.Random, kinds: Sequence[FrameKind]) -> bytes:
         kind = rng.choice(kinds)
         data = msgpack.packb(message_meta(rng))
         try:
-            payload = rng.randbytes(MessageSpec.from_packed(data).nbytes)
+            payload = rng.randbytes(MessageSpec.from_packed(data, zlib.crc32(data)).nbytes)
         except ProtocolError:
             payload = b""
         word = rng.choice([*range(0, 5 * ALIGNMENT, ALIGNMENT), *EDGES])

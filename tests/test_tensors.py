@@ -7,7 +7,6 @@ import struct
 import time
 from collections.abc import Callable
 
-import msgpack
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from transport.tensors import (
     payload_sum,
     prepare,
 )
+from transport.wire import pack
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -62,7 +62,7 @@ def test_round_trip_keeps_every_bit(name: str, form: str) -> None:
         original.requires_grad_()
     spec, ready = prepare(original)
     payload = b"".join(bytes(memory(tensor)) for tensor in ready)
-    arrived = MessageSpec.from_packed(spec.packed.data)
+    arrived = MessageSpec.from_packed(*spec.packed)
     arrived.fit(len(payload))
     assert arrived == spec == MessageSpec.of(original)
     (target,) = arrived.allocate()
@@ -157,7 +157,7 @@ def test_what_cannot_be_filled_is_refused() -> None:
 
 
 def read(meta: object, payload_nbytes: int) -> MessageSpec:
-    spec = MessageSpec.from_packed(msgpack.packb(meta))
+    spec = MessageSpec.from_packed(*pack(meta))
     spec.fit(payload_nbytes)
     return spec
 

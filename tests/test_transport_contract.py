@@ -481,8 +481,8 @@ def test_a_clogged_connection_does_not_keep_a_processor_busy(name: str) -> None:
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         ranks[1].isend(torch.zeros(16 * MIB), 0)
         ranks[0].isend(torch.zeros(64 * MIB), 1)
-        eventually(lambda: ranks[0]._peers[1].connection.paused)
-        eventually(lambda: ranks[1]._peers[0].connection.paused)
+        eventually(lambda: ranks[0]._peers[1].connection.pending is not None)
+        eventually(lambda: ranks[1]._peers[0].connection.pending is not None)
         before = time.process_time()
         time.sleep(0.15)
         assert time.process_time() - before < 0.05
@@ -613,7 +613,7 @@ def test_a_lost_peer_fails_sends_to_it_also_when_reading_had_stopped(name: str) 
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         ranks[1].isend(torch.zeros(16 * MIB), 0)
         sending = ranks[0].isend(torch.zeros(64 * MIB), 1)
-        eventually(lambda: ranks[0]._peers[1].connection.paused)
+        eventually(lambda: ranks[0]._peers[1].connection.pending is not None)
         waiting = start(lambda: sending.wait(SOON_S))
         time.sleep(0.02)
         ranks[1].abort(TransportClosed("crashed"))
@@ -718,7 +718,7 @@ def test_a_goodbye_behind_a_flood_is_still_a_goodbye(name: str) -> None:
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         for i in range(20):
             ranks[0].isend(torch.full((500,), i), 1)
-        eventually(lambda: 0 in ranks[1]._peers and ranks[1]._peers[0].connection.paused)
+        eventually(lambda: 0 in ranks[1]._peers and ranks[1]._peers[0].connection.pending)
         ranks[0].close(SOON_S)
         try:
             sending = ranks[1].isend(torch.zeros(64 * MIB), 0)
@@ -953,7 +953,7 @@ def test_a_recv_that_timed_out_in_the_midst_of_its_message(
         head = encode(FrameKind.MESSAGE, 1, spec.packed, size)
         sock.setblocking(True)
         sock.sendall(head + b"\1" * 1000)
-        worlds.eventually(lambda: one._peers[1].arrival is not None)
+        worlds.eventually(lambda: one._peers[1].connection.arriving is not None)
         later = one.irecv(1) if next_waits else None
         assert one.withdraw(receive)
         sock.sendall(b"\1" * (size - 1000))

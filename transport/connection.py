@@ -12,16 +12,18 @@ import select
 import socket
 import termios
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from select import EPOLLIN, EPOLLOUT
 from typing import Any, Final, Protocol
 
 import torch
 
-from transport.decoder import Decoder
+from transport.decoder import Decoder, PayloadDone
 from transport.errors import PeerLost, ProtocolError, TransportError
+from transport.mailbox import Arrival
 from transport.progress import Progress
-from transport.tensors import MessageSpec, copied_bytes, fill, memory
-from transport.wire import MESSAGES, Frame, FrameKind, Limits, encode, unpack
+from transport.tensors import MessageSpec, fill, memory
+from transport.wire import MESSAGES, Frame, FrameKind, Limits, check_crc, encode, unpack
 from transport.work import Work
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
@@ -33,14 +35,17 @@ JOIN_NBYTES: Final = 4096  # a frame up to this is copied into one buffer, which
 class Owner(Protocol):
     """What a connection asks of the transport that it belongs to."""
 
-    def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
-        """Return the tensors that the payload on the stream fills, None to stop reading for now.
+    def on_frame(self, connection: Connection, frame: Frame) -> bool:
+        """Make a message `connection.arriving`; return False to stop reading for now.
 
         While `connection.ending` the owner takes every frame.
         """
 
-    def on_payload(self, connection: Connection) -> None:
-        """Take note that the payload of the last frame is complete."""
+    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
+        """Take note that the message is complete, and no longer arriving."""
+
+    def on_goodbye(self, connection: Connection) -> None:
+        """Take note that nothing more will come."""
 
     def on_end(self, connection: Connection, error: TransportError) -> None:
         """Take note that the stream is over: `ProtocolError` for bad bytes, else `PeerLost`."""
@@ -72,9 +77,12 @@ class Connection:
         self._decoder = Decoder(limits, _read_meta)
         self._queue: deque[_Outgoing] = deque()
         self._sequence = 0
-        self._pending: Frame | None = None  # a frame that the owner has not taken yet
-        self._filling: Sequence[torch.Tensor] = ()  # kept alive while the kernel writes to them
+        self.pending: Frame | None = None  # a frame that the owner has not taken yet
+        # The message whose payload is coming in; it keeps the memory alive that the kernel fills.
+        self.arriving: Arrival | None = None
         self._watched = 0
+        # What a kind of connection reads before the first frame: False while it has not all come.
+        self._before_frames: Callable[[], bool] | None = None
 
     @property
     def flushed(self) -> bool:
@@ -95,16 +103,11 @@ class Connection:
         poller.register(self.socket, 0)
         return bool(poller.poll(0))  # a hang-up or an error: nobody is left to acknowledge
 
-    @property
-    def paused(self) -> bool:
-        """Whether reading has stopped because the owner did not take a frame."""
-        return self._pending is not None
-
     def attach(self, sock: socket.socket) -> None:
         """Start to read and write over an authenticated, non-blocking socket."""
         self.socket = sock
-        self._progress.register(sock.fileno(), select.EPOLLIN, self._on_events)
-        self._watched = select.EPOLLIN
+        self._progress.register(sock.fileno(), EPOLLIN, self._on_events)
+        self._watched = EPOLLIN
         self._flush()
 
     def queue(
@@ -126,17 +129,25 @@ class Connection:
         Raises:
             InvalidArgument: the frame is over the limits, which the peer has as well.
         """
-        head = encode(kind, self._sequence, meta, payload_nbytes, self._limits, tag=tag, word=word)
+        views: Iterable[memoryview] = map(memory, tensors)
+        short = payload_nbytes <= JOIN_NBYTES
+        head = encode(
+            kind,
+            self._sequence,
+            meta,
+            payload_nbytes,
+            self._limits,
+            tag=tag,
+            word=word,
+            payload=views if short else (),
+        )
         self._sequence += 1
-        if payload_nbytes <= JOIN_NBYTES:
-            head = b"".join((head, *map(copied_bytes, tensors)))
-            tensors = ()
-            if self.socket is not None and not self._queue and self._send_whole(head):
-                if work is not None:
-                    work.complete()
-                return
-        buffers = deque([memoryview(head), *map(memory, tensors)])
-        self._queue.append(_Outgoing(buffers, tensors, work))
+        if short and not self._queue and self.socket is not None and self._send_whole(head):
+            if work is not None:
+                work.complete()
+            return
+        buffers = deque([memoryview(head), *views])  # of which a short frame has used up the views
+        self._queue.append(_Outgoing(buffers, () if short else tensors, work))
         if self.socket is not None and len(self._queue) == 1:
             self._flush()
 
@@ -156,9 +167,9 @@ class Connection:
 
     def resume(self) -> None:
         """Offer the frame that was not taken once more, and read on if it is taken now."""
-        if self._pending is not None and self.socket is not None:
-            frame, self._pending = self._pending, None
-            if self._begin(frame) and self._drain():
+        if self.pending is not None and self.socket is not None:
+            frame, self.pending = self.pending, None
+            if self._drain(frame):
                 self._watch()
             self._progress.wake()  # this may have completed what other threads wait for
 
@@ -168,8 +179,7 @@ class Connection:
             self._progress.unregister(self.socket.fileno())
             self.socket.close()
             self.socket = None
-        self._filling = ()
-        self._pending = None
+        self.pending = None
 
     def detach(self, error: TransportError) -> None:
         """Close the socket and fail what is still queued."""
@@ -180,9 +190,9 @@ class Connection:
                 work.fail(error)
 
     def _on_events(self, mask: int) -> None:
-        if mask & select.EPOLLOUT:
+        if mask & EPOLLOUT:
             self._flush()
-        if mask & ~select.EPOLLOUT and self.socket is not None and self._pending is None:
+        if mask & ~EPOLLOUT and self.socket is not None and self.pending is None:
             self._read()
 
     def _watch(self) -> None:
@@ -190,7 +200,7 @@ class Connection:
         if self.socket is None:
             return
         writing = self._queue and not self.ending
-        wanted = (0 if self.paused else select.EPOLLIN) | (select.EPOLLOUT if writing else 0)
+        wanted = (0 if self.pending is not None else EPOLLIN) | (EPOLLOUT if writing else 0)
         if wanted == self._watched:
             return
         fd = self.socket.fileno()
@@ -237,58 +247,63 @@ class Connection:
 
     def _read(self) -> None:
         assert self.socket is not None
-        budget = READ_BUDGET_NBYTES
+        if self._before_frames is not None and not self._before_frames():
+            return
+        decoder, budget = self._decoder, READ_BUDGET_NBYTES
         try:
             while budget > 0:
-                room = self._decoder.buffer()
+                room = decoder.buffer()
                 nbytes = self.socket.recv_into(room)
                 if nbytes == 0:
                     self._end(None)
                     return
-                self._decoder.received(nbytes)
-                if not self._drain():
+                decoder.received(nbytes)
+                # (Less than there was room for was all: asking again would cost a system call.)
+                if not self._drain() or nbytes < len(room):
                     return
-                if nbytes < len(room):
-                    return  # that was all; asking once more would only cost a system call
                 budget -= nbytes
         except BlockingIOError:
             pass
         except OSError as error:
             self._end(error)
 
-    def _drain(self) -> bool:
-        """Handle all frames that are here; False when reading has stopped."""
+    def _drain(self, event: Frame | PayloadDone | None = None) -> bool:
+        """Handle all frames that are here, after `event` if any; False when reading has stopped."""
         try:
-            while (event := self._decoder.next_event()) is not None:
+            if event is None:
+                event = self._decoder.next_event()
+            while event is not None:
                 if isinstance(event, Frame):
                     if not self._begin(event):
                         return False
-                else:
-                    self._filling = ()
-                    self._owner.on_payload(self)
+                elif self.arriving is not None:
+                    self._owner.on_payload(self, self.arriving)
                 if self.socket is None:
                     return False
+                event = self._decoder.next_event()
         except ProtocolError as error:
             self._owner.on_end(self, error)
             return False
         return True
 
     def _begin(self, frame: Frame) -> bool:
-        try:
-            tensors = self._owner.on_frame(self, frame)
-            if tensors is None:
-                self._pending = frame
-                self._watch()
-                return False
-            if (payload := self._decoder.take_payload()) is None:
-                self._filling = tensors
-                self._decoder.receive_into([memory(tensor) for tensor in tensors])
-            else:  # all of a short message is here
-                fill(tensors, payload)
-                self._owner.on_payload(self)
-        except ProtocolError as error:
-            self._owner.on_end(self, error)
+        """Begin a frame, and end it if all of it is here; False when the owner does not take it."""
+        if frame.kind is FrameKind.GOODBYE and not frame.payload_nbytes:
+            self._owner.on_goodbye(self)
+            return True
+        if not self._owner.on_frame(self, frame):
+            self.pending = frame
+            self._watch()
             return False
+        arrival = self.arriving
+        assert arrival is not None
+        payload = self._decoder.take_payload()
+        if payload is None:
+            self._decoder.receive_into([memory(tensor) for tensor in arrival.tensors])
+        else:
+            if payload:  # nothing of a lent message is on the stream
+                fill(arrival.tensors, payload)
+            self._owner.on_payload(self, arrival)
         return True
 
     def _end(self, error: OSError | None) -> None:
@@ -298,5 +313,8 @@ class Connection:
         self._owner.on_end(self, PeerLost(message))
 
 
-def _read_meta(kind: FrameKind, meta: bytes) -> Any:
-    return MessageSpec.from_packed(meta) if kind in MESSAGES else unpack(meta)
+def _read_meta(kind: FrameKind, meta: bytes, crc: int) -> Any:
+    if kind in MESSAGES:
+        return MessageSpec.from_packed(meta, crc)
+    check_crc(meta, crc)
+    return unpack(meta)

@@ -28,6 +28,7 @@ from transport.wire import (
     Frame,
     FrameKind,
     Limits,
+    check_crc,
     over_the_limit,
     unpack,
 )
@@ -49,14 +50,14 @@ class Decoder:
 
     `next_event` returns None when it needs more bytes, a `Frame` when metadata is complete, then
     `PayloadDone.DONE`. Between the two the caller names the payload's destination with
-    `receive_into`, so that large payloads land where they belong. `read_meta` turns a frame's
-    metadata into what `Frame.meta` holds; it raises ProtocolError when it cannot.
+    `receive_into`, so that large payloads land where they belong. `read_meta` is given a frame's
+    kind, its metadata and their CRC-32; it checks that, and returns what `Frame.meta` is to hold.
     """
 
     def __init__(
         self,
         limits: Limits | None = None,
-        read_meta: Callable[[FrameKind, bytes], Any] | None = None,
+        read_meta: Callable[[FrameKind, bytes, int], Any] | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._read_meta = read_meta or _unpacked
@@ -140,7 +141,9 @@ class Decoder:
         if self._error is not None:
             raise self._error
         try:
-            return self._payload_event() if self._frame is not None else self._frame_event()
+            if self._frame is not None:
+                return self._payload_event()
+            return self._frame_event() if self._start != self._end else None
         except ProtocolError as error:
             self._error = error
             raise
@@ -168,14 +171,12 @@ class Decoder:
             del self._destinations[0]
 
     def _frame_event(self) -> Frame | None:
-        start, end = self._start, self._end
         if self._header is None:
-            if end - start < HEADER.size:
-                if start < end:
-                    self._check_magic()
+            if self._end - self._start < HEADER.size:
+                self._check_magic()
                 return None
             self._header = self._decode_header()
-            start = self._start
+        start, end = self._start, self._end
         kind, meta_nbytes, meta_crc, payload_nbytes, tag, word = self._header
         if end - start >= meta_nbytes and not self._meta:  # the usual case: it is all here
             meta = bytes(self._scratch[start : start + meta_nbytes])
@@ -185,10 +186,8 @@ class Decoder:
             if len(self._meta) < meta_nbytes:
                 return None
             meta, self._meta = bytes(self._meta), bytearray()
-        if zlib.crc32(meta) != meta_crc:
-            raise ProtocolError("the metadata's checksum does not match: bytes changed on the way")
         self._header = None
-        self._frame = Frame(kind, self._read_meta(kind, meta), payload_nbytes, tag, word)
+        self._frame = Frame(kind, self._read_meta(kind, meta, meta_crc), payload_nbytes, tag, word)
         self._left = 0 if kind is FrameKind.LENT else payload_nbytes
         return self._frame
 
@@ -227,5 +226,6 @@ class Decoder:
         self._start += nbytes
 
 
-def _unpacked(kind: FrameKind, meta: bytes) -> Any:
+def _unpacked(kind: FrameKind, meta: bytes, crc: int) -> Any:
+    check_crc(meta, crc)
     return unpack(meta)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from transport.errors import MessageMismatch, TransportError
-from transport.tensors import MessageSpec, overwrite, tensors_of
+from transport.tensors import MessageSpec, overwrite
 from transport.work import Receive
 
 
@@ -57,7 +57,11 @@ class Mailbox:
         key = (receive.peer, receive.tag)
         arrivals = self._arrivals.get(key)
         if arrivals is None:
-            self._receives.setdefault(key, deque()).append(receive)
+            receives = self._receives.get(key)
+            if receives is None:
+                self._receives[key] = deque((receive,))
+            else:
+                receives.append(receive)
             return
         arrival = arrivals.popleft()
         if not arrivals:
@@ -110,12 +114,9 @@ class Mailbox:
         if not receives:
             del self._receives[key]
         self._match(arrival, receive)
-        if arrival.tensors:
-            return
-        if receive.into is not None and arrival.error is None:
-            arrival.tensors = tensors_of(receive.into)
-        else:
-            arrival.tensors = arrival.spec.allocate()
+        if not arrival.tensors:
+            into = receive.into is not None and arrival.error is None
+            arrival.tensors = receive.targets if into else arrival.spec.allocate()
 
     def complete(self, arrival: Arrival) -> Receive | None:
         """Take note that the payload is here; return the receive that this completed, if any."""
@@ -147,7 +148,7 @@ class Mailbox:
 
     def _match(self, arrival: Arrival, receive: Receive) -> None:
         arrival.receive = receive
-        if receive.expected is not None:
+        if receive.expected is not None and receive.expected is not arrival.spec:
             arrival.error = receive.expected.check(arrival.spec, arrival.src, arrival.tag)
 
     def _deliver(self, arrival: Arrival) -> None:
@@ -160,7 +161,7 @@ class Mailbox:
             mine = [t.clone() for t in arrival.tensors] if arrival.borrowed else arrival.tensors
             receive.complete(arrival.spec.pack(mine))
             return
-        for target, tensor in zip(tensors_of(receive.into), arrival.tensors, strict=True):
-            if target is not tensor:  # it arrived before it was asked for
+        if arrival.tensors is not receive.targets:  # it lay elsewhere before it was asked for
+            for target, tensor in zip(receive.targets, arrival.tensors, strict=True):
                 overwrite(target, tensor)
         receive.complete(receive.into)

@@ -19,7 +19,6 @@ from transport.connection import Connection
 from transport.errors import PeerLost, TransportError
 from transport.handshake import Hello, Role, Verdict
 from transport.listener import Listener
-from transport.mailbox import Arrival
 from transport.progress import Progress
 
 
@@ -29,8 +28,6 @@ class Peer:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.call: Call | None = None  # our own attempt to connect, while it runs
-        self.arrival: Arrival | None = None  # the message whose payload is coming in
-        self.left = False  # it said goodbye
         self.lost = False  # its stream broke, or it could not be reached
         self.ended: TransportError | None = None  # why nothing can be sent or received any more
 

@@ -8,8 +8,9 @@
 2. A thread that waits becomes the driver: it disarms the inner epoll within the outer one (one
    system call, nobody is woken), then polls the inner one directly. What it waits for is handled
    in its own thread, without a hand-off: a hand-off between two threads costs tens of microseconds.
-3. When it is done it arms the outer epoll again. The background thread wakes only when bytes
-   arrive while nobody waits, that is while the rank computes.
+3. When it is done it arms the outer epoll again, under the lock that it handled the last events
+   with. The background thread wakes only when bytes arrive while nobody waits, that is while the
+   rank computes.
 4. A second thread that waits meanwhile is a follower: the driver notifies it after each round.
 5. Nothing that goes wrong is lost in a thread: an exception that a handler does not expect, or an
    interrupt in the midst of one, leaves a half-done state, so `on_crash` is told and ends it all.
@@ -25,7 +26,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -62,10 +63,16 @@ class Progress:
     Whoever changes anything that handlers use does it within `with progress.lock, progress.guard:`.
     """
 
-    def __init__(self, name: str, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        on_crash: Callable[[BaseException], None],
+        on_drive: Callable[[], None] = lambda: None,
+    ) -> None:
         self.lock = threading.Lock()
         self.guard = Guard(on_crash)
-        self._on_crash = on_crash  # called under the lock
+        self._on_crash = on_crash  # called under the lock, as is
+        self._on_drive = on_drive  # when a thread begins to drive
         self._changed = threading.Condition(self.lock)
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -81,6 +88,11 @@ class Progress:
         self.register(self._wakeup, select.EPOLLIN, self._on_wakeup)
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def driven(self) -> bool:
+        """Whether some thread waits, and so polls for itself."""
+        return self._driver is not None
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` under the lock whenever one of the epoll `events` is there."""
@@ -112,13 +124,16 @@ class Progress:
     def run_until(self, work: Work, timeout: float | None) -> bool:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
         deadline = deadline_after(timeout)
+        me = threading.get_ident()
         while not work.done:
             if deadline is not None and remaining(deadline) == 0.0:
                 return False
             try:
-                self._follow_or_drive(work, deadline)
+                if self._begins_to_drive(me, work, deadline):
+                    self._drive(work, deadline)
             finally:
-                self._leave()
+                if self._driver == me:  # an interrupt ended it
+                    self._leave()
         return True
 
     def stop(self) -> None:
@@ -138,45 +153,56 @@ class Progress:
                 self._inner.close()
                 os.close(self._wakeup)
 
-    def _follow_or_drive(self, work: Work, deadline: float | None) -> None:
+    def _begins_to_drive(self, me: int, work: Work, deadline: float | None) -> bool:
+        """Become the driver; False after following one that is there, or when the work is done."""
         # The lock is taken by `with` alone: an interrupt (Ctrl-C) strikes between any two other
         # steps, and would leave it locked, or release it in another thread's hands.
         with self.lock:
             if work.done:  # since it was looked at without the lock; all may be closed by now
-                return
+                return False
             if self._driver is not None:
                 self._followers += 1
                 try:
                     self._changed.wait(remaining(deadline))
                 finally:
                     self._followers -= 1
-                return
-            self._driver = threading.get_ident()
+                return False
+            self._driver = me
             self._outer.modify(self._inner, 0)
-            left = self._until_due(deadline)
-        while not work.done:
-            events = self._inner.poll(left)
+            self._on_drive()
+        return True
+
+    def _drive(self, work: Work, deadline: float | None) -> None:
+        """Poll and handle until the work is done or the time is over, then give up driving."""
+        left = self._until_due(deadline)
+        while True:
+            events = () if work.done else self._inner.poll(left)
             with self.lock:
                 self._handle(events)
-                left = self._until_due(deadline)
-            if left == 0.0 and remaining(deadline) == 0.0:
+                if not work.done:
+                    left = self._until_due(deadline)
+                    if left != 0.0 or remaining(deadline) != 0.0:
+                        continue
+                self._give_up_driving()
                 return
 
+    def _give_up_driving(self) -> None:
+        self._outer.modify(self._inner, select.EPOLLIN)
+        # The background thread may have to end (this thread has read its wake-up call), or sleep
+        # for longer than the next timer allows.
+        if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
+            self.wake()
+        if self._followers or self._stopped:
+            self._changed.notify_all()  # a follower takes over; `stop` goes on
+        self._driver = None
+
     def _leave(self) -> None:
-        """Give up driving, if this thread drives."""
+        """Give up driving, whatever strikes meanwhile: nobody else could drive any more."""
         try:
-            if self._driver == threading.get_ident():
-                with self.lock:
-                    self._outer.modify(self._inner, select.EPOLLIN)
-                    # The background thread may have to end (this thread has read its wake-up
-                    # call), or sleep for longer than the next timer allows.
-                    if self._stopped or (self._timers and self._timers[0][0] < self._sleeps_until):
-                        self.wake()
-                    if self._followers or self._stopped:
-                        self._changed.notify_all()  # a follower takes over; `stop` goes on
-                    self._driver = None
+            with self.lock:
+                self._give_up_driving()
         except BaseException:
-            self._leave()  # an interrupt came meanwhile: nobody else could drive any more
+            self._leave()
             raise
 
     def _background(self) -> None:
@@ -194,7 +220,7 @@ class Progress:
                 if self._driver is None and not self._stopped:
                     self._handle(self._inner.poll(0))
 
-    def _handle(self, events: list[tuple[int, int]]) -> None:
+    def _handle(self, events: Sequence[tuple[int, int]]) -> None:
         try:
             for fd, mask in events:
                 handler = self._handlers.get(fd)  # an earlier handler may have closed this one
@@ -217,10 +243,11 @@ class Progress:
 
     def _until_due(self, deadline: float | None) -> float | None:
         """Return the seconds until the deadline or the next timer; None for no limit."""
-        if self._timers:
-            due = self._timers[0][0]
-            return remaining(due if deadline is None else min(due, deadline))
-        return remaining(deadline)
+        timers = self._timers
+        if not timers:
+            return remaining(deadline)
+        due = timers[0][0]
+        return remaining(due if deadline is None else min(due, deadline))
 
     def _on_wakeup(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):

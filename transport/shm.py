@@ -45,12 +45,11 @@ class LendingConnection(Connection):
         super().__init__(progress, owner, peer, limits)
         self.lender: Lender | None = None
         self.borrowed: Borrowed | None = None
-        self._greeted = True  # whether the peer's arena, if any, is here
 
     def attach(self, sock: socket.socket) -> None:
         """Show the arena, then start to read and write."""
         if sock.family == socket.AF_UNIX:
-            self._greeted = False
+            self._before_frames = self._take_greeting
             self._show_arena(sock)
         super().attach(sock)
 
@@ -76,10 +75,6 @@ class LendingConnection(Connection):
             with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
                 sock.send(_WITHOUT)
 
-    def _read(self) -> None:
-        if self._greeted or self._take_greeting():
-            super()._read()
-
     def _take_greeting(self) -> bool:
         """Take the peer's arena; False when it has not come yet, or never will."""
         assert self.socket is not None
@@ -94,7 +89,7 @@ class LendingConnection(Connection):
             self._end(None)
             return False
         try:
-            self._greeted = True
+            self._before_frames = None
             if fds:
                 self.borrowed = Borrowed(fds[0])
             if data != (_WITH_ARENA if fds else _WITHOUT):
@@ -127,20 +122,29 @@ class ShmTransport(UnixTransport):
         tensors: Sequence[torch.Tensor],
         work: Send,
     ) -> None:
-        assert isinstance(connection, LendingConnection)
-        lender, limits = connection.lender, self._limits
+        offset = None
+        if spec.nbytes >= LEND_NBYTES:
+            assert isinstance(connection, LendingConnection)
+            offset = self._lend(connection, spec, tensors)
+        if offset is None:
+            super()._dispatch(connection, spec, tensors, work)
+            return
+        connection.queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset)
+        work.complete()
+
+    def _lend(
+        self, connection: LendingConnection, spec: MessageSpec, tensors: Sequence[torch.Tensor]
+    ) -> int | None:
+        """Copy a message into a block; return its offset, or None when the stream is to take it."""
+        limits = self._limits
         # (What is over the limits is left to the stream, which says so.)
-        meta_fits = len(spec.packed.data) <= min(limits.meta_nbytes, LENT_META_NBYTES)
-        payload_fits = LEND_NBYTES <= spec.nbytes <= limits.payload_nbytes
-        if lender is not None and meta_fits and payload_fits:
-            offset = lender.lend(spec, tensors)
-            if offset is not None:
-                connection.queue(
-                    FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset
-                )
-                work.complete()
-                return
-        super()._dispatch(connection, spec, tensors, work)
+        if (
+            connection.lender is None
+            or spec.nbytes > limits.payload_nbytes
+            or len(spec.packed.data) > min(limits.meta_nbytes, LENT_META_NBYTES)
+        ):
+            return None
+        return connection.lender.lend(spec, tensors)
 
     def _fetch(self, connection: Connection, frame: Frame, arrival: Arrival) -> None:
         if frame.kind is not FrameKind.LENT:

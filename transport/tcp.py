@@ -70,10 +70,9 @@ class TcpTransport(Transport):
         self._limits = limits or Limits()
         self._checksum = checksum
         self._mailbox = Mailbox()
-        self._waiting = 0  # threads that wait for a work: while there are, read on
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
-        self._progress = Progress(f"barepp-progress-{rank}", self._on_crash)
+        self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
         self._lock, self._guard = self._progress.lock, self._progress.guard
         with self._lock, self._guard:
             place = Place(rank, world_size, addresses, listening, secret, self.unix)
@@ -108,26 +107,20 @@ class TcpTransport(Transport):
             self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._peers.get(receive.peer) or self._contacts.get(receive.peer)
-            peer.connection.resume()
-            if not receive.done and peer.ended is not None:
+            if peer.connection.pending is not None:
+                peer.connection.resume()
+            if peer.ended is not None and not receive.done:
                 self._mailbox.fail(peer.ended, receive.peer)
 
     def withdraw(self, receive: Receive) -> bool:
         """Take a posted receive back; False when it is done already."""
         with self._lock, self._guard:
-            return self._mailbox.withdraw(receive, self._contacts.get(receive.peer).arrival)
+            arriving = self._contacts.get(receive.peer).connection.arriving
+            return self._mailbox.withdraw(receive, arriving)
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
-        with self._lock, self._guard:
-            self._waiting += 1
-            for connection in [p.connection for p in self._peers.values() if p.connection.paused]:
-                connection.resume()
-        try:
-            return self._progress.run_until(work, timeout)
-        finally:
-            with self._lock:
-                self._waiting -= 1
+        return self._progress.run_until(work, timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Send what is queued, say goodbye to every peer and end."""
@@ -221,6 +214,13 @@ class TcpTransport(Transport):
                 f"rank {connection.peer} lends memory, which {self.name} cannot map"
             )
 
+    def _resume_all(self) -> None:
+        """Read on from every peer, because some thread begins to wait: to stop could deadlock."""
+        for peer in self._peers.values():
+            if peer.connection.pending is not None and self._farewell is None:
+                with self._guard:
+                    peer.connection.resume()
+
     # -- a peer's beginning and end ---------------------------------------------------------------
 
     def _connect(self, rank: int) -> Connection:
@@ -245,56 +245,52 @@ class TcpTransport(Transport):
         if peer.call is not None:
             peer.call.cancel()
         peer.connection.detach(error)
-        if peer.arrival is not None and peer.arrival.receive is not None:
-            peer.arrival.receive.fail(error)
-        peer.arrival = None
+        arrival, peer.connection.arriving = peer.connection.arriving, None
+        if arrival is not None and arrival.receive is not None:
+            arrival.receive.fail(error)
         self._mailbox.fail(error, peer.connection.peer)
         self._progress.wake()  # other threads may wait for what has just failed
 
     # -- what a connection asks (see connection.Owner) --------------------------------------------
 
-    def on_frame(self, connection: Connection, frame: Frame) -> Sequence[torch.Tensor] | None:
+    def on_frame(self, connection: Connection, frame: Frame) -> bool:
         """Match a message with the receive that wants it, or hold it within the bound."""
-        peer = self._peers[connection.peer]
-        if frame.kind is FrameKind.GOODBYE and frame.payload_nbytes == 0:
-            peer.left = True
-            return ()
-        if frame.kind not in MESSAGES or peer.left:
-            raise ProtocolError(f"rank {connection.peer} sent a {frame.kind.name} out of place")
+        src, kind, tag = connection.peer, frame.kind, frame.tag
+        if kind not in MESSAGES:
+            raise ProtocolError(f"rank {src} sent a {kind.name} out of place")
         spec: MessageSpec = frame.meta
-        spec.fit(frame.payload_nbytes)
-        src, tag = connection.peer, frame.tag
-        read_on = self._waiting or connection.ending
-        if not read_on and not self._mailbox.wanted(src, tag):
+        if spec.nbytes != frame.payload_nbytes:
+            spec.fit(frame.payload_nbytes)  # says so
+        waiting = self._progress.driven and self._farewell is None
+        if not waiting and not connection.ending and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
-                return None
-        arrival = peer.arrival = Arrival(src, tag, spec)
-        self._fetch(connection, frame, arrival)
+                return False
+        arrival = connection.arriving = Arrival(src, tag, spec)
+        if kind is not FrameKind.MESSAGE:
+            self._fetch(connection, frame, arrival)
         try:
             self._mailbox.arrive(arrival)
         except RuntimeError as error:  # torch's allocator
             raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
-        return () if frame.kind is FrameKind.LENT else arrival.tensors
+        return True
 
-    def on_payload(self, connection: Connection) -> None:
-        """Complete the message, or act on a goodbye."""
-        peer = self._peers[connection.peer]
-        if peer.left:
-            gone = f"rank {connection.peer} has left, so nothing more comes from it"
-            self._end_peer(peer, PeerLeft(gone))
-            return
-        assert peer.arrival is not None
-        arrival = peer.arrival
+    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
+        """Complete the message."""
         if arrival.sum is not None and payload_sum(arrival.tensors) != arrival.sum:
             raise ProtocolError(
                 f"the payload's sum is {payload_sum(arrival.tensors):#x}, {arrival.sum:#x} was "
                 f"sent: bytes of the message with tag {arrival.tag} changed on the way"
             )
-        peer.arrival = None
+        connection.arriving = None
         count(self.traffic.received, connection.peer)
         self.traffic.received_nbytes += arrival.spec.nbytes
         self._mailbox.complete(arrival)
+
+    def on_goodbye(self, connection: Connection) -> None:
+        """Act on a goodbye."""
+        gone = f"rank {connection.peer} has left, so nothing more comes from it"
+        self._end_peer(self._peers[connection.peer], PeerLeft(gone))
 
     def on_end(self, connection: Connection, error: TransportError) -> None:
         """The stream broke, or its bytes made no sense: it is never used again."""

@@ -1,10 +1,8 @@
 """The only place where a tensor becomes bytes and back: no copy, no numpy, no pickle.
 
-A message is one tensor or a tuple of tensors. On the wire its metadata is the msgpack array
-
-    [is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
-
-and its payload the tensors' bytes in that order, C-contiguous, little-endian, without padding.
+A message is one tensor or a tuple of tensors. On the wire its metadata (metadata.py) says dtypes
+and shapes, and its payload is the tensors' bytes in that order, C-contiguous, little-endian, without
+padding.
 """
 
 from __future__ import annotations
@@ -19,33 +17,13 @@ from typing import Final, TypeAlias
 
 import torch
 
+from transport import metadata
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
-from transport.wire import Packed, pack, unpack
+from transport.metadata import DTYPES, MAX_TENSORS, NAMES
+from transport.wire import Packed, check_crc
 
 Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
-# What may cross the network; everything else (quantised, sparse, object-like) is refused.
-DTYPES: Final[dict[str, torch.dtype]] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint8,
-        torch.bool,
-        torch.complex64,
-        torch.complex128,
-    )
-}
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-MAX_TENSORS: Final = 256  # in one message
-MAX_DIMS: Final = 64  # more than any layer uses
-_INT64_MAX: Final = 2**63 - 1
 _CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so the cache stays small
 
 
@@ -67,7 +45,7 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{_NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
+        return f"{NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,22 +83,20 @@ class MessageSpec:
     @functools.cached_property
     def packed(self) -> Packed:
         """The metadata of a message of this spec."""
-        meta: list[object] = [self.is_tuple]
-        for spec in self.tensors:
-            meta += (_NAMES[spec.dtype], spec.shape)
-        return pack(meta)
+        return metadata.write(self.is_tuple, ((t.dtype, t.shape) for t in self.tensors))
 
     @classmethod
-    def from_packed(cls, data: bytes) -> MessageSpec:
-        """Read metadata that came over the network, trusting nothing in it.
+    def from_packed(cls, data: bytes, crc: int) -> MessageSpec:
+        """Read metadata that came over the network with its CRC-32, trusting nothing in it.
 
         Raises:
             ProtocolError: it is not a message's metadata.
         """
         if len(data) <= _CACHED_META_NBYTES:
-            return _read_once(data)
-        is_tuple, pairs = _read(data)
-        return cls(tuple(TensorSpec(*pair) for pair in pairs), is_tuple)
+            return _read_once(data, crc)
+        check_crc(data, crc)
+        is_tuple, forms = metadata.read(data)
+        return cls(tuple(TensorSpec(*form) for form in forms), is_tuple)
 
     def fit(self, payload_nbytes: int) -> None:
         """Check the length that a frame announces for its payload.
@@ -139,7 +115,7 @@ class MessageSpec:
 
     def check(self, arrived: MessageSpec, src: int, tag: int) -> MessageMismatch | None:
         """Return the error to raise when `arrived` is not what this (expected) spec says."""
-        if arrived is self or arrived == self:  # those of one shape are mostly one object
+        if arrived == self:
             return None
         return MessageMismatch(
             f"the message from rank {src} (tag {tag}) holds {arrived}, this rank expects {self}"
@@ -159,38 +135,10 @@ def _tuple(*tensors: tuple[torch.dtype, tuple[int, ...]]) -> MessageSpec:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_once(data: bytes) -> MessageSpec:
-    is_tuple, pairs = _read(data)
-    return _tuple(*pairs) if is_tuple else _single(*pairs[0])  # the objects that a sender has too
-
-
-def _read(data: bytes) -> tuple[bool, list[tuple[torch.dtype, tuple[int, ...]]]]:
-    meta = unpack(data)
-    if not isinstance(meta, list) or not 1 <= len(meta) <= 1 + 2 * MAX_TENSORS or not len(meta) % 2:
-        raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
-    is_tuple = meta[0]
-    if type(is_tuple) is not bool:
-        raise ProtocolError(f"not a message's form: {is_tuple!r:.200}")
-    pairs = [_checked_pair(meta[i], meta[i + 1]) for i in range(1, len(meta), 2)]
-    if not is_tuple and len(pairs) != 1:
-        raise ProtocolError(f"a single tensor was announced, {len(pairs)} are described")
-    return is_tuple, pairs
-
-
-def _checked_pair(name: object, shape: object) -> tuple[torch.dtype, tuple[int, ...]]:
-    dtype = DTYPES.get(name) if isinstance(name, str) else None
-    if dtype is None:
-        raise ProtocolError(f"dtype {name!r:.100} is not one of {', '.join(DTYPES)}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > MAX_DIMS
-        or any(type(size) is not int or not 0 <= size <= _INT64_MAX for size in shape)
-    ):
-        raise ProtocolError(f"not a shape: {shape!r:.200}")
-    # torch counts with 64 bits even when one size is 0, so the other sizes have to fit as well.
-    if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
-        raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
-    return dtype, tuple(shape)
+def _read_once(data: bytes, crc: int) -> MessageSpec:
+    check_crc(data, crc)
+    is_tuple, forms = metadata.read(data)
+    return _tuple(*forms) if is_tuple else _single(*forms[0])  # the objects that a sender has too
 
 
 def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
@@ -216,7 +164,7 @@ def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
 def _sendable(tensor: object) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgument(f"only tensors can be sent, not {type(tensor).__name__}")
-    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided or tensor.is_nested:
+    if tensor.dtype not in NAMES or tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise InvalidArgument(
             f"a {layout} tensor of {tensor.dtype} cannot be sent; "
@@ -269,9 +217,12 @@ def memory(tensor: torch.Tensor) -> memoryview:
     The view does not keep the tensor alive: whoever holds the view holds the tensor too.
     """
     nbytes = tensor.nbytes
-    if not nbytes:
-        return memoryview(bytearray())
-    return memoryview(bytes_type(nbytes).from_address(tensor.data_ptr())).cast("B")
+    return _view(tensor.data_ptr(), nbytes) if nbytes else memoryview(bytearray())
+
+
+@functools.lru_cache(maxsize=1024)  # a program's tensors lie at the same few places
+def _view(address: int, nbytes: int) -> memoryview:
+    return memoryview(bytes_type(nbytes).from_address(address)).cast("B")
 
 
 def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
@@ -289,11 +240,6 @@ def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
     As when the kernel writes there, neither autograd nor a thread's inference mode has a say.
     """
     ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
-
-
-def copied_bytes(tensor: torch.Tensor) -> bytes:
-    """Return a copy of the bytes of a contiguous CPU tensor."""
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def payload_sum(tensors: Sequence[torch.Tensor]) -> int:

@@ -25,6 +25,7 @@ import dataclasses
 import enum
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -92,8 +93,9 @@ def encode(
     *,
     tag: int = 0,
     word: int = 0,
+    payload: Iterable[memoryview] = (),
 ) -> bytes:
-    """Return header and metadata of a frame; the payload follows it on the stream as it is.
+    """Return header and metadata of a frame, and its `payload`, or else that is to follow.
 
     Raises:
         InvalidArgument: the frame is over the `limits`; its receiver would refuse it.
@@ -106,7 +108,13 @@ def encode(
     signed = SIGNED.pack(
         MAGIC, kind, len(data), crc, payload_nbytes, tag, word, sequence & 0xFFFFFFFF
     )
-    return signed + _UNSIGNED.pack(zlib.crc32(signed)) + data
+    return b"".join((signed, _UNSIGNED.pack(zlib.crc32(signed)), data, *payload))
+
+
+def check_crc(data: bytes, crc: int) -> None:
+    """Raise ProtocolError when metadata is not what its sender had checked."""
+    if zlib.crc32(data) != crc:
+        raise ProtocolError("the metadata's checksum does not match: bytes changed on the way")
 
 
 def over_the_limit(meta_nbytes: int, payload_nbytes: int, limits: Limits) -> str:

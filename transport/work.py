@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
     from transport.contract import Transport
     from transport.tensors import Message, MessageSpec
 
@@ -90,9 +94,12 @@ class Send(Work):
 
 
 class Receive(Work):
-    """A posted receive: the work, and what its receiver has stated about the message."""
+    """A posted receive: the work, and what its receiver has stated about the message.
 
-    __slots__ = ("expected", "into")
+    `targets` are the tensors of `into`, none where that is None.
+    """
+
+    __slots__ = ("expected", "into", "targets")
     is_receive = True
 
     def __init__(
@@ -105,6 +112,9 @@ class Receive(Work):
     ) -> None:
         super().__init__(transport, src, tag)
         self.into = into
+        self.targets: Sequence[torch.Tensor] = ()
+        if into is not None:
+            self.targets = into if isinstance(into, tuple) else (into,)
         self.expected = expected
 
     @property
