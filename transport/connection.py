@@ -7,12 +7,10 @@ three calls of `Owner`. Everything here runs under the lock of `Progress`.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import select
 import socket
 import termios
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from select import EPOLLIN, EPOLLOUT
 from typing import Any, Final, Protocol
 
@@ -21,6 +19,7 @@ import torch
 from transport.decoder import Decoder, PayloadDone
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.mailbox import Arrival
+from transport.outgoing import Buffer, OutgoingQueue
 from transport.progress import Progress
 from transport.tensors import MessageSpec, fill, memory
 from transport.wire import MESSAGES, Frame, FrameKind, Limits, check_crc, encode, unpack
@@ -28,7 +27,6 @@ from transport.work import Work
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
 WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise
-MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
 JOIN_NBYTES: Final = 4096  # a frame up to this is copied into one buffer, which costs less
 
 
@@ -51,19 +49,6 @@ class Owner(Protocol):
         """Take note that the stream is over: `ProtocolError` for bad bytes, else `PeerLost`."""
 
 
-class _Outgoing:
-    """One frame on its way out. It keeps the tensors alive whose memory its buffers view."""
-
-    __slots__ = ("buffers", "tensors", "work")
-
-    def __init__(
-        self, buffers: deque[memoryview], tensors: Sequence[torch.Tensor], work: Work | None
-    ) -> None:
-        self.buffers = buffers
-        self.tensors = tensors
-        self.work = work
-
-
 class Connection:
     """The stream to one peer; frames may be queued before there is a socket."""
 
@@ -75,7 +60,7 @@ class Connection:
         self._owner = owner
         self._limits = limits
         self._decoder = Decoder(limits, _read_meta)
-        self._queue: deque[_Outgoing] = deque()
+        self._queue = OutgoingQueue()
         self._sequence = 0
         self.pending: Frame | None = None  # a frame that the owner has not taken yet
         # The message whose payload is coming in; it keeps the memory alive that the kernel fills.
@@ -129,7 +114,7 @@ class Connection:
         Raises:
             InvalidArgument: the frame is over the limits, which the peer has as well.
         """
-        views: Iterable[memoryview] = map(memory, tensors)
+        views = [memory(tensor) for tensor in tensors]
         short = payload_nbytes <= JOIN_NBYTES
         head = encode(
             kind,
@@ -142,28 +127,27 @@ class Connection:
             payload=views if short else (),
         )
         self._sequence += 1
-        if short and not self._queue and self.socket is not None and self._send_whole(head):
+        frame: list[Buffer] = [head] if short else [head, *views]
+        first = self.socket is not None and not self._queue
+        nbytes = self._offer(frame) if first else 0
+        if nbytes == sum(map(len, frame)):  # the usual case
             if work is not None:
                 work.complete()
             return
-        buffers = deque([memoryview(head), *views])  # of which a short frame has used up the views
-        self._queue.append(_Outgoing(buffers, () if short else tensors, work))
-        if self.socket is not None and len(self._queue) == 1:
+        self._queue.append(frame, () if short else tensors, work)
+        self._queue.sent(nbytes)
+        if first:
             self._flush()
 
-    def _send_whole(self, frame: bytes) -> bool:
-        """Send a short frame in one piece, the usual case; False when nothing of it was sent."""
+    def _offer(self, frame: list[Buffer]) -> int:
+        """Offer a frame to the kernel; return how many bytes it took."""
         assert self.socket is not None
-        if self.ending:
-            return False
         try:
-            nbytes = self.socket.send(frame)
-        except OSError:  # full or broken: whoever queues it finds out which
-            return False
-        if nbytes < len(frame):
-            self._queue.append(_Outgoing(deque([memoryview(frame)[nbytes:]]), (), None))
-            self._watch()
-        return True
+            if self.ending:
+                return 0
+            return self.socket.send(frame[0]) if len(frame) == 1 else self.socket.sendmsg(frame)
+        except OSError:  # full or broken: `_flush` finds out which
+            return 0
 
     def resume(self) -> None:
         """Offer the frame that was not taken once more, and read on if it is taken now."""
@@ -184,10 +168,7 @@ class Connection:
     def detach(self, error: TransportError) -> None:
         """Close the socket and fail what is still queued."""
         self.close_socket()
-        while self._queue:
-            work = self._queue.popleft().work
-            if work is not None:
-                work.fail(error)
+        self._queue.fail(error)
 
     def _on_events(self, mask: int) -> None:
         if mask & EPOLLOUT:
@@ -217,9 +198,8 @@ class Connection:
         budget = WRITE_BUDGET_NBYTES
         try:
             while self._queue and budget > 0 and not self.ending:
-                buffers = (view for item in self._queue for view in item.buffers)
-                nbytes = self.socket.sendmsg(itertools.islice(buffers, MAX_GATHER))
-                self._sent(nbytes)
+                nbytes = self.socket.sendmsg(self._queue.gathered())
+                self._queue.sent(nbytes)
                 budget -= nbytes
         except BlockingIOError:
             pass
@@ -231,19 +211,6 @@ class Connection:
         except OSError as error:
             self._end(error)
         self._watch()
-
-    def _sent(self, nbytes: int) -> None:
-        while self._queue:
-            item = self._queue[0]
-            while item.buffers and nbytes >= len(item.buffers[0]):
-                nbytes -= len(item.buffers.popleft())
-            if item.buffers:
-                if nbytes:
-                    item.buffers[0] = item.buffers[0][nbytes:]
-                return
-            self._queue.popleft()
-            if item.work is not None:
-                item.work.complete()
 
     def _read(self) -> None:
         assert self.socket is not None

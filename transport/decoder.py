@@ -29,11 +29,12 @@ from transport.wire import (
     FrameKind,
     Limits,
     check_crc,
+    make_frame,
     over_the_limit,
     unpack,
 )
 
-SCRATCH_NBYTES: Final = 64 * 1024
+SCRATCH_NBYTES: Final = (64 + 4) * 1024  # so that a message of 64 KiB comes at one read
 
 
 class PayloadDone(enum.Enum):
@@ -171,45 +172,48 @@ class Decoder:
             del self._destinations[0]
 
     def _frame_event(self) -> Frame | None:
-        if self._header is None:
-            if self._end - self._start < HEADER.size:
-                self._check_magic()
-                return None
-            self._header = self._decode_header()
-        start, end = self._start, self._end
-        kind, meta_nbytes, meta_crc, payload_nbytes, tag, word = self._header
-        if end - start >= meta_nbytes and not self._meta:  # the usual case: it is all here
-            meta = bytes(self._scratch[start : start + meta_nbytes])
-            self._start = start + meta_nbytes
+        header = self._header or self._decode_header()
+        if header is None:
+            return None
+        kind, meta_nbytes, meta_crc, payload_nbytes, tag, word = header
+        start, stop = self._start, self._start + meta_nbytes
+        if stop <= self._end and not self._meta:  # the usual case: it is all here
+            meta = bytes(self._scratch[start:stop])
+            self._start = stop
         else:
+            self._header = header
             self._gather_meta(meta_nbytes)
             if len(self._meta) < meta_nbytes:
                 return None
             meta, self._meta = bytes(self._meta), bytearray()
         self._header = None
-        self._frame = Frame(kind, self._read_meta(kind, meta, meta_crc), payload_nbytes, tag, word)
+        value = self._read_meta(kind, meta, meta_crc)
+        frame = self._frame = make_frame((kind, value, payload_nbytes, tag, word))
         self._left = 0 if kind is FrameKind.LENT else payload_nbytes
-        return self._frame
+        return frame
 
     def _check_magic(self) -> None:
         head = bytes(self._scratch[self._start : min(self._start + 4, self._end)])
         if not MAGIC.startswith(head):
             raise ProtocolError(f"a frame starts with {MAGIC!r}, these bytes with {head!r}")
 
-    def _decode_header(self) -> tuple[FrameKind, int, int, int, int, int]:
+    def _decode_header(self) -> tuple[FrameKind, int, int, int, int, int] | None:
+        """Return what the next header says, None when it has not all come."""
         start = self._start
+        if self._end - start < HEADER.size:
+            self._check_magic()
+            return None
         magic, number, meta_nbytes, meta_crc, payload_nbytes, tag, word, sequence, crc = (
             HEADER.unpack_from(self._scratch, start)
         )
         if magic != MAGIC:
             self._check_magic()
-        self._start += HEADER.size
+        self._start = start + HEADER.size
         if zlib.crc32(self._scratch[start : start + SIGNED.size]) != crc:
             raise ProtocolError("the header's checksum does not match: bytes changed on the way")
-        if sequence != self._sequence & 0xFFFFFFFF:
-            raise ProtocolError(
-                f"frame number {self._sequence & 0xFFFFFFFF} was due, number {sequence} came"
-            )
+        due = self._sequence & 0xFFFFFFFF
+        if sequence != due:
+            raise ProtocolError(f"frame number {due} was due, number {sequence} came")
         self._sequence += 1
         limits = self._limits
         if meta_nbytes > limits.meta_nbytes or payload_nbytes > limits.payload_nbytes:

@@ -1,6 +1,6 @@
 """A message's metadata: dtypes and shapes as msgpack, trusting nothing in what comes in.
 
-    [is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
+[is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
 """
 
 from __future__ import annotations

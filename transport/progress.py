@@ -123,7 +123,7 @@ class Progress:
 
     def run_until(self, work: Work, timeout: float | None) -> bool:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
-        deadline = deadline_after(timeout)
+        deadline = None if timeout is None else deadline_after(timeout)
         me = threading.get_ident()
         while not work.done:
             if deadline is not None and remaining(deadline) == 0.0:
@@ -174,7 +174,7 @@ class Progress:
 
     def _drive(self, work: Work, deadline: float | None) -> None:
         """Poll and handle until the work is done or the time is over, then give up driving."""
-        left = self._until_due(deadline)
+        left = self._until_due(deadline)  # (a timer that comes now comes with a wake-up call)
         while True:
             events = () if work.done else self._inner.poll(left)
             with self.lock:

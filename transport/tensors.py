@@ -1,7 +1,7 @@
 """The only place where a tensor becomes bytes and back: no copy, no numpy, no pickle.
 
-A message is one tensor or a tuple of tensors. On the wire its metadata (metadata.py) says dtypes
-and shapes, and its payload is the tensors' bytes in that order, C-contiguous, little-endian, without
+A message is one tensor or a tuple of them. On the wire its metadata (metadata.py) says dtypes and
+shapes, and its payload is the tensors' bytes in that order, C-contiguous, little-endian, without
 padding.
 """
 

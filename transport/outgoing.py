@@ -1,0 +1,72 @@
+"""Frames on their way out: gathered for the kernel, complete when it has taken them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+    from transport.errors import TransportError
+    from transport.work import Work
+
+MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
+
+Buffer: TypeAlias = "bytes | memoryview"
+
+
+class _Outgoing:
+    """One frame. It keeps the tensors alive whose memory its buffers view."""
+
+    __slots__ = ("buffers", "tensors", "work")
+
+    def __init__(
+        self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
+    ) -> None:
+        self.buffers = deque(memoryview(part) for part in frame)
+        self.tensors = tensors
+        self.work = work
+
+
+class OutgoingQueue:
+    """What one connection still has to send, in order."""
+
+    def __init__(self) -> None:
+        self._frames: deque[_Outgoing] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._frames)
+
+    def append(
+        self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
+    ) -> None:
+        """Queue a frame, header first; `work` is done when the last byte of it is sent."""
+        self._frames.append(_Outgoing(frame, tensors, work))
+
+    def gathered(self) -> Iterator[memoryview]:
+        """Yield the buffers that are to be sent next, in one call to the kernel."""
+        return itertools.islice((b for frame in self._frames for b in frame.buffers), MAX_GATHER)
+
+    def sent(self, nbytes: int) -> None:
+        """Take note of what the kernel took."""
+        while self._frames:
+            buffers = self._frames[0].buffers
+            while buffers and nbytes >= len(buffers[0]):
+                nbytes -= len(buffers.popleft())
+            if buffers:
+                if nbytes:
+                    buffers[0] = buffers[0][nbytes:]
+                return
+            work = self._frames.popleft().work
+            if work is not None:
+                work.complete()
+
+    def fail(self, error: TransportError) -> None:
+        """Fail all that is queued."""
+        while self._frames:
+            work = self._frames.popleft().work
+            if work is not None:
+                work.fail(error)
