@@ -38,7 +38,7 @@ from typing import Final
 import torch
 
 from transport.errors import ProtocolError
-from transport.tensors import MessageSpec, TensorSpec, bytes_type
+from transport.tensors import MessageSpec, bytes_type, tensor_over
 
 ARENA_NBYTES: Final = 256 * 1024 * 1024  # a bound: memory that is never touched is never there
 ALIGNMENT: Final = 64  # of every tensor; also the length of a block's head
@@ -62,15 +62,6 @@ def _rounded(nbytes: int) -> int:
     """Return the block size for `nbytes`: a multiple of an eighth of the next power of two."""
     step = max(MIN_BLOCK_NBYTES, 1 << max(0, nbytes.bit_length() - 3))
     return -(-nbytes // step) * step
-
-
-def _over(array: ctypes.Array[ctypes.c_char], start: int, spec: TensorSpec) -> torch.Tensor:
-    """Return a tensor over part of an array."""
-    if not spec.nbytes:
-        return torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-    count = spec.nbytes // spec.dtype.itemsize
-    flat = torch.frombuffer(array, dtype=spec.dtype, count=count, offset=start)
-    return flat.view(spec.shape).detach()
 
 
 class Lender:
@@ -176,11 +167,8 @@ class Borrowed:
         # Every tensor's storage keeps this array alive, and the array keeps the map.
         array = bytes_type(max(1, nbytes)).from_buffer(self._map, offset + ALIGNMENT)
         self._used[offset] = weakref.ref(array, functools.partial(self._give_back, offset))
-        # (Whichever thread moves the bytes: its inference mode or no_grad may not show.)
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            return [
-                _over(array, start, each) for start, each in zip(starts, spec.tensors, strict=True)
-            ]
+        parts = zip(starts, spec.tensors, strict=True)
+        return [tensor_over(array, start, each) for start, each in parts]
 
     def _give_back(self, offset: int, _: object) -> None:
         # A forked child frees its copies of the tensors as well; the block is not its to give.

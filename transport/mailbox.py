@@ -10,7 +10,7 @@ The mailbox does no input or output and takes no lock: its transport holds one a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,9 +37,15 @@ class Arrival:
 
 
 class Mailbox:
-    """The queues of one rank: posted receives, and arrivals that nobody has asked for."""
+    """The queues of one rank: posted receives, and arrivals that nobody has asked for.
 
-    def __init__(self) -> None:
+    `allocate` gives memory to what arrives and has none.
+    """
+
+    def __init__(
+        self, allocate: Callable[[MessageSpec], Sequence[torch.Tensor]] = MessageSpec.allocate
+    ) -> None:
+        self._allocate = allocate
         self._receives: dict[tuple[int, int], deque[Receive]] = {}
         self._arrivals: dict[tuple[int, int], deque[Arrival]] = {}
         self._held: dict[int, int] = {}
@@ -106,7 +112,7 @@ class Mailbox:
         key = (arrival.src, arrival.tag)
         receives = self._receives.get(key)
         if receives is None:
-            arrival.tensors = arrival.tensors or arrival.spec.allocate()
+            arrival.tensors = arrival.tensors or self._allocate(arrival.spec)
             self._arrivals.setdefault(key, deque()).append(arrival)
             self._held[arrival.src] = self.held_nbytes(arrival.src) + arrival.spec.nbytes
             return
@@ -116,7 +122,7 @@ class Mailbox:
         self._match(arrival, receive)
         if not arrival.tensors:
             into = receive.into is not None and arrival.error is None
-            arrival.tensors = receive.targets if into else arrival.spec.allocate()
+            arrival.tensors = receive.targets if into else self._allocate(arrival.spec)
 
     def complete(self, arrival: Arrival) -> Receive | None:
         """Take note that the payload is here; return the receive that this completed, if any."""

@@ -27,6 +27,7 @@ from transport.errors import (
 )
 from transport.mailbox import Arrival, Mailbox
 from transport.peers import Peer, Peers, Place
+from transport.pool import Pool
 from transport.progress import Progress
 from transport.tensors import Message, MessageSpec, payload_sum, prepare, unsupported_host
 from transport.wire import MESSAGES, Frame, FrameKind, Limits
@@ -69,7 +70,8 @@ class TcpTransport(Transport):
         self._unexpected_limit = unexpected_limit
         self._limits = limits or Limits()
         self._checksum = checksum
-        self._mailbox = Mailbox()
+        self._pool = Pool()
+        self._mailbox = Mailbox(self._pool.allocate)
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
@@ -154,6 +156,7 @@ class TcpTransport(Transport):
             return
         self._ended = error
         self._contacts.close()
+        self._pool.close()
         self._mailbox.fail(error)
         for peer in self._peers.values():
             self._end_peer(peer, error)

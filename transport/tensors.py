@@ -44,6 +44,15 @@ class TensorSpec:
         """Length of the tensor's bytes on the wire."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def allocate(self) -> torch.Tensor:
+        """Return a fresh tensor, not initialised and 64-byte aligned by torch."""
+        # Whoever moves bytes allocates, on behalf of any thread: neither its default device nor
+        # its inference mode may show in the tensor.
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False):
+                return self.allocate()
+        return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+
     def __str__(self) -> str:
         return f"{NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
 
@@ -73,12 +82,7 @@ class MessageSpec:
 
     def allocate(self) -> list[torch.Tensor]:
         """Return fresh tensors for the message, not initialised and 64-byte aligned by torch."""
-        # Whoever moves bytes allocates, on behalf of any thread: neither its default device nor
-        # its inference mode may show in the tensor.
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(mode=False):
-                return self.allocate()
-        return [torch.empty(s.shape, dtype=s.dtype, device="cpu") for s in self.tensors]
+        return [spec.allocate() for spec in self.tensors]
 
     @functools.cached_property
     def packed(self) -> Packed:
@@ -223,6 +227,17 @@ def memory(tensor: torch.Tensor) -> memoryview:
 @functools.lru_cache(maxsize=1024)  # a program's tensors lie at the same few places
 def _view(address: int, nbytes: int) -> memoryview:
     return memoryview(bytes_type(nbytes).from_address(address)).cast("B")
+
+
+def tensor_over(array: ctypes.Array[ctypes.c_char], start: int, spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor over part of an array, which its storage keeps alive."""
+    if not spec.nbytes:
+        return spec.allocate()
+    count = spec.nbytes // spec.dtype.itemsize
+    # (As in `allocate`: no mode of the thread that moves the bytes may show.)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        flat = torch.frombuffer(array, dtype=spec.dtype, count=count, offset=start)
+        return flat.view(spec.shape).detach()
 
 
 def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
