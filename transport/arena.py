@@ -16,8 +16,11 @@
 4. What comes from the other side, an offset, is checked before it is used.
 5. A block of the same size that was used is used again before a new one is: first touching memory
    costs far more than copying to it. Sizes are rounded up by at most a quarter, so that blocks fit
-   again. Once all is cut, larger ones serve too; when nothing is lent, everything is cut anew.
-6. A child that is forked shares what its parent holds: writes of either show in both, and a block
+   again. Once all is cut, larger ones serve too; then what lies between lent blocks is cut anew.
+6. The borrower says in a byte of the first head what it wants (`wish`). It is 0 until it has mapped
+   the arena, which it may not be able to; and a payload that is copied out again would better have
+   come over the stream, which copies with both processes at once.
+7. A child that is forked shares what its parent holds: writes of either show in both, and a block
    comes back when the parent has freed it. Clone before the fork what the child is to keep.
 
 That a byte is written after the payload was read, and read before it is written again, is ordered
@@ -27,6 +30,7 @@ by the system call in between on one side and by the interpreter's lock on the o
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import functools
 import mmap
@@ -46,6 +50,10 @@ MIN_BLOCK_NBYTES: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FREE: Final = 0
 _LENT: Final = 1
+_WISH: Final = 1  # where the borrower's wish stands
+_LEND: Final = 1
+_STREAM: Final = 2
+_SHORT_OF: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,13 +94,18 @@ class Lender:
         self._states = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._blocks: dict[int, list[int]] = {}  # offsets by size
-        self._end = 0  # of the part that has been cut into blocks
+        self._gaps = [(0, nbytes)]  # from where to where nothing has been cut into blocks
 
     def close(self) -> None:
         """Close `fd`; the memory stays as long as somebody maps it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the borrower maps this arena, and wants payloads lent."""
+        return self._states[_WISH] == _LEND
 
     def lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
         """Copy a message's contiguous tensors into a free block; return its offset, or None."""
@@ -107,28 +120,48 @@ class Lender:
         return offset
 
     def _free_block(self, size: int) -> int | None:
+        offset = self._unused(size)
+        if offset is None:
+            offset = self._cut(size)
+        if offset is None:
+            larger = (self._unused(other) for other in sorted(self._blocks) if other > size)
+            offset = next((found for found in larger if found is not None), None)
+        if offset is None:
+            self._forget_free_blocks()
+            offset = self._cut(size)
+        return offset
+
+    def _unused(self, size: int) -> int | None:
+        """Return a free block of this very size."""
         for offset in self._blocks.get(size, ()):
             if self._states[offset] == _FREE:
                 return offset
-        if self._end + ALIGNMENT + size > self.nbytes:
-            return self._other_block(size)
-        offset, self._end = self._end, self._end + ALIGNMENT + size
-        self._states[offset] = _FREE  # (old payload may lie there, after everything was cut anew)
-        self._blocks.setdefault(size, []).append(offset)
-        return offset
+        return None
 
-    def _other_block(self, size: int) -> int | None:
-        """Return a larger block, or cut everything anew when nothing is lent."""
-        for larger in sorted(other for other in self._blocks if other > size):
-            for offset in self._blocks[larger]:
-                if self._states[offset] == _FREE:
-                    return offset
-        every = (offset for offsets in self._blocks.values() for offset in offsets)
-        if ALIGNMENT + size > self.nbytes or any(self._states[offset] == _LENT for offset in every):
-            return None
-        self._blocks.clear()
-        self._end = 0
-        return self._free_block(size)
+    def _cut(self, size: int) -> int | None:
+        """Return a new block, cut from a gap."""
+        for i, (start, stop) in enumerate(self._gaps):
+            if stop - start >= ALIGNMENT + size:
+                self._gaps[i] = (start + ALIGNMENT + size, stop)
+                self._states[start] = _FREE  # (old payload may lie there)
+                self._blocks.setdefault(size, []).append(start)
+                return start
+        return None
+
+    def _forget_free_blocks(self) -> None:
+        """Make one gap of all that lies between two blocks that are lent."""
+        lent = sorted(
+            (offset, size)
+            for size, offsets in self._blocks.items()
+            for offset in offsets
+            if self._states[offset] == _LENT
+        )
+        self._blocks, self._gaps, end = {}, [], 0
+        for offset, size in lent:
+            self._blocks.setdefault(size, []).append(offset)
+            self._gaps.append((end, offset))
+            end = offset + ALIGNMENT + size
+        self._gaps.append((end, self.nbytes))
 
 
 class Borrowed:
@@ -136,6 +169,7 @@ class Borrowed:
 
     Raises:
         ProtocolError: the descriptor is not a sealed file of a length that was agreed upon.
+        OSError: this process is out of descriptors or memory; then nothing is lent to it.
     """
 
     def __init__(self, fd: int, limit_nbytes: int = ARENA_NBYTES) -> None:
@@ -147,6 +181,8 @@ class Borrowed:
                 raise ProtocolError(f"{nbytes} bytes of lent memory, at most {limit_nbytes} agreed")
             self._map = mmap.mmap(fd, nbytes)
         except OSError as error:
+            if error.errno in _SHORT_OF:
+                raise
             raise ProtocolError(f"the lent memory cannot be mapped: {error.strerror}") from error
         finally:
             os.close(fd)
@@ -154,6 +190,11 @@ class Borrowed:
         self._states = memoryview(self._map)
         self._used: dict[int, weakref.ref[ctypes.Array[ctypes.c_char]]] = {}
         self._pid = os.getpid()
+        self.wish(lent=True)
+
+    def wish(self, *, lent: bool) -> None:
+        """Say whether the next payloads had better be lent, or come over the stream."""
+        self._states[_WISH] = _LEND if lent else _STREAM
 
     def take(self, offset: int, spec: MessageSpec) -> list[torch.Tensor]:
         """Return a message's tensors over the block at `offset`; they may be written to.

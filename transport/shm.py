@@ -79,7 +79,7 @@ class LendingConnection(Connection):
         """Take the peer's arena; False when it has not come yet, or never will."""
         assert self.socket is not None
         try:
-            data, fds, _, _ = socket.recv_fds(self.socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags, _ = socket.recv_fds(self.socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -91,8 +91,11 @@ class LendingConnection(Connection):
         try:
             self._before_frames = None
             if fds:
-                self.borrowed = Borrowed(fds[0])
-            if data != (_WITH_ARENA if fds else _WITHOUT):
+                with contextlib.suppress(OSError):  # the peer sees that nobody maps it
+                    self.borrowed = Borrowed(fds[0])
+            # (A process without a descriptor left gets the byte alone, and this flag: recvmsg(2).)
+            shown = fds or flags & socket.MSG_CTRUNC
+            if data != (_WITH_ARENA if shown else _WITHOUT):
                 raise ProtocolError(f"{data!r} with {len(fds)} descriptors is no greeting")
         except ProtocolError as error:
             self._owner.on_end(self, error)
@@ -140,6 +143,7 @@ class ShmTransport(UnixTransport):
         # (What is over the limits is left to the stream, which says so.)
         if (
             connection.lender is None
+            or not connection.lender.wanted
             or spec.nbytes > limits.payload_nbytes
             or len(spec.packed.data) > min(limits.meta_nbytes, LENT_META_NBYTES)
         ):
@@ -154,3 +158,11 @@ class ShmTransport(UnixTransport):
         if connection.borrowed is None:
             raise ProtocolError("a message lies in shared memory, but none was shown")
         arrival.tensors = connection.borrowed.take(frame.word, arrival.spec)
+
+    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
+        """Complete the message, and say how the next ones had better come."""
+        super().on_payload(connection, arrival)
+        if arrival.spec.nbytes >= LEND_NBYTES and arrival.receive is not None:
+            assert isinstance(connection, LendingConnection)
+            if connection.borrowed is not None:
+                connection.borrowed.wish(lent=arrival.receive.into is None)
