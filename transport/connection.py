@@ -6,6 +6,7 @@ three calls of `Owner`. Everything here runs under the lock of `Progress`.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import select
 import socket
@@ -16,6 +17,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from transport.addresses import tune
 from transport.decoder import Decoder, PayloadDone
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.mailbox import Arrival
@@ -91,6 +93,8 @@ class Connection:
     def attach(self, sock: socket.socket) -> None:
         """Start to read and write over an authenticated, non-blocking socket."""
         self.socket = sock
+        with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
+            tune(sock)
         self._progress.register(sock.fileno(), EPOLLIN, self._on_events)
         self._watched = EPOLLIN
         self._flush()

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from transport.addresses import Address, tune
+from transport.addresses import Address
 from transport.call import CALL_TIMEOUT_S, Call
 from transport.connection import Connection
 from transport.errors import PeerLost, TransportError
@@ -127,7 +127,6 @@ class Peers:
             if verdict is not Verdict.ACCEPTED:
                 sock.close()
                 continue
-            tune(sock)
             peer = self.known.get(hello.rank)
             if peer is None:
                 peer = self.known[hello.rank] = Peer(self._connect(hello.rank))
