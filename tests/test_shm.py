@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import socket
 
 import pytest
@@ -13,7 +14,7 @@ from transport_worlds import SOON_S
 
 from transport.arena import ALIGNMENT, Borrowed, Lender, layout
 from transport.errors import ProtocolError
-from transport.shm import LEND_NBYTES
+from transport.shm import LEND_NBYTES, LendingCarrier
 from transport.tensors import MessageSpec
 from transport.wire import FrameKind
 
@@ -93,6 +94,35 @@ def test_no_two_messages_ever_share_memory(seed: int, lent) -> None:
     del tensor
     everything = torch.zeros(200 * KIB, dtype=torch.uint8)  # cut anew once nothing is lent
     assert lender.lend(MessageSpec.of(everything), [everything]) == 0
+
+
+def test_a_kept_tensor_does_not_keep_what_lies_around_it_from_large_blocks(lent) -> None:
+    lender, borrowed = lent(256 * KIB)
+    small = torch.full((10_000,), 3, dtype=torch.uint8)
+    held = [*through(lender, borrowed, small)]
+    kept = through(lender, borrowed, small + 1)[0]
+    held += [t for _ in range(15) for t in through(lender, borrowed, small)]
+    held.clear()
+    assert int(kept[0]) == 4
+    large = torch.full((200 * KIB,), 5, dtype=torch.uint8)
+    (got,) = through(lender, borrowed, large)
+    front = through(lender, borrowed, small)[0]
+    assert front.data_ptr() < kept.data_ptr() < got.data_ptr()
+    for tensor, value in ((front, small), (kept, small + 1), (got, large)):
+        assert torch.equal(tensor, value)
+    del kept, got, front, tensor
+    everything = torch.ones(200 * KIB, dtype=torch.uint8)
+    assert lender.lend(MessageSpec.of(everything), [everything]) == 0
+
+
+def test_nothing_is_lent_to_who_has_not_mapped_the_arena() -> None:
+    lender = Lender(64 * KIB)
+    assert not lender.wanted
+    borrowed = Borrowed(os.dup(lender.fd), 64 * KIB)
+    assert lender.wanted
+    borrowed.wish(lent=False)
+    assert not lender.wanted
+    lender.close()
 
 
 def test_more_than_the_arena_is_never_lent(lent) -> None:
@@ -183,6 +213,50 @@ def test_a_large_message_is_lent_and_a_small_one_is_not() -> None:
         assert ranks[1].recv(0, into=into, timeout=SOON_S) is into
         assert float(into.sum()) == BIG
         assert in_use(ranks[1], 0) == 0  # copied out, so given back
+
+
+def test_what_goes_into_the_receivers_tensor_comes_over_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the first; and what is used where it lies is lent again, after one more."""
+    take, taken = Borrowed.take, []
+    monkeypatch.setattr(Borrowed, "take", lambda *args: taken.append(1) or take(*args))
+    with worlds.world("shm", 2) as ranks:
+        connected(ranks)
+        into = torch.zeros(BIG)
+        lent = []
+        for number, target in enumerate([into] * 3 + [None] * 3):
+            taken.clear()
+            receive = ranks[1].irecv(0, into=target)
+            ranks[0].isend(torch.full((BIG,), float(number)), 1)
+            assert bool((receive.wait(SOON_S) == number).all())
+            lent.append(len(taken))
+        assert lent == [1, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("when", ["on the way", "at the map"])
+def test_a_receiver_without_descriptors_gets_everything_over_the_stream(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel cannot hand over the arena's; or Python cannot have the one that its map keeps."""
+    name = "_take_greeting" if when == "on the way" else "_map"
+    whole = getattr(LendingCarrier, name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def without_descriptors(self: LendingCarrier, *args: int) -> object:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            return whole(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    monkeypatch.setattr(LendingCarrier, name, without_descriptors)
+    with worlds.world("shm", 2) as ranks:
+        connected(ranks)
+        for a, b in ((0, 1), (1, 0)):
+            ranks[a].isend(torch.arange(BIG), b)
+            assert torch.equal(ranks[b].recv(a, timeout=SOON_S), torch.arange(BIG))
+            assert ranks[b]._peers[a].connection.borrowed is None
 
 
 def test_when_nothing_is_free_the_stream_takes_it_and_order_is_kept(
@@ -278,7 +352,7 @@ def test_a_greeting_that_is_none(greeting: bytes, monkeypatch: pytest.MonkeyPatc
         lender.close()
 
     with worlds.world("shm", 2) as ranks:
-        monkeypatch.setattr("transport.shm.LendingConnection._show_arena", show)
+        monkeypatch.setattr("transport.shm.LendingCarrier._show_arena", show)
         waiting = ranks[1].irecv(0)
         with pytest.raises(ProtocolError, match="is no greeting"):
             waiting.wait(SOON_S)

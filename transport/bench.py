@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
 import warnings
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from transport.errors import TransportError, UnknownTransport
 from transport.handshake import new_secret
 from transport.registry import transport_class
+from transport.table import COLUMNS, HEADING, line, row
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,6 @@ ROUNDS: Final = 3
 TIMEOUT_S: Final = 60.0
 GLOO: Final = "gloo"
 COPY: Final = "copy"
-COLUMNS: Final = ("half round trip", "fresh", "one way", "both ways")
 
 
 class Link(Protocol):
@@ -243,37 +242,11 @@ def measure(settings: Settings, show: Callable[[str], None]) -> list[dict[str, A
     for _ in settings.sizes:
         nbytes, found = ours[0].recv()
         for name, columns in found.items():
-            rows.append(_row(name, nbytes, columns))
-            show(_line(rows[-1], rows))
+            rows.append(row(name, nbytes, columns))
+            show(line(rows[-1]))
     for process in processes:
         process.join(TIMEOUT_S)
     return rows
-
-
-def _row(name: str, nbytes: int, columns: dict[str, list[float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"transport": name, "nbytes": nbytes}
-    for column, values in columns.items():
-        key = column.replace(" ", "_")
-        scale, unit = (1e6, "us") if column in COLUMNS[:2] else (1e-9, "gb_per_s")
-        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        row[f"{key}_{unit}"] = round(statistics.median(values) * scale, 3)
-        row[f"{key}_{unit}_quartiles"] = [round(quarters[i] * scale, 3) for i in (0, 2)]
-    return row
-
-
-def _line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    low, high = row["half_round_trip_us_quartiles"]
-    return (
-        f"{row['nbytes']:>9}  {row['transport']:<6} {row['half_round_trip_us']:>10.1f} "
-        f"[{low:>9.1f} {high:>9.1f}] {row['fresh_us']:>10.1f} "
-        f"{row['one_way_gb_per_s']:>8.2f} {row['both_ways_gb_per_s']:>8.2f}"
-    )
-
-
-HEADING: Final = (
-    f"{'bytes':>9}  {'':<6} {'half trip us':>10} {'[quartiles':>11} {'':>9}] {'fresh us':>8} "
-    f"{'1-way GB/s':>8} {'both':>6}"
-)
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from transport.addresses import Address
 from transport.call import CALL_TIMEOUT_S, Call
-from transport.connection import Connection
+from transport.carrier import Carrier
 from transport.errors import PeerLost, TransportError
 from transport.handshake import Hello, Role, Verdict
 from transport.listener import Listener
@@ -25,7 +25,7 @@ from transport.progress import Progress
 class Peer:
     """What this rank knows of another one."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Carrier) -> None:
         self.connection = connection
         self.call: Call | None = None  # our own attempt to connect, while it runs
         self.lost = False  # its stream broke, or it could not be reached
@@ -68,7 +68,7 @@ class Peers:
         self,
         progress: Progress,
         place: Place,
-        connect: Callable[[int], Connection],
+        connect: Callable[[int], Carrier],
         lose: Callable[[Peer, TransportError], None],
     ) -> None:
         self.known: dict[int, Peer] = {}

@@ -23,7 +23,8 @@ from typing import ClassVar, Final
 import torch
 
 from transport.arena import Borrowed, Lender
-from transport.connection import Connection, Owner
+from transport.carrier import Carrier
+from transport.connection import Owner
 from transport.errors import ProtocolError
 from transport.mailbox import Arrival
 from transport.progress import Progress
@@ -38,11 +39,13 @@ _WITH_ARENA: Final = b"\1"
 _WITHOUT: Final = b"\0"  # no memory for an arena: all payloads travel on the stream
 
 
-class LendingConnection(Connection):
+class LendingCarrier(Carrier):
     """A stream whose ends show each other their arenas before the first frame."""
 
-    def __init__(self, progress: Progress, owner: Owner, peer: int, limits: Limits) -> None:
-        super().__init__(progress, owner, peer, limits)
+    def __init__(
+        self, progress: Progress, owner: Owner, peer: int, limits: Limits, *, checksum: bool
+    ) -> None:
+        super().__init__(progress, owner, peer, limits, checksum=checksum)
         self.lender: Lender | None = None
         self.borrowed: Borrowed | None = None
 
@@ -57,6 +60,42 @@ class LendingConnection(Connection):
         """Close the socket; tensors that lie in the peer's arena keep it alive by themselves."""
         super().close_socket()
         self.lender = self.borrowed = None
+
+    def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
+        """Send a message's frame, and its payload through shared memory if that is better."""
+        offset = self._lend(spec, tensors) if spec.nbytes >= LEND_NBYTES else None
+        if offset is None:
+            super().send(spec, tensors, work)
+            return
+        self.queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset)
+        work.complete()
+
+    def fetch(self, frame: Frame, arrival: Arrival) -> None:
+        """Take from a message's frame what it says of the payload."""
+        if frame.kind is FrameKind.LENT and self.borrowed is not None:
+            arrival.tensors = self.borrowed.take(frame.word, arrival.spec)
+        else:
+            super().fetch(frame, arrival)
+
+    def finish(self, arrival: Arrival) -> None:
+        """Check the payload, and say how the next ones had better come."""
+        super().finish(arrival)
+        large, receive = arrival.spec.nbytes >= LEND_NBYTES, arrival.receive
+        if large and receive is not None and self.borrowed is not None:
+            self.borrowed.wish(lent=receive.into is None)
+
+    def _lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
+        """Copy a message into a block; return its offset, or None when the stream is to take it."""
+        lender, limits = self.lender, self._limits
+        # (What is over the limits is left to the stream, which says so.)
+        if (
+            lender is None
+            or not lender.wanted
+            or spec.nbytes > limits.payload_nbytes
+            or len(spec.packed.data) > min(limits.meta_nbytes, LENT_META_NBYTES)
+        ):
+            return None
+        return lender.lend(spec, tensors)
 
     def _show_arena(self, sock: socket.socket) -> None:
         try:
@@ -91,8 +130,7 @@ class LendingConnection(Connection):
         try:
             self._before_frames = None
             if fds:
-                with contextlib.suppress(OSError):  # the peer sees that nobody maps it
-                    self.borrowed = Borrowed(fds[0])
+                self._map(fds[0])
             # (A process without a descriptor left gets the byte alone, and this flag: recvmsg(2).)
             shown = fds or flags & socket.MSG_CTRUNC
             if data != (_WITH_ARENA if shown else _WITHOUT):
@@ -102,11 +140,16 @@ class LendingConnection(Connection):
             return False
         return True
 
+    def _map(self, fd: int) -> None:
+        with contextlib.suppress(OSError):  # the peer sees that nobody has mapped it
+            self.borrowed = Borrowed(fd)
+
 
 class ShmTransport(UnixTransport):
     """Unix streams with payloads in shared memory between ranks of one host, TCP between others."""
 
     name: ClassVar[str] = "shm"
+    carrier: ClassVar[type[Carrier]] = LendingCarrier
 
     @staticmethod
     def viable() -> str | None:
@@ -114,55 +157,3 @@ class ShmTransport(UnixTransport):
         if not hasattr(os, "memfd_create") or not hasattr(socket, "send_fds"):
             return "this system has no memfd_create(2), or cannot pass descriptors"
         return UnixTransport.viable()
-
-    def _connect(self, rank: int) -> Connection:
-        return LendingConnection(self._progress, self, rank, self._limits)
-
-    def _dispatch(
-        self,
-        connection: Connection,
-        spec: MessageSpec,
-        tensors: Sequence[torch.Tensor],
-        work: Send,
-    ) -> None:
-        offset = None
-        if spec.nbytes >= LEND_NBYTES:
-            assert isinstance(connection, LendingConnection)
-            offset = self._lend(connection, spec, tensors)
-        if offset is None:
-            super()._dispatch(connection, spec, tensors, work)
-            return
-        connection.queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset)
-        work.complete()
-
-    def _lend(
-        self, connection: LendingConnection, spec: MessageSpec, tensors: Sequence[torch.Tensor]
-    ) -> int | None:
-        """Copy a message into a block; return its offset, or None when the stream is to take it."""
-        limits = self._limits
-        # (What is over the limits is left to the stream, which says so.)
-        if (
-            connection.lender is None
-            or not connection.lender.wanted
-            or spec.nbytes > limits.payload_nbytes
-            or len(spec.packed.data) > min(limits.meta_nbytes, LENT_META_NBYTES)
-        ):
-            return None
-        return connection.lender.lend(spec, tensors)
-
-    def _fetch(self, connection: Connection, frame: Frame, arrival: Arrival) -> None:
-        if frame.kind is not FrameKind.LENT:
-            super()._fetch(connection, frame, arrival)
-            return
-        assert isinstance(connection, LendingConnection)
-        if connection.borrowed is None:
-            raise ProtocolError("a message lies in shared memory, but none was shown")
-        arrival.tensors = connection.borrowed.take(frame.word, arrival.spec)
-
-    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
-        """Complete the message, and say how the next ones had better come."""
-        super().on_payload(connection, arrival)
-        if arrival.spec.nbytes >= LEND_NBYTES and arrival.receive is not None:
-            assert isinstance(connection, LendingConnection)
-            if connection.borrowed is not None:
-                connection.borrowed.wish(lent=arrival.receive.into is None)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
-import torch
-
 from transport.addresses import Address, listen
+from transport.carrier import Carrier
 from transport.connection import Connection
 from transport.contract import DEFAULT_UNEXPECTED_LIMIT, Transport
 from transport.errors import (
@@ -29,7 +28,7 @@ from transport.mailbox import Arrival, Mailbox
 from transport.peers import Peer, Peers, Place
 from transport.pool import Pool
 from transport.progress import Progress
-from transport.tensors import Message, MessageSpec, payload_sum, prepare, unsupported_host
+from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import MESSAGES, Frame, FrameKind, Limits
 from transport.work import Farewell, Receive, Send, Work, count
 
@@ -51,6 +50,7 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
     unix: ClassVar[bool] = False
+    carrier: ClassVar[type[Carrier]] = Carrier  # how payloads travel: there may be a better way
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class TcpTransport(Transport):
         spec, tensors = prepare(message)
         work = Send(self, dst, tag)
         with self._lock, self._guard:
-            self._dispatch(self._peer(dst).connection, spec, tensors, work)
+            self._peer(dst).connection.send(spec, tensors, work)
             count(self.traffic.sent, dst)
             self.traffic.sent_nbytes += spec.nbytes
         return work
@@ -193,30 +193,6 @@ class TcpTransport(Transport):
         else:
             self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
 
-    # -- how a payload travels: another transport may know a better way ----------------------------
-
-    def _dispatch(
-        self,
-        connection: Connection,
-        spec: MessageSpec,
-        tensors: Sequence[torch.Tensor],
-        work: Send,
-    ) -> None:
-        """Send a message's frame, and its payload."""
-        kind, word = FrameKind.MESSAGE, 0
-        if self._checksum:
-            kind, word = FrameKind.SUMMED, payload_sum(tensors)
-        connection.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=work.tag, word=word)
-
-    def _fetch(self, connection: Connection, frame: Frame, arrival: Arrival) -> None:
-        """Take from a message's frame what it says of the payload."""
-        if frame.kind is FrameKind.SUMMED:
-            arrival.sum = frame.word
-        elif frame.kind is FrameKind.LENT:
-            raise ProtocolError(
-                f"rank {connection.peer} lends memory, which {self.name} cannot map"
-            )
-
     def _resume_all(self) -> None:
         """Read on from every peer, because some thread begins to wait: to stop could deadlock."""
         for peer in self._peers.values():
@@ -226,8 +202,8 @@ class TcpTransport(Transport):
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
-    def _connect(self, rank: int) -> Connection:
-        return Connection(self._progress, self, rank, self._limits)
+    def _connect(self, rank: int) -> Carrier:
+        return self.carrier(self._progress, self, rank, self._limits, checksum=self._checksum)
 
     def _lose(self, peer: Peer, error: TransportError) -> None:
         """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
@@ -271,7 +247,7 @@ class TcpTransport(Transport):
                 return False
         arrival = connection.arriving = Arrival(src, tag, spec)
         if kind is not FrameKind.MESSAGE:
-            self._fetch(connection, frame, arrival)
+            self._peers[src].connection.fetch(frame, arrival)
         try:
             self._mailbox.arrive(arrival)
         except RuntimeError as error:  # torch's allocator
@@ -280,13 +256,10 @@ class TcpTransport(Transport):
 
     def on_payload(self, connection: Connection, arrival: Arrival) -> None:
         """Complete the message."""
-        if arrival.sum is not None and payload_sum(arrival.tensors) != arrival.sum:
-            raise ProtocolError(
-                f"the payload's sum is {payload_sum(arrival.tensors):#x}, {arrival.sum:#x} was "
-                f"sent: bytes of the message with tag {arrival.tag} changed on the way"
-            )
+        src = connection.peer
+        self._peers[src].connection.finish(arrival)
         connection.arriving = None
-        count(self.traffic.received, connection.peer)
+        count(self.traffic.received, src)
         self.traffic.received_nbytes += arrival.spec.nbytes
         self._mailbox.complete(arrival)
 

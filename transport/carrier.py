@@ -1,0 +1,58 @@
+"""A connection that carries messages: which frame each becomes, and what it says of the payload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from transport.connection import Connection, Owner
+from transport.errors import ProtocolError
+from transport.mailbox import Arrival
+from transport.progress import Progress
+from transport.tensors import MessageSpec, payload_sum
+from transport.wire import Frame, FrameKind, Limits
+from transport.work import Send
+
+
+class Carrier(Connection):
+    """A stream with the payloads on it, summed or not; another carrier may know a better way."""
+
+    def __init__(
+        self, progress: Progress, owner: Owner, peer: int, limits: Limits, *, checksum: bool
+    ) -> None:
+        super().__init__(progress, owner, peer, limits)
+        self._checksum = checksum
+
+    def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
+        """Send a message's frame, and its payload.
+
+        Raises:
+            InvalidArgument: the message is over the limits.
+        """
+        kind, word = FrameKind.MESSAGE, 0
+        if self._checksum:
+            kind, word = FrameKind.SUMMED, payload_sum(tensors)
+        self.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=work.tag, word=word)
+
+    def fetch(self, frame: Frame, arrival: Arrival) -> None:
+        """Take from the frame of a message that is not a plain one what it says of the payload.
+
+        Raises:
+            ProtocolError: it says what cannot be.
+        """
+        if frame.kind is FrameKind.LENT:
+            raise ProtocolError(f"rank {self.peer} lends memory, but none was shown that is mapped")
+        arrival.sum = frame.word
+
+    def finish(self, arrival: Arrival) -> None:
+        """Check the payload, which is complete.
+
+        Raises:
+            ProtocolError: it is not what was sent.
+        """
+        if arrival.sum is not None and (found := payload_sum(arrival.tensors)) != arrival.sum:
+            raise ProtocolError(
+                f"the payload's sum is {found:#x}, {arrival.sum:#x} was "
+                f"sent: bytes of the message with tag {arrival.tag} changed on the way"
+            )
