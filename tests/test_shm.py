@@ -111,7 +111,7 @@ def test_a_kept_tensor_does_not_keep_what_lies_around_it_from_large_blocks(lent)
     for tensor, value in ((front, small), (kept, small + 1), (got, large)):
         assert torch.equal(tensor, value)
     del kept, got, front, tensor
-    everything = torch.ones(200 * KIB, dtype=torch.uint8)
+    everything = torch.ones(220 * KIB, dtype=torch.uint8)
     assert lender.lend(MessageSpec.of(everything), [everything]) == 0
 
 
