@@ -79,7 +79,7 @@ class Connection:
         it still had to send is lost. tcp(7): SIOCOUTQ is what the other side has not acknowledged.
         A Unix stream hands over at once, there is nothing in between.
         """
-        if self._queue:
+        if self._queue.frames:
             return False
         if self.socket is None or self.socket.family == socket.AF_UNIX:
             return True
@@ -118,7 +118,7 @@ class Connection:
         Raises:
             InvalidArgument: the frame is over the limits, which the peer has as well.
         """
-        views = [memory(tensor) for tensor in tensors]
+        views = list(map(memory, tensors))
         short = payload_nbytes <= JOIN_NBYTES
         head = encode(
             kind,
@@ -132,7 +132,7 @@ class Connection:
         )
         self._sequence += 1
         frame: list[Buffer] = [head] if short else [head, *views]
-        first = self.socket is not None and not self._queue
+        first = self.socket is not None and not self._queue.frames
         nbytes = self._offer(frame) if first else 0
         if nbytes == sum(map(len, frame)):  # the usual case
             if work is not None:
@@ -184,7 +184,7 @@ class Connection:
         """Ask the kernel for just the events that can be used now."""
         if self.socket is None:
             return
-        writing = self._queue and not self.ending
+        writing = self._queue.frames and not self.ending
         wanted = (0 if self.pending is not None else EPOLLIN) | (EPOLLOUT if writing else 0)
         if wanted == self._watched:
             return
@@ -201,7 +201,7 @@ class Connection:
         assert self.socket is not None
         budget = WRITE_BUDGET_NBYTES
         try:
-            while self._queue and budget > 0 and not self.ending:
+            while self._queue.frames and budget > 0 and not self.ending:
                 nbytes = self.socket.sendmsg(self._queue.gathered())
                 self._queue.sent(nbytes)
                 budget -= nbytes

@@ -32,41 +32,38 @@ class _Outgoing:
 
 
 class OutgoingQueue:
-    """What one connection still has to send, in order."""
+    """What one connection still has to send: `frames`, in order."""
 
     def __init__(self) -> None:
-        self._frames: deque[_Outgoing] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._frames)
+        self.frames: deque[_Outgoing] = deque()
 
     def append(
         self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
     ) -> None:
         """Queue a frame, header first; `work` is done when the last byte of it is sent."""
-        self._frames.append(_Outgoing(frame, tensors, work))
+        self.frames.append(_Outgoing(frame, tensors, work))
 
     def gathered(self) -> Iterator[memoryview]:
         """Yield the buffers that are to be sent next, in one call to the kernel."""
-        return itertools.islice((b for frame in self._frames for b in frame.buffers), MAX_GATHER)
+        return itertools.islice((b for frame in self.frames for b in frame.buffers), MAX_GATHER)
 
     def sent(self, nbytes: int) -> None:
         """Take note of what the kernel took."""
-        while self._frames:
-            buffers = self._frames[0].buffers
+        while self.frames:
+            buffers = self.frames[0].buffers
             while buffers and nbytes >= len(buffers[0]):
                 nbytes -= len(buffers.popleft())
             if buffers:
                 if nbytes:
                     buffers[0] = buffers[0][nbytes:]
                 return
-            work = self._frames.popleft().work
+            work = self.frames.popleft().work
             if work is not None:
                 work.complete()
 
     def fail(self, error: TransportError) -> None:
         """Fail all that is queued."""
-        while self._frames:
-            work = self._frames.popleft().work
+        while self.frames:
+            work = self.frames.popleft().work
             if work is not None:
                 work.fail(error)
