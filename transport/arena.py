@@ -177,7 +177,7 @@ class Borrowed:
             nbytes = os.fstat(fd).st_size
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise ProtocolError("the lent memory is not sealed: it could shrink under a reader")
-            if not 0 < nbytes <= limit_nbytes:
+            if not ALIGNMENT <= nbytes <= limit_nbytes:  # one head, to write the wish into
                 raise ProtocolError(f"{nbytes} bytes of lent memory, at most {limit_nbytes} agreed")
             self._map = mmap.mmap(fd, nbytes)
         except OSError as error:
