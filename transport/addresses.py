@@ -15,9 +15,11 @@ from typing import Final
 
 from transport.errors import ProtocolError
 
-# Of streams within a host. What is larger than the processor's cache by the time it is read back
-# costs more than it saves. (The kernel cuts it down to net.core.wmem_max and rmem_max.)
+# Of streams within a host. What has left the processor's cache by the time it is read back costs
+# more than it saves. (The kernel cuts them down to net.core.wmem_max and rmem_max.)
 BUFFER_NBYTES: Final = 1024 * 1024
+BUFFER_OF_LARGE_NBYTES: Final = 256 * 1024
+LARGE_NBYTES: Final = 16 * 1024 * 1024
 BACKLOG: Final = 1024
 _OWN_NAME: Final = secrets.token_hex(16)
 
@@ -104,10 +106,20 @@ def tune(sock: socket.socket) -> None:
 
     Between hosts TCP's stay as they are: the kernel adapts them as long as nobody sets them.
     """
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)  # it has no other
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if sock.getsockname()[0] == sock.getpeername()[0]:  # a host that talks to itself
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _within_host(sock):  # (a Unix stream has no other buffer than its sender's)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
+    tune_for(sock, 0)
+
+
+def tune_for(sock: socket.socket, nbytes: int) -> None:
+    """Set how much the kernel takes at once of a message of `nbytes`, within a host."""
+    if _within_host(sock):
+        buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else BUFFER_OF_LARGE_NBYTES
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_nbytes)
+
+
+def _within_host(sock: socket.socket) -> bool:
+    # A host that talks to itself has one address at both ends.
+    return sock.family == socket.AF_UNIX or sock.getsockname()[0] == sock.getpeername()[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 
+from transport.addresses import LARGE_NBYTES, tune_for
 from transport.connection import Connection, Owner
 from transport.errors import ProtocolError
 from transport.mailbox import Arrival
@@ -23,6 +25,7 @@ class Carrier(Connection):
     ) -> None:
         super().__init__(progress, owner, peer, limits)
         self._checksum = checksum
+        self._large = False  # whether the socket is tuned for large messages
 
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and its payload.
@@ -30,6 +33,10 @@ class Carrier(Connection):
         Raises:
             InvalidArgument: the message is over the limits.
         """
+        if (spec.nbytes >= LARGE_NBYTES) != self._large and self.socket is not None:
+            self._large = not self._large
+            with contextlib.suppress(OSError):  # the peer is gone: whoever sends finds out
+                tune_for(self.socket, spec.nbytes)
         kind, word = FrameKind.MESSAGE, 0
         if self._checksum:
             kind, word = FrameKind.SUMMED, payload_sum(tensors)
