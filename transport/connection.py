@@ -1,7 +1,7 @@
 """One stream between two ranks: frames queued out, frames read in, and how it ends.
 
 It knows sockets and frames. What a frame means is its owner's business, which it asks through the
-three calls of `Owner`. Everything here runs under the lock of `Progress`.
+calls of `Owner`. Everything here runs under the lock of `Progress`.
 """
 
 from __future__ import annotations

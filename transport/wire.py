@@ -100,7 +100,7 @@ def encode(
     word: int = 0,
     payload: Iterable[memoryview] = (),
 ) -> bytes:
-    """Return header and metadata of a frame, and its `payload`, or else that is to follow.
+    """Return header and metadata of a frame; its payload follows, unless `payload` joins it here.
 
     Raises:
         InvalidArgument: the frame is over the `limits`; its receiver would refuse it.
