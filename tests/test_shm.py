@@ -114,12 +114,23 @@ def test_a_kept_tensor_does_not_keep_what_lies_around_it_from_large_blocks(lent)
 
 def test_nothing_is_lent_to_who_has_not_mapped_the_arena() -> None:
     lender = Lender(64 * KIB)
-    assert not lender.wanted
-    borrowed = Borrowed(os.dup(lender.fd), 64 * KIB)
-    assert lender.wanted
-    borrowed.wish(lent=False)
-    assert not lender.wanted
+    assert not lender.wanted(stream_busy=True)
+    Borrowed(os.dup(lender.fd), 64 * KIB)
+    assert lender.wanted(stream_busy=False)
     lender.close()
+
+
+def test_to_who_wants_the_stream_is_lent_only_while_it_is_behind(lent) -> None:
+    lender, borrowed = lent(64 * KIB)
+    borrowed.wish(lent=False)
+    assert not lender.wanted(stream_busy=False)
+    assert lender.wanted(stream_busy=True)
+    kept = through(lender, borrowed, torch.zeros(100))
+    assert lender.wanted(stream_busy=False)
+    del kept
+    assert not lender.wanted(stream_busy=False)
+    borrowed.wish(lent=True)
+    assert lender.wanted(stream_busy=False)
 
 
 def test_more_than_the_arena_is_never_lent(lent) -> None:

@@ -18,8 +18,8 @@
    costs far more than copying to it. Sizes are rounded up by at most a quarter, so that blocks fit
    again. Once all is cut, larger ones serve too; then what lies between lent blocks is cut anew.
 6. The borrower says in a byte of the first head what it wants (`wish`). It is 0 until it has mapped
-   the arena, which it may not be able to; and a payload that is copied out again would better have
-   come over the stream, which copies with both processes at once.
+   the arena, which it may not be able to; and a payload that is awaited only to be copied out would
+   better come over the stream, which copies with both processes at once.
 7. A child that is forked shares what its parent holds: writes of either show in both, and a block
    comes back when the parent has freed it. Clone before the fork what the child is to keep.
 
@@ -95,6 +95,7 @@ class Lender:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._blocks: dict[int, list[int]] = {}  # offsets by size
         self._gaps = [(0, nbytes)]  # from where to where nothing has been cut into blocks
+        self._last = 0  # the block that was lent last
 
     def close(self) -> None:
         """Close `fd`; the memory stays as long as somebody maps it."""
@@ -102,10 +103,13 @@ class Lender:
             os.close(self.fd)
             self.fd = -1
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the borrower maps this arena, and wants payloads lent."""
-        return self._states[_WISH] == _LEND
+    def wanted(self, *, stream_busy: bool) -> bool:
+        """Whether the borrower has mapped this arena, and the next payload had better be lent."""
+        wish = self._states[_WISH]
+        if wish != _STREAM:
+            return wish == _LEND
+        # One that is behind does not wait for this payload, so the stream would gain nothing.
+        return stream_busy or self._states[self._last] == _LENT
 
     def lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
         """Copy a message's contiguous tensors into a free block; return its offset, or None."""
@@ -117,6 +121,7 @@ class Lender:
         for start, tensor in zip(starts, tensors, strict=True):
             ctypes.memmove(payload + start, tensor.data_ptr(), tensor.nbytes)
         self._states[offset] = _LENT
+        self._last = offset
         return offset
 
     def _free_block(self, size: int) -> int | None:
@@ -156,7 +161,7 @@ class Lender:
             for offset in offsets
             if self._states[offset] == _LENT
         )
-        self._blocks, self._gaps, end = {}, [], 0
+        self._blocks, self._gaps, self._last, end = {}, [], 0, 0
         for offset, size in lent:
             self._blocks.setdefault(size, []).append(offset)
             self._gaps.append((end, offset))

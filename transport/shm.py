@@ -90,7 +90,7 @@ class LendingCarrier(Carrier):
         # (What is over the limits is left to the stream, which says so.)
         if (
             lender is None
-            or not lender.wanted
+            or not lender.wanted(stream_busy=bool(self._queue.frames))
             or spec.nbytes > limits.payload_nbytes
             or len(spec.packed.data) > min(limits.meta_nbytes, LENT_META_NBYTES)
         ):
