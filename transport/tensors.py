@@ -257,6 +257,11 @@ def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
     ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
 
 
+def copied_bytes(tensor: torch.Tensor) -> bytes:
+    """Return a copy of the bytes of a contiguous CPU tensor."""
+    return memory(tensor).tobytes()
+
+
 def payload_sum(tensors: Sequence[torch.Tensor]) -> int:
     """Return the sum, modulo 2**64, of a payload's bytes read as 64-bit integers.
 
