@@ -269,3 +269,10 @@ def test_every_flipped_bit_changes_the_sum(nbytes: int) -> None:
             assert payload_sum([tensor]) != before, bit
             tensor[bit // 8] ^= 1 << bit % 8
     assert payload_sum([]) == payload_sum([torch.zeros(0)]) == 0
+
+
+def test_metadata_that_was_read_before_is_refused_with_another_checksum() -> None:
+    data, crc = pack(GOOD)
+    assert MessageSpec.from_packed(data, crc) is MessageSpec.from_packed(data, crc)
+    with pytest.raises(ProtocolError, match="checksum"):
+        MessageSpec.from_packed(data, crc ^ 1)

@@ -1,0 +1,61 @@
+"""The kernel's buffers of a data socket: ours within a host, its own between hosts."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import transport_worlds as worlds
+from transport_worlds import SOON_S
+
+from transport.addresses import (
+    BUFFER_NBYTES,
+    BUFFER_OF_LARGE_NBYTES,
+    LARGE_NBYTES,
+    tune,
+    tune_for,
+)
+
+
+def set_to(nbytes: int) -> int:
+    """Return what the kernel makes of a buffer of `nbytes`."""
+    one, other = socket.socketpair()
+    with one, other:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+        return one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+def test_a_large_message_narrows_the_buffer_and_the_next_small_one_widens_it(name: str) -> None:
+    small, large = torch.ones(3), torch.ones(LARGE_NBYTES, dtype=torch.uint8)
+    into = torch.zeros_like(large)
+    with worlds.world(name, 2) as (one, other):
+        for message, nbytes in (
+            (small, BUFFER_NBYTES),
+            (large, BUFFER_OF_LARGE_NBYTES),
+            (large, BUFFER_OF_LARGE_NBYTES),
+            (small, BUFFER_NBYTES),
+        ):
+            receive = other.irecv(0, into=into if message is large else None)
+            one.send(message, 1, timeout=SOON_S)
+            assert torch.equal(receive.wait(SOON_S), message)
+            sock = one._peers[1].connection.socket
+            if name != "shm" or message is small:  # (its first large one was lent)
+                found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+                assert found == set_to(nbytes)
+
+
+def test_between_hosts_the_kernel_keeps_its_own() -> None:
+    """Two addresses of this machine stand for two hosts."""
+    with socket.create_server(("127.0.0.2", 0)) as listening:
+        caller = socket.create_connection(
+            listening.getsockname(), source_address=("127.0.0.1", 0), timeout=SOON_S
+        )
+        with caller, listening.accept()[0]:
+            options = (socket.SO_SNDBUF, socket.SO_RCVBUF)
+            before = [caller.getsockopt(socket.SOL_SOCKET, option) for option in options]
+            tune(caller)
+            tune_for(caller, LARGE_NBYTES)
+            assert before == [caller.getsockopt(socket.SOL_SOCKET, option) for option in options]
+            assert caller.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
