@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from barepp.world import World
     from transport.errors import Failure, JobFailed
 
+__version__ = "0.1.0"  # (pyproject.toml says the same: a test compares them)
+
 _HOMES = {
     "Action": "barepp.actions",
     "BareppError": "barepp.errors",

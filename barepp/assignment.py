@@ -15,14 +15,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """How a process gets into its world."""
+    """How a process gets into its world.
+
+    Attributes:
+        rendezvous: the host and port where it is served.
+        checksum: whether each payload carries a sum that its receiver checks.
+        spread: whether the ranks are on several hosts: then they listen beyond loopback.
+        address: where the other hosts reach this one; "" is where it reaches the rendezvous from.
+        local_rank: its number among the ranks of its host.
+        silence_s: how long a host may give no sign of life; 0 for ever.
+    """
 
     rank: int
     world_size: int
     rendezvous: tuple[str, int]
     secret: bytes = dataclasses.field(repr=False)
     transport: str
-    checksum: bool = False  # whether each payload carries a sum that its receiver checks
+    checksum: bool = False
+    spread: bool = False
+    address: str = ""
+    silence_s: float = 0.0
+    local_rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+import barepp
 from barepp.assignment import Membership
+from barepp.environment import started_by_others
 from barepp.errors import UsageError
 from barepp.warm import keep_freed_memory
 from barepp.world import World
-from transport.addresses import Address
+from transport.addresses import Address, is_loopback
 from transport.control import ControlClient
 from transport.errors import Failure, JobFailed
 from transport.inproc import InprocHub, InprocTransport
@@ -30,8 +33,12 @@ LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a 
 
 
 def connect(membership: Membership) -> ControlClient:
-    """Open the control connection and claim the rank."""
-    return ControlClient(membership.rendezvous, membership.secret, membership.rank)
+    """Open the control connection to the launcher and claim the rank."""
+    where, secret, rank = membership.rendezvous, membership.secret, membership.rank
+    if not membership.spread:
+        return ControlClient(where, secret, rank)
+    server = ("the launcher of node 0", -1)
+    return ControlClient(where, secret, rank, server=server, silence_s=membership.silence_s)
 
 
 def _join(membership: Membership, control: ControlClient, probe: Probe | None) -> World:
@@ -40,13 +47,14 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
         alone = World(InprocTransport(InprocHub(1), 0), control, probe=probe)
+        alone.local_rank = membership.local_rank
         _beat(control, alone)
         return alone
     if not issubclass(chosen, TcpTransport):
         raise UsageError(f"transport {membership.transport!r} does not connect processes")
-    sockets, address = chosen.listen()
+    sockets, address = _listen(chosen, membership, control)
     try:
-        addresses = control.join(membership.world_size, address)
+        addresses = control.join(membership.world_size, address, versions=_versions())
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -61,6 +69,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         checksum=membership.checksum,
     )
     world = World(transport, control, probe=probe)
+    world.local_rank = membership.local_rank
     _beat(control, world)
 
     def on_failure(failure: Failure) -> None:
@@ -71,6 +80,27 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
 
     control.on_failure(on_failure)
     return world
+
+
+def _listen(
+    chosen: type[TcpTransport], membership: Membership, control: ControlClient
+) -> tuple[list[socket.socket], Address]:
+    """Listen where the other ranks can come: on loopback, unless some are on other hosts."""
+    host = "127.0.0.1"
+    if membership.spread:
+        host = membership.address or control.local_host
+        if is_loopback(host) and not membership.address:
+            host = ""  # the rendezvous is here as well: who has reached that will reach us
+    try:
+        return chosen.listen(host)
+    except OSError as error:
+        text = f"rank {control.rank} cannot listen at {host}: {error.strerror or error}"
+        raise UsageError(text) from error
+
+
+def _versions() -> dict[str, str]:
+    """Return what must be the same on all ranks for their results to fit together."""
+    return {"barepp": barepp.__version__, "torch": str(torch.__version__)}
 
 
 def _beat(control: ControlClient, world: World) -> None:
@@ -122,27 +152,17 @@ def one_compute_thread() -> None:
     torch.set_num_threads(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
 
 
-def _refuse_foreign_launchers() -> None:
-    """Each of their processes would train a model of its own, and nobody would notice."""
-    for variable, who in (("WORLD_SIZE", "torchrun"), ("SLURM_NTASKS", "Slurm's srun")):
-        size = os.environ.get(variable, "1")
-        if size.isdecimal() and int(size) > 1:
-            raise UsageError(
-                f"{variable}={size}: it seems that {who} has started this process, which barepp "
-                "does not support yet; use python -m barepp.launch"
-            )
-
-
 def init() -> World:
     """Join the world that this process was started in; blocks until all ranks have come.
 
-    Started by `python -m barepp.launch` the process is one rank of many; started by itself it is
-    a world of one rank. PyTorch's compute threads are set to one, unless OMP_NUM_THREADS is set:
-    more would make ranks fight for cores, and one thread is what makes results bit-identical.
+    Started by `python -m barepp.launch`, by torchrun or by Slurm's srun the process is one rank of
+    many (environment.py says how it is told); started by itself it is a world of one. PyTorch's
+    compute threads are set to one, unless OMP_NUM_THREADS is set: more would make ranks fight for
+    cores, and one thread is what makes results bit-identical.
     Memory that is freed stays in the process (see warm.py).
 
     Raises:
-        UsageError: this process is in a world already, or another launcher has started it.
+        UsageError: this process is in a world already, or the environment makes no sense.
         RendezvousError: another world size, or a rank that did not come in time.
         JobFailed: another rank failed meanwhile.
     """
@@ -151,7 +171,12 @@ def init() -> World:
     one_compute_thread()
     keep_freed_memory()
     if _process.membership is None or _process.control is None:
-        _refuse_foreign_launchers()
+        started = started_by_others(os.environ)
+        if started is not None:
+            from barepp.adopted import adopt
+
+            _process.membership, _process.control = adopt(started, os.environ)
+    if _process.membership is None or _process.control is None:
         _process.world = World(InprocTransport(InprocHub(1), 0))
     else:
         _process.world = _join(_process.membership, _process.control, _process.probe)

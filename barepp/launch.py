@@ -1,4 +1,7 @@
-"""`python -m barepp.launch --world 4 script.py`: runs a script on several ranks of this machine.
+"""`python -m barepp.launch --world 4 script.py`: runs a script on several ranks, here or on hosts.
+
+On several hosts the same command is given on each, with --nodes, --node-rank and --rendezvous: see
+nodes.py. The exit code is the same on all of them, as far as they could still hear of each other.
 
 Exit code: 0 when every rank ended well; else the failing script's own (an exception is 1),
 128 + signal for a rank killed by a signal, 124 for a job that hung, 130, 143 or 129 when the
@@ -8,6 +11,8 @@ launcher itself was sent SIGINT, SIGTERM or SIGHUP, and 2 for wrong usage.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,15 +24,17 @@ from barepp.assignment import Script
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.job import Job
-from barepp.member import Options
+from barepp.member import MAX_SECONDS, Options
+from barepp.nodes import Nodes
 from barepp.output import Output
 from barepp.picture import interval
 from barepp.report import tell
+from barepp.secret import NO_TLS, given_secret
+from transport.addresses import is_loopback
 from transport.errors import TransportError
 from transport.registry import check_name, transport_names
 
 MAX_WORLD: Final = 1024
-MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
 
 _LIMITS: Final = (
     ("--heartbeat", 10.0, "that a rank may give no sign of life; 0 for ever"),
@@ -42,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         _check(parsed)
+        nodes = _nodes(parsed)
         log_dir = _prepared(parsed.log_dir)
         events = EventLog(log_dir / "events.jsonl" if log_dir is not None else None)
     except OSError as error:
@@ -62,10 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Output(log_dir) as output:
             with _watching(output, parsed.interval) if parsed.watch else nullcontext():
-                outcome = Job(task, options, output, events).run()
+                outcome = Job(task, options, output, events, nodes=nodes).run()
             tell(outcome, output)
     except UsageError as error:
         return _refuse(error)
+    except TransportError as error:  # node 0 cannot listen, or be reached
+        _refuse(error)
+        return 1
     except KeyboardInterrupt:  # the job has ended, only its output has not
         return 130
     finally:
@@ -92,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         "and who waits for whom, as python -m barepp.stacks does from elsewhere; the job goes on.",
     )
     parser.add_argument(
-        "--world", type=int, required=True, metavar="N", help="number of ranks (processes)"
+        "--world",
+        type=int,
+        required=True,
+        metavar="N",
+        help="number of ranks (processes), on all nodes",
     )
     parser.add_argument(
         "--transport",
@@ -120,6 +135,19 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             flag, type=float, default=default, metavar="S", help=f"seconds {what} ({default:g})"
         )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of hosts")
+    parser.add_argument(
+        "--node-rank", type=int, metavar="I", help="which of them this is, from 0; node 0 decides"
+    )
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="where node 0 is reached, the same on all nodes"
+    )
+    parser.add_argument(
+        "--address",
+        default="",
+        metavar="HOST",
+        help="where other nodes reach this one (default: where it reaches node 0 from)",
+    )
     parser.add_argument("script", help="the Python file that every rank runs")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
@@ -150,6 +178,38 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UsageError(f"the script {parsed.script} cannot be read: {error.strerror}") from error
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"the script {parsed.script} is not valid Python: {error}") from error
+
+
+def _nodes(parsed: argparse.Namespace) -> Nodes | None:
+    """Return which launcher of several this is; None when there is one."""
+    count, node = parsed.nodes, parsed.node_rank
+    if not 1 <= count <= parsed.world:
+        text = f"--nodes is the number of hosts, from 1 to the number of ranks, {parsed.world}"
+        raise UsageError(f"{text}, not {count}")
+    if not 0 <= (node or 0) < count:
+        raise UsageError(f"--node-rank is from 0 to {count - 1} with --nodes {count}, not {node}")
+    if count == 1:
+        return None
+    if node is None or parsed.rendezvous is None:
+        raise UsageError(
+            f"--nodes {count} needs --node-rank, which of them this is, and --rendezvous, the "
+            "HOST:PORT where node 0 is reached"
+        )
+    match = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):(\d{1,5})", parsed.rendezvous)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise UsageError(
+            f"--rendezvous is HOST:PORT, or [ADDRESS]:PORT for IPv6, not {parsed.rendezvous!r}"
+        )
+    secret = given_secret(os.environ)
+    if secret is None:
+        raise UsageError(
+            "several nodes need a secret that they share: set BAREPP_SECRET_FILE to a file that "
+            "only you can read (mode 0600), with the same content on all nodes, or BAREPP_SECRET"
+        )
+    host = match[1] or match[2]
+    if node == 0 and not is_loopback(host):
+        print(NO_TLS, file=sys.stderr)
+    return Nodes(node, count, host, int(match[3]), secret, parsed.address)
 
 
 def _prepared(log_dir: Path | None) -> Path | None:

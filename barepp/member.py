@@ -17,6 +17,7 @@ from transport.errors import Failure
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
 READ_NBYTES: Final = 1024 * 1024
 KILL_WAIT_S: Final = 5.0  # from SIGKILL to the end of the process
+MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
 
 
 class ResultReader:
@@ -69,27 +70,21 @@ class Options:
 
 
 @dataclasses.dataclass
-class Rank:
-    """What the launcher knows of one rank.
+class Member:
+    """What is known of one rank, wherever its process is.
 
     Attributes:
-        stack_pipe: where it writes its Python stacks when it is asked to; `stacks` once read.
-        ended_fd: is readable once the process has ended.
         joined, left: whether it is, or has been, in the world, and whether it left in order.
         status: what the process ended with, as soon as that is known.
         ended_at, lost_at: when its process and when its control connection ended.
         exit_code: the same as `status`, once all that the rank had said has been heard.
         reported: the failure that the rank itself told.
         doing: what it was about when it was told of another rank's failure.
+        stacks: its Python stacks, when it was asked for them.
         killed: whether the launcher killed it.
     """
 
     rank: int
-    process: BaseProcess
-    ended_fd: int
-    result: ResultReader
-    stack_pipe: StackPipe
-    pid: int
     joined: bool = False
     left: bool = False
     status: int | None = None
@@ -100,6 +95,22 @@ class Rank:
     doing: str = ""
     stacks: str = ""
     killed: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rank(Member):
+    """A rank whose process this launcher has started.
+
+    Attributes:
+        ended_fd: is readable once the process has ended.
+        stack_pipe: where it writes its Python stacks when it is asked to; `stacks` once read.
+    """
+
+    process: BaseProcess
+    ended_fd: int
+    result: ResultReader
+    stack_pipe: StackPipe
+    pid: int
 
     def ask_for_stacks(self) -> None:
         """Let it write its Python stack, before the news of a failure unwinds that."""
@@ -133,11 +144,19 @@ class Rank:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the first failure, if any, and what the launcher should exit with."""
+    """How a job ended.
+
+    Attributes:
+        failure: the first failure, if any.
+        ranks: those that this launcher had started.
+        signal: which one the launcher itself was sent.
+        elsewhere: what node 0 knows of the ranks of other nodes.
+    """
 
     failure: Failure | None
     ranks: list[Rank]
-    signal: int | None = None  # which one the launcher itself was sent
+    signal: int | None = None
+    elsewhere: tuple[Member, ...] = ()
 
     @property
     def exit_code(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from barepp.beats import IN_SCRIPT
-from barepp.member import Outcome, Rank
+from barepp.member import Member, Outcome, Rank
 from barepp.output import Output
 from transport.errors import Failure, printable, signal_name
 
@@ -17,10 +17,10 @@ def tell(outcome: Outcome, output: Output) -> None:
             text = f"{rank.reported.headline()}\n{rank.reported.traceback}"
             output.write_log(rank.rank, printable(text).rstrip() + "\n")
     if outcome.failure is not None:
-        output.say(report(outcome.failure, outcome.ranks))
+        output.say(report(outcome.failure, [*outcome.ranks, *outcome.elsewhere]))
 
 
-def report(failure: Failure, ranks: Sequence[Rank]) -> str:
+def report(failure: Failure, ranks: Sequence[Member]) -> str:
     """Return the report of a failed job, several lines."""
     same = [rank.rank for rank in ranks if _same_failure(rank.reported, failure)]
     who = rank_names(same if len(same) > 1 else [failure.rank]) if failure.rank >= 0 else "the job"
@@ -30,7 +30,8 @@ def report(failure: Failure, ranks: Sequence[Rank]) -> str:
         lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
     if failure.cause == "hang":
         unknown = "(it could not tell: it is stopped, or had ended)"
-        lines += _stack_lines({rank.rank: rank.stacks or unknown for rank in ranks})
+        mine = [rank for rank in ranks if isinstance(rank, Rank)]  # other launchers show their own
+        lines += _stack_lines({rank.rank: rank.stacks or unknown for rank in mine})
     for rank in ranks:
         if rank.rank != failure.rank and rank.rank not in same:
             lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")
@@ -68,7 +69,7 @@ def _same_failure(reported: Failure | None, failure: Failure) -> bool:
     )
 
 
-def _fate(rank: Rank) -> str:
+def _fate(rank: Member) -> str:
     """Return how a rank ended that was not the first to fail."""
     doing = f" while {rank.doing}" if rank.doing else ""
     if rank.killed:
@@ -80,6 +81,8 @@ def _fate(rank: Rank) -> str:
         return f"{told}failed as well: {rank.reported.message.partition(chr(10))[0]}"
     if rank.exit_code is not None and rank.exit_code < 0:
         return f"was killed by {signal_name(-rank.exit_code)}{doing}"
+    if rank.status is None:
+        return f"is on another node, which does not say how it ended{doing}"
     if rank.exit_code == 0 and (rank.left or not rank.joined):
         return "had ended well"
     return f"was told{doing}, and ended"

@@ -62,23 +62,30 @@ class Watch:
         self._beats: dict[int, Beat] = {}  # of the ranks that are in the world
         self._said: dict[int, float] = {}  # when the first of a rank's equal beats was made
         self._since: dict[int, float] = {}  # and the second
+        self._until: dict[int, float] = {}  # and the last
         self._moved_at = -math.inf
 
-    def beat(self, rank: int, beat: Beat | None, now: float) -> None:
-        """Take a rank's word; None from one that is alive but in no world."""
+    def beat(self, rank: int, beat: Beat | None, now: float, *, after: float | None = None) -> None:
+        """Take a rank's word; None from one that is alive but in no world.
+
+        The clock of another host says nothing here. With `after`, a moment of ours before which the
+        beat was not made, the moment of its making is taken as unknown between that and `now`.
+        """
         if rank not in self._ranks:
             return
         self._heard_at[rank] = now
         if beat is None:
             self._beats.pop(rank, None)
             return
+        made_by = beat.made_at if after is None else now
+        self._until[rank] = beat.made_at if after is None else after
         before = self._beats.get(rank)
         if before is None or not beat.same_state(before):
-            self._said[rank] = beat.made_at
+            self._said[rank] = made_by
             self._since[rank] = math.inf
             self._moved_at = now
         elif math.isinf(self._since[rank]):
-            self._since[rank] = beat.made_at
+            self._since[rank] = made_by
         self._beats[rank] = beat
 
     def said(self, rank: int) -> Said | None:
@@ -94,9 +101,9 @@ class Watch:
         A rank that is killed says nothing more: its last beat is what can be known of it.
         """
         self._ranks.discard(rank)
-        self._heard_at.pop(rank, None)
+        heard_at = self._heard_at.pop(rank, at)
         beat = self._beats.pop(rank, None)
-        return "" if beat is None else f"{_doing(beat)}, {at - beat.made_at:.1f} s before"
+        return "" if beat is None else f"{_doing(beat)}, {at - heard_at:.1f} s before"
 
     def next_deadline(self) -> float | None:
         """Return when `check` should be called at the latest; None when nothing is due."""
@@ -163,7 +170,7 @@ class Watch:
             return False
         if all(AT_BARRIER in (beat.waits_for or ()) for beat in beats.values()):
             return False  # all have come: the word that ends the barrier is on its way
-        if max(self._since[rank] for rank in beats) > min(beat.made_at for beat in beats.values()):
+        if max(self._since[rank] for rank in beats) > min(self._until[rank] for rank in beats):
             return False  # no moment that all of them speak of
         return all(
             sent == beats[peer].received.get(rank, 0)

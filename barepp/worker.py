@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -30,15 +29,14 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # befor
 
 from barepp import joining  # noqa: E402
 from barepp.assignment import Assignment, Call, PickledCall, Pipes, Script, Task  # noqa: E402
+from barepp.ending import fail, flush, leave, report_threads  # noqa: E402
 from barepp.errors import UsageError  # noqa: E402
-from barepp.events import EventLog  # noqa: E402
-from barepp.failures import exit_code_of, failure_of  # noqa: E402
+from barepp.failures import exit_code_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import LENGTH  # noqa: E402
-from barepp.probe import note_told, rehearse  # noqa: E402
+from barepp.probe import rehearse  # noqa: E402
 from barepp.stack_dump import write_stacks_to  # noqa: E402
-from transport.control import ControlClient  # noqa: E402
-from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
+from transport.errors import Failure, TransportError  # noqa: E402
 
 _LAST_WORDS_S: Final = 1.0  # between the launcher's end and ours
 
@@ -58,13 +56,13 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
         control = joining.connect(membership)
     except TransportError as error:  # the launcher has gone, or a stranger sits at its port
         print(f"rank {membership.rank}: {error}", file=sys.stderr)
-        _leave(1)
+        leave(1)
     control.on_failure(_end_with_launcher)
     notes, probe = rehearse(membership.rank, assignment.rehearsal)
     joining.enlist(membership, control, probe)
     myself = os.getpid()
     os.register_at_fork(after_in_child=_be_no_rank)
-    _report_threads(membership.rank, control, notes)
+    report_threads(membership.rank, control, notes)
     try:
         _run(assignment.task, pipes)
         if os.getpid() == myself:
@@ -72,12 +70,12 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
             _leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
-            _fail(membership.rank, control, error, notes)
+            fail(membership.rank, control, error, notes)
         raise
     atexit._run_exitfuncs()  # the fork server ends its children without them
     if os.getpid() == myself:
         control.close()
-    _flush()
+    flush()
 
 
 def _run(task: Task, pipes: Pipes) -> None:
@@ -125,46 +123,6 @@ def _leave_world_left_open() -> None:
     world = joining.current_world()
     if world is not None:
         world.close()
-
-
-def _fail(rank: int, control: ControlClient, error: BaseException, notes: EventLog) -> None:
-    """Report, unless it only repeats what the launcher has told us; then end at once."""
-    if isinstance(error, JobFailed):
-        note_told(notes, rank, error)
-        control.say_doing(error.doing)
-        _leave(1)
-    world = joining.current_world()
-    failure = failure_of(rank, error, world.position() if world is not None else "")
-    control.report(failure)
-    _leave(failure.exit_code or 1)
-
-
-def _leave(exit_code: int) -> None:
-    """Flush Python's and C's streams and end without any further teardown."""
-    _flush()
-    os._exit(exit_code)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # the script may have closed or replaced them
-            stream.flush()
-    ctypes.CDLL(None).fflush(None)
-
-
-def _report_threads(rank: int, control: ControlClient, notes: EventLog) -> None:
-    """An exception that ends a background thread is this rank's failure as well."""
-    usual = threading.excepthook
-    myself = os.getpid()
-
-    def on_thread(args: threading.ExceptHookArgs) -> None:
-        if os.getpid() != myself:
-            usual(args)
-        elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
-            # (A thread that was told of another rank's failure leaves it to the main thread.)
-            _fail(rank, control, args.exc_value, notes)
-
-    threading.excepthook = on_thread
 
 
 def _end_with_launcher(failure: Failure) -> None:

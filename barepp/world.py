@@ -58,6 +58,7 @@ class World:
 
     Attributes:
         rank, world_size: who this is.
+        local_rank: its number among the ranks of its host.
         transport: the point-to-point contract below the methods of this class.
         random_lock: held around whatever draws random numbers when ranks are threads of one
             process (torch's generator is the process's); None when the process has one rank.
@@ -77,6 +78,7 @@ class World:
         self.transport = transport
         self.rank = transport.rank
         self.world_size = transport.world_size
+        self.local_rank = self.rank  # (who joins a world over several hosts knows better)
         self.random_lock = random_lock
         self.activity: tuple[object, ...] = ()
         self.steps = 0

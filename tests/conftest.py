@@ -1,4 +1,4 @@
-"""What every test needs: one compute thread, the demos within reach; and the matrix's options."""
+"""What every test needs: one compute thread, the demos within reach; and the suite's options."""
 
 import os
 import random
@@ -30,10 +30,20 @@ def one_compute_thread() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", default="40", help="how many cases of the fault matrix, or all")
+    parser.addoption(
+        "--wire",
+        type=float,
+        help="run the worlds over tcp between two hosts, so many seconds apart",
+    )
     parser.addoption("--matrix-seed", type=int, default=os.environ.get("BAREPP_MATRIX_SEED"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    delay_s = config.getoption("--wire")
+    if delay_s is not None:
+        import far
+
+        config.add_cleanup(far.arrange(delay_s).close)
     # `nohup` and shells' background jobs ignore these; a test's launcher would inherit that, and
     # rightly ignore what the test sends it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

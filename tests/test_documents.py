@@ -154,3 +154,7 @@ def test_nothing_stands_at_the_top_that_does_not_belong_there():
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     allowed = {"README.md", "pyproject.toml", "barepp", "transport", "tests", "demos", "LICENSE"}
     assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_the_version_stands_in_two_places():
+    assert f'version = "{barepp.__version__}"\n' in (ROOT / "pyproject.toml").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import threading
@@ -37,9 +38,16 @@ AT_ONCE_S = 2.0  # far below every timeout in these tests, far above what it tak
 class Served:
     """A server whose owner does nothing but note the events; failures are passed on if asked."""
 
-    def __init__(self, world_size: int, *, tell: bool = False, **options: float) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        tell: bool = False,
+        server: RendezvousServer | None = None,
+        **options: float,
+    ) -> None:
         self.secret = new_secret()
-        self.server = RendezvousServer(world_size, self.secret, **options)  # type: ignore[arg-type]
+        self.server = server or RendezvousServer(world_size, self.secret, **options)  # type: ignore[arg-type]
         self.events: list[Event] = []
         self.changed = threading.Condition()
         self._tell = tell
@@ -410,6 +418,7 @@ def hang_up(client: ControlClient) -> None:
     client.close()
 
 
+JOIN = {"record": "join", "world_size": 3, "address": ["host", "", "127.0.0.1", 1000]}
 NONSENSE: dict[str, Callable[[int], bytes]] = {
     "garbage": lambda n: b"GET / HTTP/1.0\r\n\r\n",
     "a message": lambda n: encode(FrameKind.MESSAGE, n, {"record": "join"}),
@@ -424,6 +433,11 @@ NONSENSE: dict[str, Callable[[int], bytes]] = {
     ),
     "an address that is none": lambda n: record(
         n, {"record": "join", "world_size": 3, "address": [1, 2]}
+    ),
+    "versions that are none": lambda n: record(n, {**JOIN, "versions": "1.0"}),
+    "versions of what is no name": lambda n: record(n, {**JOIN, "versions": {"torch": 2}}),
+    "too many versions": lambda n: record(
+        n, {**JOIN, "versions": {f"{i}": "1" for i in range(17)}}
     ),
     "a failure that is none": lambda n: record(n, {"record": "failed", "failure": "boom"}),
     "a failure without a cause": lambda n: record(
@@ -491,6 +505,87 @@ def test_nonsense_from_the_rendezvous_is_a_failure_with_a_name() -> None:
         member.stream.socket.send(b"nonsense")
         error = raised(waiting, JobFailed)
         assert "the rendezvous sent nonsense" in str(error)
+
+
+# -- several hosts --------------------------------------------------------------------------------
+
+
+def test_who_does_not_know_its_own_name_is_found_as_the_rendezvous_was() -> None:
+    """Ranks on the rendezvous's host: each of the others has reached that by some address."""
+    secret = new_secret()
+    server = RendezvousServer(2, secret, bind="")
+    served = Served(2, server=server)
+    port = server.address[1]
+    try:
+        clients = [
+            ControlClient((host, port), secret, rank, timeout=SOON_S)
+            for rank, host in enumerate(("127.0.0.1", "127.0.0.2"))
+        ]
+        assert clients[0].local_host == "127.0.0.1"
+        unnamed = Address("host", "", ("", 1234))
+        books = [start(lambda c=client: c.join(2, unnamed)) for client in clients]  # type: ignore[misc]
+        for rank, host in enumerate(("127.0.0.1", "127.0.0.2")):
+            book = books[rank].result(SOON_S)
+            assert [entry.tcp for entry in book.values()] == [(host, 1234)] * 2
+        for client in clients:
+            client.close()
+    finally:
+        served.close()
+
+
+def test_ranks_that_run_other_software_are_not_put_together() -> None:
+    with serving(3, tell=True) as served:
+        clients = [served.client(rank) for rank in range(3)]
+        joins = []
+        for client, versions in zip(
+            clients, ({"a": "1", "b": "2"}, {"a": "1", "c": "x"}, {"a": "2"}), strict=True
+        ):
+            joins.append(start(lambda c=client, v=versions: c.join(3, address(c.rank), versions=v)))
+            served.event(EventKind.JOINED, client.rank)
+        for join in joins:
+            error = raised(join, JobFailed)
+            assert isinstance(error, JobFailed) and error.failure.rank == 2
+            assert error.failure.cause == "rendezvous"
+            says = "it runs a 2, but rank 0 runs a 1: all must run the same"
+            assert error.failure.message == says
+        assert served.kinds(EventKind.COMPLETE) == []
+        for client in clients:
+            client.close()
+
+
+def test_an_echo_says_after_what_moment_a_sign_of_life_was_made() -> None:
+    for far in (False, True):
+        secret = new_secret()
+        server = RendezvousServer(1, secret, far=far)
+        with contextlib.closing(Served(1, server=server)) as served:
+            client = ControlClient(server.address, secret, 0, timeout=SOON_S)
+            eventually(lambda s=served: len(s.kinds(EventKind.BEAT)) >= 3)  # type: ignore[misc]
+            now = time.monotonic()
+            first, second, third = [
+                event.after for event in served.events if event.kind is EventKind.BEAT
+            ][:3]
+            assert first == -math.inf
+            assert (-math.inf < second < third < now) == far
+            client.close()
+
+
+def test_a_rendezvous_that_comes_later_is_waited_for_by_who_is_patient() -> None:
+    secret = new_secret()
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        where = sock.getsockname()
+    with pytest.raises(RendezvousError, match="cannot be reached: Connection refused"):
+        ControlClient(where, secret, 0, timeout=SOON_S)
+    with pytest.raises(RendezvousError, match="cannot be reached: Connection refused"):
+        ControlClient(where, secret, 0, timeout=0.2, patient=True)
+    waiting = start(lambda: ControlClient(where, secret, 0, timeout=SOON_S, patient=True))
+    time.sleep(0.1)
+    served = Served(1, server=RendezvousServer(1, secret, port=where[1]))
+    waiting.result(SOON_S).close()
+    served.close()
+    began = time.monotonic()
+    with pytest.raises(RendezvousError, match="cannot be reached"):
+        ControlClient(("no.such.host.invalid", 1), secret, 0, timeout=SOON_S, patient=True)
+    assert time.monotonic() - began < SOON_S / 2  # a name that does not exist stays so
 
 
 # -- strangers ------------------------------------------------------------------------------------

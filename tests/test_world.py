@@ -212,7 +212,7 @@ def test_a_script_that_runs_by_itself() -> None:
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
-def test_another_launcher_is_refused_rather_than_misunderstood(
+def test_half_of_what_another_launcher_says_is_refused_rather_than_misunderstood(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "4")

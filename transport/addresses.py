@@ -7,13 +7,15 @@ abstract Unix name (unix(7)) lives in the latter. It has no file, so nothing is 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import ipaddress
 import os
 import secrets
 import socket
 from pathlib import Path
 from typing import Final
 
-from transport.errors import ProtocolError
+from transport.errors import ProtocolError, RendezvousError
 
 # Of streams within a host. What has left the processor's cache by the time it is read back costs
 # more than it saves. (The kernel cuts them down to net.core.wmem_max and rmem_max.)
@@ -26,7 +28,10 @@ _OWN_NAME: Final = secrets.token_hex(16)
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """How to reach one rank. `host` compares equal on one host; `unix` may be empty."""
+    """How to reach one rank. `host` compares equal on one host; `unix` may be empty.
+
+    The name in `tcp` is "" on a host that does not know by which name others reach it.
+    """
 
     host: str
     unix: str
@@ -35,6 +40,10 @@ class Address:
     def to_record(self) -> list[object]:
         """Return the address as msgpack takes it."""
         return [self.host, self.unix, *self.tcp]
+
+    def at(self, name: str) -> Address:
+        """Return the address with `name` for a host that has not said its own."""
+        return self if self.tcp[0] else dataclasses.replace(self, tcp=(name, self.tcp[1]))
 
     @classmethod
     def from_record(cls, record: object) -> Address:
@@ -58,10 +67,75 @@ def host_key() -> str:
         return _OWN_NAME
 
 
+def serve(host: str, port: int = 0) -> socket.socket:
+    """Listen over TCP; "" is on every interface, IPv4 and IPv6, and 0 a free port.
+
+    Raises:
+        OSError: the name is unknown, not this host's, or the port is taken.
+    """
+    if not host and socket.has_dualstack_ipv6():
+        address, family = ("", port), socket.AF_INET6
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=True)
+    family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def serve_at(host: str, port: int) -> socket.socket:
+    """Listen where others will call `host`: at that address; a name is served on every interface.
+
+    A name may well lead to loopback on its own host (Debian's 127.0.1.1), but not elsewhere.
+
+    Raises:
+        RendezvousError: it cannot be, and why.
+    """
+    try:
+        return serve(host if is_loopback(host) or is_literal(host) else "", port)
+    except OSError as error:
+        why = str(error.strerror or error).partition(" (")[0]  # without the address, once more
+        text = f"the rendezvous cannot be served at {host}:{port}: {why}"
+        hints = {
+            errno.EADDRINUSE: "; another port may be free",
+            errno.EADDRNOTAVAIL: "; it is not an address of this host",
+        }
+        raise RendezvousError(text + hints.get(error.errno or 0, "")) from error
+
+
+def address_beside(host: str, *, here: bool) -> str:
+    """Return where a rank is to listen when the rendezvous is at `host`, on its own host if `here`.
+
+    "" when only its connection to the rendezvous will tell.
+    """
+    return host if is_loopback(host) or (here and is_literal(host)) else ""
+
+
+def local_host(sock: socket.socket) -> str:
+    """Return the address of this host by which a connected TCP socket reaches the other one."""
+    return str(sock.getsockname()[0]).removeprefix("::ffff:")  # (IPv4, on a socket for both)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, "" being every interface, reaches this host alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_literal(host: str) -> bool:
+    """Whether it is an IP address, and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def listen(*, unix: bool, bind: str = "127.0.0.1") -> tuple[list[socket.socket], Address]:
-    """Open this rank's listening sockets, TCP on a free port of `bind` and Unix when asked."""
-    family = socket.getaddrinfo(bind, 0, type=socket.SOCK_STREAM)[0][0]
-    tcp = socket.create_server((bind, 0), family=family, backlog=BACKLOG)
+    """Open this rank's listening sockets, TCP on a free port of `bind` and Unix when asked.
+
+    With "" it listens on every interface, and leaves it to the rendezvous to say at which address.
+    """
+    tcp = serve(bind)
     sockets = [tcp]
     name = ""
     if unix:
@@ -71,7 +145,7 @@ def listen(*, unix: bool, bind: str = "127.0.0.1") -> tuple[list[socket.socket],
         local.bind("\0" + name)
         local.listen(BACKLOG)
     host, port = tcp.getsockname()[:2]
-    return sockets, Address(host_key(), name, (host, port))
+    return sockets, Address(host_key(), name, (host if bind else "", port))
 
 
 def dial(address: Address, *, unix: bool) -> socket.socket:

@@ -7,14 +7,15 @@ reaches it at once, and `on_failure` carries it to every blocked wait.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from transport.addresses import Address
+from transport.addresses import Address, local_host
 from transport.errors import (
     Failure,
     JobFailed,
@@ -25,10 +26,11 @@ from transport.errors import (
 )
 from transport.handshake import ANY_RANK
 from transport.knock import knock
-from transport.records import RecordStream
+from transport.records import RecordStream, await_ready
 from transport.work import deadline_after, remaining
 
 BEAT_S: Final = 0.5  # between two signs of life
+UNREACHABLE: Final = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)  # TCP gave up
 
 
 class ControlClient:
@@ -36,15 +38,29 @@ class ControlClient:
 
     Blocks until the rendezvous has answered, `timeout` seconds at most.
 
+    Args:
+        patient: whether to wait, within the timeout, for a rendezvous that does not listen yet.
+        server: who serves it, in words, and which rank that is (-1 for none), for errors.
+        silence_s: when what is sent has not arrived for so long, its host counts as lost; 0: never.
+
     Raises:
         RendezvousError: nobody answers, or the rank is taken or does not exist.
         AuthenticationError: the rendezvous does not hold the job's secret.
     """
 
     def __init__(
-        self, address: tuple[str, int], secret: bytes, rank: int = ANY_RANK, timeout: float = 30.0
+        self,
+        address: tuple[str, int],
+        secret: bytes,
+        rank: int = ANY_RANK,
+        timeout: float = 30.0,
+        *,
+        patient: bool = False,
+        server: tuple[str, int] = ("the launcher", -1),
+        silence_s: float = 0.0,
     ) -> None:
         self.rank = rank
+        self._server, self._silence_s = server, silence_s
         self.failure: Failure | None = None
         self._changed = threading.Condition()  # guards what follows, and is told of every change
         self._callbacks: list[Callable[[Failure], None]] = []
@@ -52,13 +68,19 @@ class ControlClient:
         self._addresses: dict[int, Address] | None = None
         self._barriers = 0
         self._releases = 0
+        self._echoes = 0  # how many signs of life were answered
         self._barrier_timed_out = False  # the last call for a barrier did
         self._attached = False
         self._closed = False
         self._state: Callable[[], dict[str, Any] | None] = lambda: None
         self._sending = threading.Lock()
         deadline = time.monotonic() + timeout
-        self._stream = RecordStream(knock(address, secret, rank, deadline))
+        self._stream = RecordStream(knock(address, secret, rank, deadline, patient=patient))
+        if silence_s:
+            # We say something twice a second. A host that vanished does not acknowledge it, and
+            # without this option the kernel would go on trying for a quarter of an hour (tcp(7)).
+            limit_ms = max(1, int(silence_s * 1000))
+            self._stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
         self._thread = threading.Thread(target=self._listen, name="barepp-control", daemon=True)
         self._thread.start()
         try:
@@ -79,17 +101,30 @@ class ControlClient:
         if failure is not None:
             callback(failure)
 
+    @property
+    def local_host(self) -> str:
+        """The address of this host from which the rendezvous is reached."""
+        return local_host(self._stream.socket)
+
     def join(
-        self, world_size: int, address: Address, timeout: float | None = None
+        self,
+        world_size: int,
+        address: Address,
+        timeout: float | None = None,
+        *,
+        versions: Mapping[str, str] | None = None,
     ) -> dict[int, Address]:
         """Announce that this rank is ready; block until all are, and return the address book.
 
+        `versions` are those of the software that must be the same on all ranks, by name.
+
         Raises:
-            RendezvousError: another world size, or some rank did not come.
-            JobFailed: some rank failed meanwhile.
+            RendezvousError: another world size.
+            JobFailed: some rank failed meanwhile, did not come, or runs other software.
         """
         self._addresses = None
-        self._send({"record": "join", "world_size": world_size, "address": address.to_record()})
+        me = {"address": address.to_record(), "versions": dict(versions or {})}
+        self._send({"record": "join", "world_size": world_size, **me})
         self._wait(lambda: self._addresses is not None, timeout, "waiting for all ranks to join")
         assert self._addresses is not None
         return self._addresses
@@ -178,7 +213,7 @@ class ControlClient:
             with contextlib.suppress(OSError):  # the reader finds the end and tells everyone
                 self._stream.send(record)
                 while self._stream.unsent:
-                    _await(self._stream.socket, select.POLLOUT)
+                    await_ready(self._stream.socket, select.POLLOUT)
                     self._stream.flush()
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None, doing: str) -> None:
@@ -202,7 +237,7 @@ class ControlClient:
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + BEAT_S
                 self._beat()
-            _await(self._stream.socket, select.POLLIN, max(0.0, beat_at - time.monotonic()))
+            await_ready(self._stream.socket, select.POLLIN, max(0.0, beat_at - time.monotonic()))
             records, goes_on = self._stream.receive()
             nonsense = self._stream.error
             try:
@@ -219,11 +254,19 @@ class ControlClient:
         with self._changed:
             closed = self._closed or self._refused is not None
         if not closed:
-            self._fail(Failure(-1, "lost", "the launcher, which served the rendezvous, is gone"))
+            self._fail(self._server_lost())
+
+    def _server_lost(self) -> Failure:
+        who, rank = self._server
+        how = "is gone"
+        if getattr(self._stream.broken, "errno", 0) in UNREACHABLE:
+            how = f"cannot be reached: no sign of life for {self._silence_s:g} s"
+        return Failure(rank, "lost", f"{who}, which served the rendezvous, {how}")
 
     def _beat(self) -> None:
+        echoes = self._echoes  # (read first: the state is then younger than the echo)
         with contextlib.suppress(TransportClosed):
-            self._send({"record": "beat", "state": self._state()})
+            self._send({"record": "beat", "state": self._state(), "echoes": echoes})
 
     def _handle(self, record: dict[str, Any]) -> None:
         match record:
@@ -233,6 +276,8 @@ class ControlClient:
                 self._refused = message
             case {"record": "world", "addresses": list(addresses)}:
                 self._addresses = dict(enumerate(map(Address.from_record, addresses)))
+            case {"record": "echo"}:
+                self._echoes += 1
             case {"record": "release"}:
                 self._releases += 1
             case {"record": "failure", "failure": failure}:
@@ -251,12 +296,3 @@ class ControlClient:
             callbacks = list(self._callbacks)
         for callback in callbacks:
             callback(failure)
-
-
-def _await(sock: socket.socket, events: int, timeout: float | None = None) -> None:
-    """Sleep until the socket is ready, broken or closed, or `timeout` seconds are over."""
-    fd = sock.fileno()
-    if fd >= 0:
-        poll = select.poll()  # select() cannot name a descriptor over 1023
-        poll.register(fd, events)
-        poll.poll(None if timeout is None else timeout * 1e3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from typing import Final
@@ -13,21 +14,31 @@ KNOCK_AGAIN_S: Final = 3.0  # how long to try again when the rendezvous hangs up
 RETRY_S: Final = 0.02  # between two attempts
 
 
-def knock(address: tuple[str, int], secret: bytes, rank: int, deadline: float) -> socket.socket:
+def knock(
+    address: tuple[str, int], secret: bytes, rank: int, deadline: float, *, patient: bool = False
+) -> socket.socket:
     """Connect to the rendezvous and claim `rank`; return the socket, non-blocking from here on.
+
+    With `patient` a rendezvous that cannot be reached yet is waited for until the deadline, because
+    whoever serves it may have been started after us; a name that does not exist is not.
 
     Being hung up on is no answer yet: when strangers crowd the door of the rendezvous the oldest
     caller has to give way, and that may be this one.
     """
-    knock_until = min(deadline, time.monotonic() + KNOCK_AGAIN_S)
+    knock_until = math.inf
     while True:
         try:
             return _shake_hands(address, secret, rank, deadline)
         except _HungUpError as error:
+            knock_until = min(deadline, knock_until, time.monotonic() + KNOCK_AGAIN_S)
             if time.monotonic() >= knock_until:
                 where = f"the rendezvous at {address[0]}:{address[1]}"
                 text = f"{where} keeps hanging up: does it serve another job?"
                 raise AuthenticationError(text) from error
+        except RendezvousError as error:
+            known = not isinstance(error.__cause__, socket.gaierror)
+            if not (patient and known) or time.monotonic() + RETRY_S >= deadline:
+                raise
         time.sleep(RETRY_S)
 
 

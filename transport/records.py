@@ -6,6 +6,7 @@ A record is a msgpack map with a name under "record", in a frame of its own (see
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ class RecordStream:
             # Else a record waits 40 ms for the acknowledgement of the one before (tcp(7), Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.error: ProtocolError | None = None  # what nonsense ended the stream
+        self.broken: OSError | None = None  # what else did, but for an orderly end
         self._decoder = Decoder(limits)
         self._sequence = 0
         self._unsent = bytearray()
@@ -71,9 +73,19 @@ class RecordStream:
         except ProtocolError as error:
             self.error = error
             return records, False
-        except OSError:
+        except OSError as error:
+            self.broken = error
             return records, False
         return records, True
+
+
+def await_ready(sock: socket.socket, events: int, timeout: float | None = None) -> None:
+    """Sleep until the socket is ready, broken or closed, or `timeout` seconds are over."""
+    fd = sock.fileno()
+    if fd >= 0:
+        poll = select.poll()  # select() cannot name a descriptor over 1023
+        poll.register(fd, events)
+        poll.poll(None if timeout is None else timeout * 1e3)
 
 
 def _checked_record(frame: Frame) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from barepp.lifeline import die_with_parent
 from transport.addresses import Address
 from transport.control import ControlClient
 from transport.handshake import new_secret
-from transport.rendezvous import EventKind, RendezvousServer
+from transport.happenings import EventKind
+from transport.rendezvous import RendezvousServer
 
 BARRIERS: Final = 20
 LIMIT_S: Final = 120.0

@@ -1,0 +1,60 @@
+"""How the process of a rank ends that has failed: the news first, then at once.
+
+What the launcher's own workers and the ranks of other launchers have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+
+from barepp import joining
+from barepp.events import EventLog
+from barepp.failures import failure_of
+from barepp.probe import note_told
+from transport.control import ControlClient
+from transport.errors import JobFailed
+
+
+def fail(rank: int, control: ControlClient, error: BaseException, notes: EventLog) -> None:
+    """Report, unless it only repeats what the launcher has told us; then end at once."""
+    if isinstance(error, JobFailed):
+        note_told(notes, rank, error)
+        control.say_doing(error.doing)
+        leave(1)
+    world = joining.current_world()
+    failure = failure_of(rank, error, world.position() if world is not None else "")
+    control.report(failure)
+    leave(failure.exit_code or 1)
+
+
+def leave(exit_code: int) -> None:
+    """Flush Python's and C's streams and end without any further teardown."""
+    flush()
+    os._exit(exit_code)
+
+
+def flush() -> None:
+    """Flush Python's and C's streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the script may have closed or replaced them
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+def report_threads(rank: int, control: ControlClient, notes: EventLog) -> None:
+    """An exception that ends a background thread is this rank's failure as well."""
+    usual = threading.excepthook
+    myself = os.getpid()
+
+    def on_thread(args: threading.ExceptHookArgs) -> None:
+        if os.getpid() != myself:
+            usual(args)
+        elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
+            # (A thread that was told of another rank's failure leaves it to the main thread.)
+            fail(rank, control, args.exc_value, notes)
+
+    threading.excepthook = on_thread

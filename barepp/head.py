@@ -1,0 +1,239 @@
+"""Node 0's referee: judges the ranks of other nodes by what their launchers say of them.
+
+A launcher that is lost takes its ranks along, and is the cause: what its ranks did then, nobody
+saw. When neither a rank nor its launcher gives a sign of life, the host is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from barepp.events import EventLog
+from barepp.member import Member, Options
+from barepp.nodes import Link, Nodes, node_of, share
+from barepp.referee import Hooks, Referee
+from barepp.watch import Watch
+from transport.errors import Failure, ProtocolError
+from transport.handshake import Verdict
+from transport.happenings import Event, EventKind
+from transport.rendezvous import RendezvousServer
+
+LAST_REPORTS_S: Final = 2.0  # after the grace, for other launchers to say how their ranks ended
+ASK_S: Final = 0.5  # for other launchers to ask their ranks for their stacks
+FAREWELL_S: Final = 1.0  # for other launchers to hang up at the end
+_FORWARDED: Final = (
+    EventKind.JOINED,
+    EventKind.BEAT,
+    EventKind.LEFT,
+    EventKind.DOING,
+    EventKind.REPORTED,
+)
+
+
+class HeadReferee(Referee):
+    """A referee whose job runs on several nodes; see `referee.Referee` for the arguments."""
+
+    def __init__(
+        self,
+        members: Mapping[int, Member],
+        watch: Watch,
+        server: RendezvousServer,
+        events: EventLog,
+        hooks: Hooks,
+    ) -> None:
+        local = hooks.before_told
+        hooks = dataclasses.replace(hooks, before_told=lambda f: self._tell_nodes(f, local))
+        super().__init__(members, watch, server, events, hooks, far=True)
+        self._links: dict[int, Link] = {}  # by node
+        self._asked: set[int] = set()  # nodes that have asked their ranks for their stacks
+        self._done: set[int] = set()  # nodes that have hung up, in order or not
+        self._give_up_at: float | None = None
+        self._epoll = select.epoll()
+        self._epoll.register(server.fileno(), select.EPOLLIN)
+
+    def lead(self, options: Options, nodes: Nodes) -> None:
+        """Let the launchers of the other nodes come in."""
+        self._options = options
+        self._nodes = nodes
+        self._server.visit = self._visit
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable whenever `poll` has something to do."""
+        return self._epoll.fileno()
+
+    def next_deadline(self) -> float | None:
+        """Return the `time.monotonic()` at which `poll` should be called at the latest."""
+        deadlines = [super().next_deadline(), self._give_up_at]
+        deadlines += [link.beat_at for node, link in self._links.items() if node not in self._done]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def poll(self) -> None:
+        """Take note of all that has happened, and act on it."""
+        for node, link in list(self._links.items()):
+            if node not in self._done:
+                self._serve(node, link)
+        super().poll()
+
+    def over(self) -> bool:
+        """Whether all ranks of other nodes have ended, or nobody can tell any more."""
+        if self._give_up_at is not None and time.monotonic() >= self._give_up_at:
+            return True
+        return all(
+            member.exit_code is not None or self._node_of(rank) in self._done
+            for rank, member in self._members.items()
+        )
+
+    def conclude(self) -> None:
+        """All ranks have ended: settle what was only suspected, and let the launchers go."""
+        super().conclude()
+        for link in self._links.values():
+            link.send({"record": "over"})
+        deadline = time.monotonic() + FAREWELL_S
+        while self._links.keys() - self._done and time.monotonic() < deadline:
+            # A connection that is closed while bytes are unread is reset, and "over" would be lost.
+            self._epoll.poll(max(0.0, deadline - time.monotonic()))
+            for node in self._links.keys() - self._done:
+                self._links[node].receive()
+                if self._links[node].ended:
+                    self._hang_up(node)
+        for node in self._links.keys() - self._done:
+            self._hang_up(node)
+        self._epoll.close()
+
+    def fail(self, failure: Failure) -> None:
+        """Take a failure; a rank that has not come is on a node that has not, perhaps."""
+        absent = set(range(1, self._nodes.count)) - self._links.keys()
+        if failure.cause == "rendezvous" and absent and self.failure is None:
+            names = " and ".join(f"node {node}" for node in sorted(absent))
+            message = f"{failure.message} ({names} has not come)"
+            failure = dataclasses.replace(failure, message=message)
+        super().fail(failure)
+
+    # -- launchers --------------------------------------------------------------------------------
+
+    def _visit(self, sock: socket.socket, number: int) -> None:
+        """Let a launcher in, whose number the rendezvous was told in the place of a rank."""
+        node = Nodes.from_number(number)
+        try:
+            sock.send(bytes([Verdict.ACCEPTED]))
+        except OSError:
+            sock.close()
+            return
+        link = Link(sock, self._options.heartbeat_s)
+        if node in self._links or not 0 < node < self._nodes.count:
+            count = self._nodes.count
+            what = "has come already" if node in self._links else f"is none of {count} nodes"
+            link.send({"record": "refused", "message": f"node {node} {what}"})
+            link.close()
+            return
+        self._links[node] = link
+        self._epoll.register(link.fileno(), select.EPOLLIN)
+        if self.failure is not None:
+            link.send({"record": "failure", "failure": self.failure.to_record()})
+
+    def _serve(self, node: int, link: Link) -> None:
+        link.beat()
+        try:
+            for record in link.receive():
+                self._handle(node, link, record)
+        except ProtocolError as error:
+            link.ended = f"it sent nonsense: {error}"
+        if link.ended and node not in self._done:
+            self._hang_up(node)
+            self.fail(self._lost(node, link.ended))
+
+    def _handle(self, node: int, link: Link, record: dict[str, Any]) -> None:
+        match record:
+            case {"record": "node", "nodes": int(count), "world_size": int(world_size)}:
+                mine = self._options.world_size, self._nodes.count
+                if (world_size, count) != mine:
+                    message = (
+                        f"node {node} was started with --world {world_size} --nodes {count}, node "
+                        f"0 with --world {mine[0]} --nodes {mine[1]}"
+                    )
+                    link.send({"record": "refused", "message": message})
+                    self.fail(Failure(-1, "rendezvous", message))
+            case {"record": "asked"}:
+                self._asked.add(node)
+            case {"record": "started", "rank": int(rank), "pid": int(pid)}:
+                self._events.write("started", self._member(node, rank).rank, pid=pid)
+            case {"record": "ended", "rank": int(rank), "status": int(status), "killed": killed}:
+                member = self._member(node, rank)
+                member.killed = killed is True
+                self.ended(member, status)
+            case {"record": "failed", "failure": failure}:
+                # Whoever it names: a launcher speaks for itself alone.
+                self.fail(dataclasses.replace(Failure.from_record(failure), rank=-1))
+            case {"record": "bye"}:
+                self._hang_up(node)
+            case _:
+                raise ProtocolError(f"there is no record {record!r:.100}")
+
+    def _member(self, node: int, rank: int) -> Member:
+        if rank not in share(self._options.world_size, self._nodes.count, node):
+            raise ProtocolError(f"rank {rank} is not on node {node}")
+        return self._members[rank]
+
+    def _hang_up(self, node: int) -> None:
+        self._done.add(node)
+        self._epoll.unregister(self._links[node].fileno())
+        self._links[node].close()
+
+    def _lost(self, node: int, how: str) -> Failure:
+        return Failure(-1, "lost", f"node {node} (launcher) lost: {how}")
+
+    # -- ranks ------------------------------------------------------------------------------------
+
+    def _node_of(self, rank: int) -> int:
+        return node_of(self._options.world_size, self._nodes.count, rank)
+
+    def _take(self, member: Member, event: Event) -> None:
+        super()._take(member, event)
+        link = self._links.get(self._node_of(member.rank))
+        if link is not None and event.kind in _FORWARDED:
+            record = {"record": "event", "kind": event.kind.name, "rank": member.rank}
+            if event.failure is not None:
+                record["failure"] = event.failure.to_record()
+            link.send({**record, "text": event.text, "state": event.state})
+
+    def _judge(self, member: Member, status: int) -> None:
+        super()._judge(member, status)
+        link = self._links.get(self._node_of(member.rank))
+        if link is not None and member.exit_code is not None:  # all its words have been heard
+            link.send({"record": "judged", "rank": member.rank})
+
+    def _refined(self, hang: Failure) -> Failure:
+        """A silent rank whose launcher is silent as well: its host is lost."""
+        node = self._node_of(hang.rank) if hang.rank >= 0 else 0
+        link, silence_s = self._links.get(node), self._options.heartbeat_s
+        if link is None or time.monotonic() - link.heard_at < max(1.0, silence_s / 2):
+            return hang
+        return self._lost(node, f"no sign of life from it or its ranks for {silence_s:g} s")
+
+    def _tell_nodes(self, failure: Failure, local: Callable[[Failure], None]) -> None:
+        grace_s = self._options.grace_s
+        self._give_up_at = time.monotonic() + grace_s + LAST_REPORTS_S
+        for node, link in self._links.items():
+            if node not in self._done:
+                link.send({"record": "failure", "failure": failure.to_record()})
+        local(failure)
+        if failure.cause == "hang":
+            self._wait_for_stacks()
+
+    def _wait_for_stacks(self) -> None:
+        """Let the ranks elsewhere write their stacks before the news of the hang unwinds those."""
+        deadline = time.monotonic() + ASK_S
+        while waiting := self._links.keys() - self._done - self._asked:
+            left = deadline - time.monotonic()
+            poll = select.poll()
+            for node in waiting:
+                poll.register(self._links[node].fileno(), select.POLLIN)
+            if left <= 0 or not poll.poll(left * 1e3):
+                return
+            for node in waiting:
+                self._serve(node, self._links[node])

@@ -1,0 +1,175 @@
+"""Where the job's secret comes from when no launcher of ours hands it to the ranks.
+
+    BAREPP_SECRET          the secret itself, 16 characters or more
+    BAREPP_SECRET_FILE     a file that holds it, which only its owner may read
+    neither, one host      rank 0 draws one and leaves it in a file for the others
+
+1. That file lies in a folder of this user's own, mode 0700: nobody else can put a file or a
+   symbolic link there. What somebody else has put in the folder's place is refused.
+2. It appears under its name whole (link(2)), mode 0600, and disappears once all have read it.
+3. It says which process wrote it. What a dead process has left is not believed, and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from barepp.errors import UsageError
+from transport.handshake import new_secret
+
+NO_TLS: Final = (
+    "barepp: ranks on several hosts prove to each other that they hold the job's secret, but what "
+    "they send is not encrypted: use a network that you trust"
+)
+MIN_NBYTES: Final = 16  # 128 bits, if every one of them was drawn
+MAX_NBYTES: Final = 4096
+_RETRY_S: Final = 0.02  # between two looks for a file that is still to come
+
+
+def given_secret(environ: Mapping[str, str]) -> bytes | None:
+    """Return the secret that the environment gives or points to; None without one.
+
+    Raises:
+        UsageError: it is too short, or its file cannot be read, or others can read that.
+    """
+    if "BAREPP_SECRET" in environ:
+        return _checked(environ["BAREPP_SECRET"].encode(), "BAREPP_SECRET")
+    if "BAREPP_SECRET_FILE" not in environ:
+        return None
+    path = environ["BAREPP_SECRET_FILE"]
+    where = f"BAREPP_SECRET_FILE={path}"
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise UsageError(f"{where} has mode {mode:04o}: others may read it; chmod 600 it")
+            if status.st_uid not in (os.geteuid(), 0):
+                raise UsageError(f"{where} belongs to user {status.st_uid}, and not to you")
+            return _checked(file.read(MAX_NBYTES).strip(), where)
+    except OSError as error:
+        raise UsageError(f"{where} cannot be read: {error.strerror}") from error
+
+
+def _checked(secret: bytes, where: str) -> bytes:
+    if len(secret) < MIN_NBYTES:
+        text = f"the secret of {where} has {len(secret)} bytes, which can be guessed"
+        raise UsageError(
+            f"{text}: it needs {MIN_NBYTES}; python -c 'import secrets; "
+            "print(secrets.token_hex())' prints a good one"
+        )
+    return secret
+
+
+class SharedSecret:
+    """The file through which rank 0 gives its secret to the other ranks of this host.
+
+    `name` tells this run from all others of the user on this host.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._folder = _own_folder()
+        self.path = self._folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}.secret"
+
+    def publish(self) -> bytes:
+        """Draw a secret and leave it for the others; remove what dead processes have left.
+
+        Raises:
+            UsageError: a living process has published one under this name.
+        """
+        self._remove_stale()
+        secret, pid = new_secret(), os.getpid()
+        content = json.dumps({"pid": pid, "started": _started(pid), "secret": secret.hex()})
+        draft = Path(f"{self.path}.{pid}")
+        draft.unlink(missing_ok=True)  # of a dead process that had the same number
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with open(os.open(draft, flags, 0o600), "w") as file:
+                file.write(content)
+            os.link(draft, self.path, follow_symlinks=False)
+        except FileExistsError:
+            raise UsageError(
+                f"{self.path} belongs to a job that is running: two at once need different "
+                "ports (BAREPP_PORT)"
+            ) from None
+        finally:
+            draft.unlink(missing_ok=True)
+        return secret
+
+    def _remove_stale(self) -> None:
+        for left in self._folder.glob("*.secret"):
+            if _written(left) is None:
+                left.unlink(missing_ok=True)
+        for draft in self._folder.glob("*.secret.*"):  # one that lives may be writing it
+            if not Path(f"/proc/{draft.suffix[1:]}").exists():
+                draft.unlink(missing_ok=True)
+
+    def read(self, timeout: float) -> bytes:
+        """Block until rank 0 has published the secret; `timeout` is in seconds.
+
+        Raises:
+            UsageError: it has not.
+        """
+        deadline = time.monotonic() + timeout
+        while (secret := _written(self.path)) is None:
+            if time.monotonic() >= deadline:
+                text = f"rank 0 has not left the job's secret in {self.path} within {timeout:g} s"
+                raise UsageError(
+                    f"{text}: has it started on this host? BAREPP_SECRET or BAREPP_SECRET_FILE, "
+                    "set for all ranks, does without the file"
+                )
+            time.sleep(_RETRY_S)
+        return secret
+
+    def remove(self) -> None:
+        """Remove the file; nothing happens when it is gone already."""
+        self.path.unlink(missing_ok=True)
+
+
+def _own_folder() -> Path:
+    """Return the user's own folder, and make it at first use.
+
+    Raises:
+        UsageError: something else is in its place.
+    """
+    folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()  # a symbolic link is not followed
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not ours or stat.S_IMODE(status.st_mode) & 0o077:
+        raise UsageError(
+            f"{folder} is not a folder of yours with mode 0700, so no secret is put there; "
+            "remove it, or set BAREPP_SECRET_FILE"
+        )
+    return folder
+
+
+def _written(path: Path) -> bytes | None:
+    """Return the secret in a file if the process that wrote it lives, else None."""
+    try:
+        content = json.loads(path.read_text())
+        if content["started"] == _started(content["pid"]):
+            return bytes.fromhex(content["secret"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _started(pid: int) -> str:
+    """Return when a process began, in the kernel's ticks (proc_pid_stat(5)).
+
+    Raises:
+        OSError: there is no such process.
+    """
+    text = Path(f"/proc/{int(pid)}/stat").read_text()
+    return text.rpartition(")")[2].split()[19]  # field 22; pid and (name) are the first two

@@ -1,0 +1,144 @@
+"""Puts a world together: takes ranks in until all have joined, then tells each where all are.
+
+Worlds come one after the other: a rank that has left may join again, and each world is complete
+when all ranks have joined it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from transport.addresses import Address, local_host
+from transport.errors import Failure, ProtocolError
+from transport.happenings import Event, EventKind
+from transport.records import RecordStream
+from transport.versions import checked_versions, difference
+
+Send = Callable[["Member", dict[str, Any]], None]
+
+
+@dataclasses.dataclass
+class Member:
+    """What the rendezvous knows of a rank that is connected to it.
+
+    Attributes:
+        address, versions: where it listens and what it runs, since it joined for the last time.
+        joins, barriers: how often it has joined a world, and called for a barrier.
+        left: whether it has said goodbye since.
+        echoes: when its last signs of life were answered, in seconds of `time.monotonic()`.
+        echoed: how many were answered in all.
+    """
+
+    rank: int
+    stream: RecordStream
+    address: Address | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    joins: int = 0
+    barriers: int = 0
+    left: bool = False
+    echoes: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=64))
+    echoed: int = 0
+
+    def echo(self) -> None:
+        """Take note that its sign of life is answered now."""
+        self.echoes.append(time.monotonic())
+        self.echoed += 1
+
+    def after_echo(self, number: object) -> float:
+        """Return when it was sent the echo of this number, counted from 1; -inf if unknown."""
+        if not isinstance(number, int) or not 0 <= self.echoed - number < len(self.echoes):
+            return -math.inf
+        return self.echoes[number - self.echoed - 1]
+
+
+class Gathering:
+    """The worlds of one job; `worlds` counts those that have been complete.
+
+    `members` is the owner's, and changes as ranks come and go; `send` sends a record to one.
+    `deadline` is when `check_deadline` is due, `join_timeout_s` after the first rank has joined.
+    """
+
+    def __init__(
+        self, world_size: int, members: Collection[Member], send: Send, join_timeout_s: float
+    ) -> None:
+        self.worlds = 0
+        self.deadline: float | None = None
+        self._world_size = world_size
+        self._members = members
+        self._send = send
+        self._join_timeout_s = join_timeout_s
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not joined the world that is being put together."""
+        joined = {m.rank for m in self._members if m.joins > self.worlds}
+        return [rank for rank in range(self._world_size) if rank not in joined]
+
+    def joining(self) -> bool:
+        """Whether a rank waits for the missing ones."""
+        return any(member.joins > self.worlds for member in self._members)
+
+    def join(self, member: Member, record: dict[str, Any], events: list[Event]) -> None:
+        """Take a rank in; tell all where the others are when it is the last.
+
+        Raises:
+            ProtocolError: the record makes no sense.
+        """
+        if record.get("world_size") != self._world_size:
+            message = (
+                f"rank {member.rank} wants a world of {record.get('world_size')!r:.20} ranks, "
+                f"this one has {self._world_size}"
+            )
+            self._send(member, {"record": "refused", "message": message})
+            return
+        if member.joins > self.worlds:
+            raise ProtocolError("it joins a world that it has joined already")
+        member.address = Address.from_record(record.get("address"))
+        member.versions = checked_versions(record.get("versions"))
+        member.joins += 1
+        member.left = False
+        events.append(Event(EventKind.JOINED, member.rank))
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self._join_timeout_s
+        if self._fits(member, events) and not self.missing():
+            self._complete(events)
+
+    def check_deadline(self, events: list[Event]) -> None:
+        """Find the ranks that have not come in time."""
+        if self.deadline is None or time.monotonic() < self.deadline:
+            return
+        self.deadline = None
+        missing = self.missing()
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        message = (
+            f"{self._world_size - len(missing)} of {self._world_size} ranks joined within "
+            f"{self._join_timeout_s:g} s; missing: {names}"
+        )
+        failure = Failure(missing[0], "rendezvous", message)
+        events.append(Event(EventKind.FAILED, missing[0], failure))
+
+    def _complete(self, events: list[Event]) -> None:
+        self.deadline = None
+        self.worlds += 1
+        joined = sorted(self._members, key=lambda m: m.rank)
+        addresses = [m.address for m in joined if m.address is not None]
+        for member in joined:
+            # A rank that is on our host, and does not know by which address others reach that,
+            # says "": each of them has reached us by one.
+            here = local_host(member.stream.socket)
+            book = [address.at(here).to_record() for address in addresses]
+            self._send(member, {"record": "world", "addresses": book})
+        events.append(Event(EventKind.COMPLETE, -1))
+
+    def _fits(self, member: Member, events: list[Event]) -> bool:
+        """Whether it runs what the others run: else results would differ, or worse."""
+        joined = [m for m in self._members if m.joins > self.worlds and m is not member]
+        message = joined and difference(member.versions, joined[0].rank, joined[0].versions)
+        if message:
+            failure = Failure(member.rank, "rendezvous", message)
+            events.append(Event(EventKind.FAILED, member.rank, failure))
+        return not message
