@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,12 @@ def temporary_files(running: Running) -> list[str]:
     """Return what the job has in its temporary folder, without torch's own cache."""
     names = (path.name for path in (running.folder / "tmp").iterdir())
     return [name for name in names if not name.startswith("torchinductor_")]
+
+
+def listening_at(pids: Iterable[int]) -> set[str]:
+    """Return the addresses at which these processes listen over TCP."""
+    found = [c for pid in pids for c in psutil.Process(pid).net_connections("inet")]
+    return {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import LIMIT_S, MARK, ROOT, marked, write_script
+from jobs import LIMIT_S, MARK, ROOT, listening_at, marked, write_script
 from starter import Ended, Started, Starter, eventually
 
 GONE_S = 5.0  # what is told at once, on a machine that is loaded
@@ -239,6 +239,8 @@ def test_the_death_of_rank_0_and_of_its_helper(starter: Starter, tmp_path: Path)
     with crew(starter, tmp_path, text, 3) as job:
         eventually(lambda: "here" in job.ranks[0].out)
         helper = job.helper()
+        pids = [helper.pid, *(started.pid for started in job.ranks.values())]
+        assert listening_at(pids) == {"127.0.0.1"}
         began = time.monotonic()
         job.ranks[0].kill(signal.SIGSTOP)  # so that the end of the helper is the first news
         helper.kill()

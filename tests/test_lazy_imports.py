@@ -62,6 +62,7 @@ def in_fresh_python(code: str) -> str:
         "import barepp.launch",
         "import barepp.top, barepp.stacks",
         "import barepp.run",
+        "import barepp.environment; import barepp.serving",
         "import barepp; barepp.testing.run_with_fault",
         "import transport",
         "import transport.rendezvous",

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from hosts import IPV4, IPV6, Hosts
-from jobs import write_script
+from jobs import listening_at, write_script
 from starter import Ended, Started, Starter, eventually
 
 from barepp.beats import Beat
@@ -237,6 +237,8 @@ def check_fault(rank: int, fault: str, cluster: Cluster) -> None:
 def test_ctrl_c_on_any_node_ends_all(node: int, cluster: Cluster) -> None:
     cluster.start(FAIL.format(rank=2, fault="print('ready', flush=True); time.sleep(60)"))
     eventually(lambda: "ready" in cluster.launchers[1].out)
+    pids = [event["pid"] for event in cluster.events(0)]
+    assert listening_at([*pids, *(launcher.pid for launcher in cluster.launchers)]) == {"127.0.0.1"}
     cluster.launchers[node].kill(signal.SIGINT)
     for number, end in enumerate(cluster.wait()):
         assert end.code == 130
