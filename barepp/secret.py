@@ -77,7 +77,8 @@ class SharedSecret:
     """
 
     def __init__(self, name: str) -> None:
-        self._folder = _own_folder()
+        self._folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
+        self._check_folder()
         self.path = self._folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}.secret"
 
     def publish(self) -> bytes:
@@ -86,6 +87,14 @@ class SharedSecret:
         Raises:
             UsageError: a living process has published one under this name.
         """
+        while True:
+            self._check_folder()
+            try:
+                return self._publish()
+            except FileNotFoundError:  # another job's end has just removed the empty folder
+                continue
+
+    def _publish(self) -> bytes:
         self._remove_stale()
         secret, pid = new_secret(), os.getpid()
         content = json.dumps({"pid": pid, "started": _started(pid), "secret": secret.hex()})
@@ -132,26 +141,33 @@ class SharedSecret:
 
     def remove(self) -> None:
         """Remove the file; nothing happens when it is gone already."""
-        self.path.unlink(missing_ok=True)
+        remove_secret(self.path)
+
+    def _check_folder(self) -> None:
+        """Make the folder unless it is there, and see that it is this user's own.
+
+        Raises:
+            UsageError: something else is in its place.
+        """
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self._folder.mkdir(mode=0o700)
+            with contextlib.suppress(FileNotFoundError):  # removed in between
+                status = self._folder.lstat()  # a symbolic link is not followed
+                break
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if not ours or stat.S_IMODE(status.st_mode) & 0o077:
+            raise UsageError(
+                f"{self._folder} is not a folder of yours with mode 0700, so no secret is put "
+                "there; remove it, or set BAREPP_SECRET_FILE"
+            )
 
 
-def _own_folder() -> Path:
-    """Return the user's own folder, and make it at first use.
-
-    Raises:
-        UsageError: something else is in its place.
-    """
-    folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()  # a symbolic link is not followed
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not ours or stat.S_IMODE(status.st_mode) & 0o077:
-        raise UsageError(
-            f"{folder} is not a folder of yours with mode 0700, so no secret is put there; "
-            "remove it, or set BAREPP_SECRET_FILE"
-        )
-    return folder
+def remove_secret(path: Path) -> None:
+    """Remove the file of a shared secret, and the folder when it was the last one there."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
 
 
 def _written(path: Path) -> bytes | None:

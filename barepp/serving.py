@@ -32,6 +32,7 @@ import barepp
 from barepp.events import EventLog
 from barepp.member import Member, Options
 from barepp.referee import Hooks, Referee
+from barepp.secret import remove_secret
 from barepp.watch import Watch
 from transport.errors import Failure
 from transport.rendezvous import RendezvousServer
@@ -123,7 +124,7 @@ class Service:
     def remove_secret(self) -> None:
         """Remove the file that holds the secret: all have read it, or nobody will."""
         if self._secret_file is not None:
-            self._secret_file.unlink(missing_ok=True)
+            remove_secret(self._secret_file)
             self._secret_file = None
 
     def _over(self) -> bool:
@@ -168,7 +169,7 @@ def main() -> None:
             )
         except ProcessLookupError:  # rank 0 is gone before we have begun
             if file:
-                Path(file).unlink(missing_ok=True)
+                remove_secret(Path(file))
             return
         stack.callback(service.remove_secret)
         service.run()

@@ -89,8 +89,7 @@ class Crew:
         """Wait for all ranks; nothing of the job is left then."""
         ended = {rank: started.wait() for rank, started in self.ranks.items()}
         eventually(lambda: not marked(self.mark))
-        left = [path for path in self.temporary.rglob("*") if not path.is_dir()]
-        assert left == []
+        assert list(self.temporary.iterdir()) == []
         return ended
 
     def helper(self) -> psutil.Process:
