@@ -78,7 +78,6 @@ class SharedSecret:
 
     def __init__(self, name: str) -> None:
         self._folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
-        self._check_folder()
         self.path = self._folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}.secret"
 
     def publish(self) -> bytes:
@@ -88,7 +87,7 @@ class SharedSecret:
             UsageError: a living process has published one under this name.
         """
         while True:
-            self._check_folder()
+            self._make_folder()
             try:
                 return self._publish()
             except FileNotFoundError:  # another job's end has just removed the empty folder
@@ -126,10 +125,11 @@ class SharedSecret:
         """Block until rank 0 has published the secret; `timeout` is in seconds.
 
         Raises:
-            UsageError: it has not.
+            UsageError: it has not, or its folder is somebody else's.
         """
         deadline = time.monotonic() + timeout
         while (secret := _written(self.path)) is None:
+            self._check_folder()
             if time.monotonic() >= deadline:
                 text = f"rank 0 has not left the job's secret in {self.path} within {timeout:g} s"
                 raise UsageError(
@@ -143,18 +143,21 @@ class SharedSecret:
         """Remove the file; nothing happens when it is gone already."""
         remove_secret(self.path)
 
+    def _make_folder(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir(mode=0o700)
+        self._check_folder()
+
     def _check_folder(self) -> None:
-        """Make the folder unless it is there, and see that it is this user's own.
+        """See that the folder, if it is there, is this user's own.
 
         Raises:
             UsageError: something else is in its place.
         """
-        while True:
-            with contextlib.suppress(FileExistsError):
-                self._folder.mkdir(mode=0o700)
-            with contextlib.suppress(FileNotFoundError):  # removed in between
-                status = self._folder.lstat()  # a symbolic link is not followed
-                break
+        try:
+            status = self._folder.lstat()  # a symbolic link is not followed
+        except FileNotFoundError:
+            return
         ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
         if not ours or stat.S_IMODE(status.st_mode) & 0o077:
             raise UsageError(
@@ -171,9 +174,13 @@ def remove_secret(path: Path) -> None:
 
 
 def _written(path: Path) -> bytes | None:
-    """Return the secret in a file if the process that wrote it lives, else None."""
+    """Return the secret in a file of ours if the process that wrote it lives, else None."""
     try:
-        content = json.loads(path.read_text())
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+            status = os.fstat(file.fileno())  # of what was opened, whatever has the name by now
+            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+                return None
+            content = json.load(file)
         if content["started"] == _started(content["pid"]):
             return bytes.fromhex(content["secret"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -78,7 +78,6 @@ def test_the_others_wait_for_it_and_only_we_can_read_it(temporary_folder: Path) 
 
 def test_what_a_dead_process_has_left_is_not_believed_and_removed(temporary_folder: Path) -> None:
     shared = SharedSecret("x")
-    shared.remove()
     killed = f"""
 import sys, os, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
 from barepp.secret import SharedSecret
@@ -103,9 +102,38 @@ os.link(shared.path, str(shared.path) + f".{{os.getpid()}}")   # as if it died i
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pid": 1}', '{"pid": "x"}'])
 def test_a_file_that_makes_no_sense_is_no_secret(content: str) -> None:
     shared = SharedSecret("x")
+    shared.path.parent.mkdir(mode=0o700)
+    shared.path.touch(mode=0o600)
     shared.path.write_text(content)
     with pytest.raises(UsageError, match="has not left"):
         shared.read(0.02)
+
+
+def test_a_file_that_is_not_ours_alone_is_no_secret() -> None:
+    shared = SharedSecret("x")
+    secret = shared.publish()
+    shared.path.chmod(0o644)
+    with pytest.raises(UsageError, match="has not left"):
+        shared.read(0.02)
+    shared.path.chmod(0o600)
+    assert shared.read(0.02) == secret
+    elsewhere = shared.path.rename(shared.path.with_suffix(".elsewhere"))
+    shared.path.symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="has not left"):
+        shared.read(0.02)
+    if os.geteuid() == 0:
+        shared.path.unlink()
+        elsewhere.rename(shared.path)
+        os.chown(shared.path, 12345, 12345)
+        with pytest.raises(UsageError, match="has not left"):
+            shared.read(0.02)
+
+
+def refused() -> None:
+    with pytest.raises(UsageError, match="is not a folder of yours with mode 0700"):
+        SharedSecret("x").publish()
+    with pytest.raises(UsageError, match="is not a folder of yours with mode 0700"):
+        SharedSecret("x").read(0.02)
 
 
 def test_what_stands_in_the_folders_place_is_refused(temporary_folder: Path) -> None:
@@ -113,19 +141,15 @@ def test_what_stands_in_the_folders_place_is_refused(temporary_folder: Path) -> 
     elsewhere = temporary_folder / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     folder.symlink_to(elsewhere)
-    with pytest.raises(UsageError, match="is not a folder of yours with mode 0700"):
-        SharedSecret("x")
+    refused()
     folder.unlink()
     folder.write_text("a file")
-    with pytest.raises(UsageError, match="is not a folder of yours"):
-        SharedSecret("x")
+    refused()
     folder.unlink()
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(UsageError, match="is not a folder of yours"):
-        SharedSecret("x")
+    refused()
     if os.geteuid() == 0:
         folder.chmod(0o700)
         os.chown(folder, 12345, 12345)
-        with pytest.raises(UsageError, match="is not a folder of yours"):
-            SharedSecret("x")
+        refused()
