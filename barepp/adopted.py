@@ -142,7 +142,7 @@ class _Ending:
     def arrange(self) -> None:
         """Set the hooks, for the life of the process."""
         sys.excepthook = self._on_exception
-        report_threads(self._rank, self._control, EventLog(None))
+        report_threads(self._rank, self._control, EventLog(None), show=True)
         atexit.register(self._on_exit)
         os.register_at_fork(after_in_child=joining.disown)
         self._control.on_failure(self._on_failure)

@@ -45,8 +45,13 @@ def flush() -> None:
     ctypes.CDLL(None).fflush(None)
 
 
-def report_threads(rank: int, control: ControlClient, notes: EventLog) -> None:
-    """An exception that ends a background thread is this rank's failure as well."""
+def report_threads(
+    rank: int, control: ControlClient, notes: EventLog, *, show: bool = False
+) -> None:
+    """An exception that ends a background thread is this rank's failure as well.
+
+    `show` is for a rank whose launcher does not show it.
+    """
     usual = threading.excepthook
     myself = os.getpid()
 
@@ -55,6 +60,8 @@ def report_threads(rank: int, control: ControlClient, notes: EventLog) -> None:
             usual(args)
         elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
             # (A thread that was told of another rank's failure leaves it to the main thread.)
+            if show:
+                usual(args)
             fail(rank, control, args.exc_value, notes)
 
     threading.excepthook = on_thread
