@@ -83,8 +83,11 @@ class HeadReferee(Referee):
         """Whether all ranks of other nodes have ended, or nobody can tell any more."""
         if self._give_up_at is not None and time.monotonic() >= self._give_up_at:
             return True
+        gone = set(self._done)
+        if self.failure is not None:  # who has not come has nothing to tell
+            gone |= set(range(1, self._nodes.count)) - self._links.keys()
         return all(
-            member.exit_code is not None or self._node_of(rank) in self._done
+            member.exit_code is not None or self._node_of(rank) in gone
             for rank, member in self._members.items()
         )
 
