@@ -73,6 +73,7 @@ class Job:
         self._kill_at: float | None = None
         self._signal: int | None = None
         self._starting = False
+        self._orphaned = False  # whether the process that all ranks were started from has died
         limits = options.heartbeat_s, options.timeout_s
         self._watch = Watch(range(options.world_size), *limits, self._state_of)
         self._reception = Reception(task.name, options, self._ranks, self._watch, output)
@@ -225,7 +226,7 @@ class Job:
 
     def _explain(self) -> Failure | None:
         """Return why ranks end that say nothing themselves, if it is not their own doing."""
-        if not self._nursery.died():
+        if not self._orphaned:
             return None
         return Failure(-1, "lost", "the process that all ranks were started from has died")
 
@@ -233,6 +234,7 @@ class Job:
         """The process has ended; what it had said may still be on its way."""
         self._selector.unregister(rank.ended_fd)
         rank.kill_started()
+        self._orphaned = self._orphaned or self._nursery.tells_nothing(rank.ended_fd)
         rank.process.is_alive()  # (collects the exit code, and unlike `join` cannot wait)
         code = rank.process.exitcode
         self._referee.ended(rank, 1 if code is None else code)

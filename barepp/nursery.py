@@ -15,11 +15,13 @@ as it is; then it outlives the job, until the program ends.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import termios
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
@@ -96,16 +98,17 @@ class Nursery:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def died(self) -> bool:
-        """Whether the fork server has died, and all ranks with it."""
-        pid = getattr(self._server, "_forkserver_pid", None)
-        if pid is None:
+    def tells_nothing(self, ended_fd: int) -> bool:
+        """Whether the fork server has died, told by the end of a process that it started.
+
+        The server writes how a process ended into that process's pipe (`ended_fd`, readable now). A
+        pipe at its end with nothing in it is the server's own end. (Whether that can be waited for
+        yet is another question: the kernel closes a dying process's descriptors before.)
+        """
+        if self._fork:
             return False
-        try:
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return True
-        return ended is not None
+        unread = fcntl.ioctl(ended_fd, termios.FIONREAD, bytes(4))
+        return not any(unread)
 
     def end(self) -> None:
         """End the fork server now.
