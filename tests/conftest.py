@@ -1,5 +1,6 @@
 """What every test needs: one compute thread, the demos within reach; and the suite's options."""
 
+import gc
 import os
 import random
 import signal
@@ -23,6 +24,14 @@ TOLD_MS = pytest.StashKey[list[float]]()
 def one_compute_thread() -> None:
     # With more threads a sum is cut into more parts, and rounds differently.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    # Every count of what a test leaves behind runs the collector, which takes 0.2 s to look at all
+    # that torch has imported. That is there to stay.
+    gc.collect()
+    gc.freeze()
 
 
 # -- test_fault_matrix.py -------------------------------------------------------------------------

@@ -20,9 +20,7 @@ pytest's output says at its end how to run the same ones again. One case is run 
 
 from __future__ import annotations
 
-import gc
 import itertools
-from collections.abc import Iterator
 
 import pytest
 from matrix import MICROBATCHES, STEPS, THREADS, WORLD_SIZES, Case, cases, sample, train, transports
@@ -36,15 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 # Milliseconds in truth, as the summary at the end shows; but a machine may be shared by many.
 TOLD_WITHIN_S = 5.0
 ENDED_WITHIN_S = 10.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> Iterator[None]:
-    """Let the collector, which every count of leftovers runs, pass over what torch has imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_one_death(case: Case, told_ms: list[float]) -> None:

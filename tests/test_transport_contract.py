@@ -53,10 +53,10 @@ def nothing_left() -> Iterator[None]:
     yield
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        gc.collect()  # an exception's frames may still hold a received tensor
         after = (threading.active_count(), len(os.listdir("/proc/self/fd")))
         if after <= before and after[1] <= before[1]:
             return
+        gc.collect()  # an exception's frames may still hold a received tensor
         time.sleep(0.005)
     assert after == before, [thread.name for thread in threading.enumerate()]
 
