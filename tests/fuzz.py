@@ -40,6 +40,7 @@ TARGETS: dict[str, Target] = {
     "rendezvous": fuzz_sockets.rendezvous,
     "transport": fuzz_sockets.transport,
     "lending": fuzz_sockets.lending,
+    "notes": fuzz_sockets.notes,
 }
 
 # A frame has at most 64 KiB of metadata. The worst of it are empty lists, a byte each and 64 bytes

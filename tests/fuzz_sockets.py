@@ -11,6 +11,7 @@ import os
 import random
 import select
 import socket
+import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,17 +20,18 @@ from typing import Any, Final
 import msgpack
 import transport_worlds as worlds
 from fuzz_targets import LIMITS, RECORDS, SECRET, assert_shown
-from mutations import EDGES, changed, cut, frame, message_meta, stream
+from mutations import EDGES, altered, changed, cut, frame, message_meta, packed, stream
 
 from transport.addresses import Address
 from transport.arena import ALIGNMENT
 from transport.errors import InternalError, ProtocolError, TransportClosed, TransportError
 from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
 from transport.listener import Listener
+from transport.notes import hear
 from transport.records import RecordStream
 from transport.rendezvous import EventKind, RendezvousServer
 from transport.tensors import MessageSpec
-from transport.wire import FrameKind
+from transport.wire import OFF_STREAM, FrameKind
 
 PATIENCE_S: Final = 20.0
 
@@ -57,6 +59,25 @@ def records(rng: random.Random) -> bool:
             assert all(isinstance(record["record"], str) for record in found)
             assert goes_on == (reader.error is None)
     return reader.error is None
+
+
+def notes(rng: random.Random) -> bool:
+    """A note is refused, or is a key and a value; what follows it stays on the socket."""
+    meta = packed(rng, altered(rng, ["key", rng.randbytes(rng.randrange(200))]))
+    said = struct.pack("<II", len(meta), zlib.crc32(meta)) + meta
+    if rng.random() < 0.5:
+        said = changed(rng, said)
+    theirs, ours = socket_pair()
+    with theirs, ours:
+        theirs.sendall(said + b"rest")
+        theirs.shutdown(socket.SHUT_WR)
+        ours.settimeout(PATIENCE_S)
+        try:
+            key, value = hear(ours)
+        except (ProtocolError, ConnectionError):
+            return False
+        assert isinstance(key, str) and isinstance(value, bytes)
+        return ours.recv(100).endswith(b"rest")
 
 
 def knock(sock: socket.socket, serve: Callable[[], Any], hello: Hello) -> socket.socket:
@@ -226,6 +247,6 @@ def rogue_messages(rng: random.Random, kinds: Sequence[FrameKind]) -> bytes:
         whole = frame(
             rng, sequence, kind, data, payload, word=word if kind is FrameKind.LENT else None
         )
-        parts.append(whole[: len(whole) - len(payload)] if kind is FrameKind.LENT else whole)
+        parts.append(whole[: len(whole) - len(payload)] if kind in OFF_STREAM else whole)
     said = b"".join(parts)
     return changed(rng, said) if rng.random() < 0.3 else said

@@ -25,6 +25,7 @@ CASES = {
     "rendezvous": 30,
     "transport": 80,
     "lending": 80,
+    "notes": 100,
 }
 
 

@@ -18,7 +18,7 @@ FIGURES = ("half_round_trip_us", "fresh_us", "one_way_gb_per_s", "both_ways_gb_p
 def test_every_transport_is_measured_beside_gloo_and_a_copy(tmp_path: Path) -> None:
     names = ["shm", "unix", "tcp"]
     if torch.distributed.is_gloo_available():
-        names.append("gloo")
+        names += ["torch_dist", "gloo"]  # our transport over gloo, and gloo by itself
     path = tmp_path / "rows.json"
     flags = ["--transports", ",".join(names), "--sizes", "8,200000", "--rounds", "1"]
     done = subprocess.run(

@@ -13,7 +13,7 @@ import pytest
 from transport import wire
 from transport.decoder import SCRATCH_NBYTES, Decoder, PayloadDone
 from transport.errors import InvalidArgument, ProtocolError
-from transport.wire import HEADER, MAGIC, Frame, FrameKind, Limits, encode
+from transport.wire import HEADER, MAGIC, OFF_STREAM, Frame, FrameKind, Limits, encode
 
 
 def header(
@@ -43,7 +43,7 @@ def header(
     return signed + struct.pack("<I", zlib.crc32(signed))
 
 
-ON_STREAM = [kind for kind in FrameKind if kind is not FrameKind.LENT]
+ON_STREAM = [kind for kind in FrameKind if kind not in OFF_STREAM]
 
 
 def random_frames(rng: random.Random) -> list[tuple[FrameKind, object, bytes]]:
@@ -165,11 +165,12 @@ def test_bytes_after_a_frame_belong_to_the_next_one() -> None:
     assert [e.meta for e in events if isinstance(e, Frame)] == ["two"]
 
 
-def test_the_payload_of_a_lent_message_is_not_on_the_stream() -> None:
-    lent = encode(FrameKind.LENT, 0, [1], 2**30, tag=-7, word=2**63 + 1)
-    events = Decoder().feed(lent + encode(FrameKind.RECORD, 1, "next"))
+@pytest.mark.parametrize("kind", OFF_STREAM)
+def test_the_payload_of_a_lent_or_apart_message_is_not_on_the_stream(kind: FrameKind) -> None:
+    elsewhere = encode(kind, 0, [1], 2**30, tag=-7, word=2**63 + 1)
+    events = Decoder().feed(elsewhere + encode(FrameKind.RECORD, 1, "next"))
     assert events == [
-        Frame(FrameKind.LENT, [1], 2**30, -7, 2**63 + 1),
+        Frame(kind, [1], 2**30, -7, 2**63 + 1),
         PayloadDone.DONE,
         Frame(FrameKind.RECORD, "next", 0),
         PayloadDone.DONE,

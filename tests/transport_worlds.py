@@ -16,11 +16,13 @@ from transport.handshake import new_secret
 from transport.inproc import InprocHub
 from transport.shm import ShmTransport
 from transport.tcp import TcpTransport, UnixTransport
+from transport.torch_dist import GlooTransport
 
 SOCKETS: dict[str, type[TcpTransport]] = {
     "tcp": TcpTransport,
     "unix": UnixTransport,
     "shm": ShmTransport,
+    "gloo": GlooTransport,
 }
 NAMES = ["inproc", *SOCKETS]
 SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded

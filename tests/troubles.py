@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from transport.handshake import ANY_RANK, HELLO, NONCE_NBYTES, PROOF_NBYTES
-from transport.wire import HEADER, FrameKind
+from transport.wire import HEADER, OFF_STREAM
 
 RENDEZVOUS: Final = ANY_RANK
 CALLER_NBYTES: Final = HELLO.size + PROOF_NBYTES  # of the handshake, from the side that calls
@@ -116,7 +116,7 @@ class Layout:
     def _next_part(self) -> None:
         if self._part is Part.HEADER:
             _, kind, meta_nbytes, _, payload_nbytes, *_ = HEADER.unpack(self._header)
-            if kind == FrameKind.LENT:  # its payload does not travel
+            if kind in OFF_STREAM:  # its payload does not travel here
                 payload_nbytes = 0
             parts = [(Part.META, meta_nbytes), (Part.PAYLOAD, payload_nbytes)]
             self._lengths = [(part, nbytes) for part, nbytes in parts if nbytes]

@@ -50,6 +50,8 @@ class Carrier(Connection):
         """
         if frame.kind is FrameKind.LENT:
             raise ProtocolError(f"rank {self.peer} lends memory, but none was shown that is mapped")
+        if frame.kind is FrameKind.APART:
+            raise ProtocolError(f"rank {self.peer} sends a payload apart, but no path is open")
         arrival.sum = frame.word
 
     def finish(self, arrival: Arrival) -> None:

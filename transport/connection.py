@@ -90,6 +90,11 @@ class Connection:
         poller.register(self.socket, 0)
         return bool(poller.poll(0))  # a hang-up or an error: nobody is left to acknowledge
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a socket, so that another one is refused."""
+        return self.socket is not None
+
     def attach(self, sock: socket.socket) -> None:
         """Start to read and write over an authenticated, non-blocking socket."""
         self.socket = sock

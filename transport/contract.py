@@ -45,6 +45,7 @@ class Transport(abc.ABC):
     """Point-to-point messages between the ranks of one world; the rules are at the file's top."""
 
     name: ClassVar[str]
+    gpus: ClassVar[bool] = False  # whether it moves CUDA tensors too
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -57,7 +58,9 @@ class Transport(abc.ABC):
         return None
 
     def isend(self, message: Message, dst: int, tag: int = 0) -> Work:
-        """Start to send a CPU tensor (or a tuple of them) of any shape; never waits for the peer.
+        """Start to send a tensor (or a tuple of them) of any shape; never waits for the peer.
+
+        It is a CPU tensor, or a CUDA tensor where the transport moves those (`gpus`).
 
         A contiguous tensor is sent from its own memory: leave it as it is until the work is done.
 
@@ -82,8 +85,8 @@ class Transport(abc.ABC):
     ) -> Work:
         """Start to receive the next message of `src` with `tag`; never waits for the peer.
 
-        `into` is a contiguous CPU tensor (or tuple) that the message is to fill, and the message
-        must then have its dtype and shape; `expect` states them without giving memory.
+        `into` is a contiguous tensor (or tuple), of the same kind, that the message is to fill; the
+        message must then have its dtype and shape; `expect` states them without giving memory.
 
         Raises:
             InvalidArgument: no such rank, this rank itself, a bad tag, memory that cannot be
@@ -99,7 +102,7 @@ class Transport(abc.ABC):
                     f"`expect` is a TensorSpec or a MessageSpec, not {expect!r:.100}"
                 )
         if into is not None:
-            filled = fillable(into)
+            filled = fillable(into, self.gpus)
             if expected is not None and expected != filled:
                 raise InvalidArgument(f"`into` is {filled}, `expect` says {expected}")
             expected = filled

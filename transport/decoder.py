@@ -24,6 +24,7 @@ from transport.wire import (
     HEADER,
     KINDS,
     MAGIC,
+    OFF_STREAM,
     SIGNED,
     Frame,
     FrameKind,
@@ -189,7 +190,7 @@ class Decoder:
         self._header = None
         value = self._read_meta(kind, meta, meta_crc)
         frame = self._frame = make_frame((kind, value, payload_nbytes, tag, word))
-        self._left = 0 if kind is FrameKind.LENT else payload_nbytes
+        self._left = 0 if kind in OFF_STREAM else payload_nbytes
         return frame
 
     def _check_magic(self) -> None:

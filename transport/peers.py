@@ -106,7 +106,7 @@ class Peers:
                 self._progress.call_at(time.monotonic() + CALL_TIMEOUT_S, check_called)
 
         def check_called() -> None:
-            if peer.connection.socket is None:
+            if not peer.connection.connected:
                 self._lose(peer, PeerLost(f"rank {rank} did not call within {CALL_TIMEOUT_S} s"))
 
         rank, place = peer.connection.peer, self.place
@@ -151,7 +151,7 @@ class Peers:
             return Verdict.TAKEN
         if peer is None:
             return Verdict.ACCEPTED
-        if peer.connection.socket is not None or peer.lost or peer.ended is not None:
+        if peer.connection.connected or peer.lost or peer.ended is not None:
             return Verdict.TAKEN
         if peer.call is not None and place.rank < hello.rank:
             return Verdict.YIELD

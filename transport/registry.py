@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from transport.contract import Transport
 
 _CLASSES: Final = {
+    "gloo": "transport.torch_dist:GlooTransport",
     "inproc": "transport.inproc:InprocTransport",
+    "nccl": "transport.torch_dist:NcclTransport",
     "shm": "transport.shm:ShmTransport",
     "tcp": "transport.tcp:TcpTransport",
     "unix": "transport.tcp:UnixTransport",

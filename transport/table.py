@@ -8,7 +8,7 @@ from typing import Any, Final
 COLUMNS: Final = ("half round trip", "fresh", "one way", "both ways")  # seconds, then bytes/second
 
 HEADING: Final = (
-    f"{'bytes':>9}  {'':<6} {'half trip us':>10} {'[quartiles':>11} {'':>9}] {'fresh us':>8} "
+    f"{'bytes':>9}  {'':<10} {'half trip us':>10} {'[quartiles':>11} {'':>9}] {'fresh us':>8} "
     f"{'1-way GB/s':>8} {'both':>6}"
 )
 
@@ -29,7 +29,7 @@ def line(row: dict[str, Any]) -> str:
     """Return a row as it is printed below the heading."""
     low, high = row["half_round_trip_us_quartiles"]
     return (
-        f"{row['nbytes']:>9}  {row['transport']:<6} {row['half_round_trip_us']:>10.1f} "
+        f"{row['nbytes']:>9}  {row['transport']:<10} {row['half_round_trip_us']:>10.1f} "
         f"[{low:>9.1f} {high:>9.1f}] {row['fresh_us']:>10.1f} "
         f"{row['one_way_gb_per_s']:>8.2f} {row['both_ways_gb_per_s']:>8.2f}"
     )

@@ -95,7 +95,7 @@ class TcpTransport(Transport):
 
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
-        spec, tensors = prepare(message)
+        spec, tensors = prepare(message, self.gpus)
         work = Send(self, dst, tag)
         with self._lock, self._guard:
             self._peer(dst).connection.send(spec, tensors, work)
@@ -246,9 +246,9 @@ class TcpTransport(Transport):
             if held + spec.nbytes > self._unexpected_limit:
                 return False
         arrival = connection.arriving = Arrival(src, tag, spec)
-        if kind is not FrameKind.MESSAGE:
-            self._peers[src].connection.fetch(frame, arrival)
         try:
+            if kind is not FrameKind.MESSAGE:
+                self._peers[src].connection.fetch(frame, arrival)
             self._mailbox.arrive(arrival)
         except RuntimeError as error:  # torch's allocator
             raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error

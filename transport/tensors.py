@@ -44,14 +44,14 @@ class TensorSpec:
         """Length of the tensor's bytes on the wire."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def allocate(self) -> torch.Tensor:
+    def allocate(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return a fresh tensor, not initialised and 64-byte aligned by torch."""
         # Whoever moves bytes allocates, on behalf of any thread: neither its default device nor
         # its inference mode may show in the tensor.
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(mode=False):
-                return self.allocate()
-        return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+                return self.allocate(device)
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
 
     def __str__(self) -> str:
         return f"{NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
@@ -80,9 +80,9 @@ class MessageSpec:
         names = ", ".join(map(str, self.tensors))
         return f"({names})" if self.is_tuple else names
 
-    def allocate(self) -> list[torch.Tensor]:
+    def allocate(self, device: torch.device | str = "cpu") -> list[torch.Tensor]:
         """Return fresh tensors for the message, not initialised and 64-byte aligned by torch."""
-        return [spec.allocate() for spec in self.tensors]
+        return [spec.allocate(device) for spec in self.tensors]
 
     @functools.cached_property
     def packed(self) -> Packed:
@@ -145,27 +145,28 @@ def _read_once(data: bytes, crc: int) -> MessageSpec:
     return _tuple(*forms) if is_tuple else _single(*forms[0])  # the objects that a sender has too
 
 
-def prepare(message: Message) -> tuple[MessageSpec, list[torch.Tensor]]:
+def prepare(message: Message, gpus: bool = False) -> tuple[MessageSpec, list[torch.Tensor]]:
     """Check that `message` can be sent; return its spec and its tensors, contiguous.
 
     A contiguous tensor is returned as it is (its memory is what gets sent), any other is copied.
+    `gpus` says whether CUDA tensors can be sent as well.
 
     Raises:
         InvalidArgument: not a dense CPU tensor, or a tuple of them, of a dtype of `DTYPES`.
     """
     if isinstance(message, torch.Tensor):
-        tensor = _sendable(message)
+        tensor = _sendable(message, gpus)
         return _single(tensor.dtype, tensor.shape), [tensor]
     if not isinstance(message, tuple) or len(message) > MAX_TENSORS:
         raise InvalidArgument(
             f"a message is a torch.Tensor or a tuple of at most {MAX_TENSORS} of them, "
             f"not {type(message).__name__}"
         )
-    tensors = [_sendable(tensor) for tensor in message]
+    tensors = [_sendable(tensor, gpus) for tensor in message]
     return _tuple(*((tensor.dtype, tensor.shape) for tensor in tensors)), tensors
 
 
-def _sendable(tensor: object) -> torch.Tensor:
+def _sendable(tensor: object, gpus: bool) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgument(f"only tensors can be sent, not {type(tensor).__name__}")
     if tensor.dtype not in NAMES or tensor.layout is not torch.strided or tensor.is_nested:
@@ -174,7 +175,7 @@ def _sendable(tensor: object) -> torch.Tensor:
             f"a {layout} tensor of {tensor.dtype} cannot be sent; "
             f"dense tensors of these can: {', '.join(DTYPES)}"
         )
-    if not tensor.is_cpu:
+    if not tensor.is_cpu and not (gpus and tensor.is_cuda):
         raise InvalidArgument(
             f"this transport moves CPU tensors, this one is on {tensor.device}: send tensor.cpu()"
         )
@@ -185,15 +186,15 @@ def _sendable(tensor: object) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
-def fillable(message: Message) -> MessageSpec:
+def fillable(message: Message, gpus: bool = False) -> MessageSpec:
     """Check that a receive may write into `message`; return its spec.
 
     Raises:
         InvalidArgument: not a message, on another device, not contiguous, or needs a gradient.
     """
-    if isinstance(message, torch.Tensor) and _sendable(message) is message:  # the usual case
+    if isinstance(message, torch.Tensor) and _sendable(message, gpus) is message:  # the usual case
         return _single(message.dtype, message.shape)
-    spec, ready = prepare(message)
+    spec, ready = prepare(message, gpus)
     for tensor, prepared in zip(tensors_of(message), ready, strict=True):
         if prepared is tensor:
             continue
@@ -250,10 +251,15 @@ def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the bytes of one contiguous CPU tensor over another's of the same spec.
+    """Copy the bytes of one contiguous tensor over another's of the same spec.
 
     As when the kernel writes there, neither autograd nor a thread's inference mode has a say.
     """
+    if not (target.is_cpu and source.is_cpu):
+        with torch.inference_mode():
+            target.copy_(source)
+        torch.cuda.synchronize()
+        return
     ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
 
 

@@ -2,19 +2,21 @@
 
     offset  size  field           meaning (integers are little-endian; all but tag unsigned)
     0       4     magic           b"bpp" and the format's version, 2
-    4       1     kind            1 message, 2 goodbye, 3 record, 4 summed message, 5 lent message
+    4       1     kind            1 message, 2 goodbye, 3 record, 4 summed message, 5 lent message,
+                                    6 apart message
     5       3     reserved        zero
     8       4     meta_nbytes     length of the msgpack metadata that follows the header
     12      4     meta_crc        CRC-32 of that metadata
     16      8     payload_nbytes  length of the payload
     24      8     tag             of a message: its tag
-    32      8     word            summed: the sum of the payload; lent: where the payload lies
+    32      8     word            summed, apart: the sum of the payload; lent: where it lies
     40      4     sequence        frames sent before this one on this connection, modulo 2**32
     44      4     header_crc      CRC-32 of the 44 bytes above
 
-The payload follows the metadata, except that of a lent message: it lies in memory that both sides
-map (see shm.py). What differs between messages of one shape stands in the header, so that their
-metadata is the same bytes again and again, and is packed and read once.
+The payload follows the metadata, except that of a lent message, which lies in memory that both
+sides map (see shm.py), and that of an apart one, which travels beside the stream, in the order of
+the frames (see apart.py). What differs between messages of one shape stands in the header, so that
+their metadata is the same bytes again and again, and is packed and read once.
 
 How a stream of these is read is in decoder.py.
 """
@@ -48,9 +50,11 @@ class FrameKind(enum.IntEnum):
     RECORD = 3  # one record of the control connection: all of it is metadata
     SUMMED = 4  # a message whose payload has a sum to be held against
     LENT = 5  # a message whose payload lies in memory that the sender lends
+    APART = 6  # a message whose payload travels beside the stream
 
 
-MESSAGES: Final = frozenset({FrameKind.MESSAGE, FrameKind.SUMMED, FrameKind.LENT})
+OFF_STREAM: Final = frozenset({FrameKind.LENT, FrameKind.APART})
+MESSAGES: Final = frozenset({FrameKind.MESSAGE, FrameKind.SUMMED}) | OFF_STREAM
 KINDS: Final = {int(kind): kind for kind in FrameKind}
 
 

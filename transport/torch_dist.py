@@ -1,0 +1,297 @@
+"""Payloads over torch.distributed's point-to-point: gloo between CPUs, NCCL between GPUs.
+
+What a lane of apart.py moves over is a process group of two ranks, of which one only sends and the
+other only receives, always with tag 0. So the n-th send meets the n-th receive, and that is all
+that NCCL promises: it has no tags, and pairs the calls on a communicator in their order. Tags,
+dtypes and shapes are in our own frames. gloo has tags and is used without them, so that what is
+tested with gloo holds for NCCL.
+
+No store of torch's and no default group is made. What two ranks must tell each other to make a
+group (an address for gloo, an id for NCCL) they say over their own authenticated connection, before
+its first frame. gloo then listens on a port of its own that authenticates nobody: see README.md.
+
+This is the only file of the runtime that imports torch.distributed. It is imported when one of its
+transports is asked for by name.
+"""
+
+from __future__ import annotations
+
+import abc
+import datetime
+import socket
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import torch
+import torch.distributed as dist
+
+from transport.addresses import Address
+from transport.apart import OPEN_TIMEOUT_S, ApartTransport
+from transport.errors import (
+    InvalidArgument,
+    ProtocolError,
+    TransportClosed,
+    TransportError,
+    UnknownTransport,
+)
+from transport.lane import Group
+from transport.notes import hear, tell
+from transport.tcp import UnixTransport
+from transport.tensors import MessageSpec
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+else:
+    Store = getattr(dist, "Store", object)  # (torch can be built without all of it)
+
+SENDER: Final = 0  # who is who in a group
+RECEIVER: Final = 1
+TAG: Final = 0
+FOREVER: Final = datetime.timedelta(days=365)  # whoever waits for the lane has the limit
+MAX_NOTES: Final = 64  # of a pair; gloo takes four, NCCL two
+_NO_KEY: Final = ""  # of the last note
+
+
+class PairStore(Store):
+    """A store whose values two ranks tell each other over a blocking socket, until it is closed.
+
+    torch calls back to it while it makes a group; what is raised here comes out there.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock: socket.socket | None = sock
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # what torch gives
+        """Keep the value, and tell it."""
+        self._values[key] = bytes(value)
+        if self._sock is not None:
+            tell(self._sock, key, bytes(value))
+
+    def get(self, key: str) -> bytes:
+        """Return a value; block until it is there."""
+        while key not in self._values:
+            if self._sock is None:
+                raise RuntimeError(f"nobody tells {key!r} any more: the group was made")
+            if len(self._values) >= MAX_NOTES:
+                raise ProtocolError(f"{MAX_NOTES} notes, and {key!r} is not among them")
+            told, value = hear(self._sock)
+            self._values[told] = value
+        return self._values[key]
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
+        """Block until all keys are there; the limit is the socket's."""
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return all(key in self._values for key in keys)
+
+    def clone(self) -> PairStore:
+        """Return the store itself: one thread at a time uses it."""
+        return self
+
+    def close(self) -> None:
+        """Tell nothing more, and read the other's notes to the end: frames may follow them."""
+        if self._sock is not None:
+            tell(self._sock, _NO_KEY, b"")
+            self.get(_NO_KEY)
+            self._sock = None
+
+
+class TorchDistTransport(ApartTransport):
+    """What gloo and NCCL have in common; a subclass makes a group of two."""
+
+    @abc.abstractmethod
+    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
+        """Make the group of a sender and a receiver; blocks until the other side does it too."""
+
+    def open_groups(self, peer: int, sock: socket.socket) -> tuple[Group, Group]:
+        """Make both groups, with a store between the two ranks that ends with that."""
+        store = PairStore(sock)
+        groups = {
+            src: self._make_group(store, f"from {src}", sends=src == self.rank)
+            for src in sorted((self.rank, peer))  # both sides in the same order
+        }
+        store.close()
+        return groups[self.rank], groups[peer]
+
+
+class GlooGroup:
+    """Two ranks over gloo."""
+
+    def __init__(self, store: PairStore, prefix: str, device: Any, *, sends: bool) -> None:
+        torch_dist: Any = dist
+        gloo = torch_dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [device]
+        options._threads = 1  # it needs none for send and receive
+        options._timeout = datetime.timedelta(seconds=OPEN_TIMEOUT_S)
+        me = SENDER if sends else RECEIVER
+        self._group = gloo(torch_dist.PrefixStore(prefix, store), me, 2, options)
+        self._store = store  # torch keeps its own half of the object alive, not Python's
+        self._sends = sends
+
+    def move(self, tensor: torch.Tensor, ready: object) -> None:
+        """Send the tensor's bytes or receive into them, and wait for it."""
+        if self._sends:
+            self._group.send([tensor], RECEIVER, TAG).wait(FOREVER)
+        else:
+            self._group.recv([tensor], SENDER, TAG).wait(FOREVER)
+
+    def abort(self) -> None:
+        """Do nothing: gloo has no way to end a wait.
+
+        One whose transfer has not begun ends when the other side lets go of its group. One that is
+        in the midst of it ends with the transfer, and never if the other side has died (torch
+        2.13). A wait that runs out of time wakes nobody then, and breaks the transfer besides.
+        """
+
+
+class GlooTransport(TorchDistTransport):
+    """Every payload of a byte or more over gloo."""
+
+    name: ClassVar[str] = "gloo"
+
+    def __init__(
+        self, rank: int, world_size: int, addresses: Mapping[int, Address], *args: Any, **more: Any
+    ) -> None:
+        # One listening port and one thread of gloo's a rank, where this rank listens itself.
+        host = addresses[rank].tcp[0]
+        try:
+            self._device: Any = dist.ProcessGroupGloo.create_device(hostname=host)
+        except RuntimeError as error:
+            raise InvalidArgument(f"gloo cannot listen at {host!r}: {error}") from error
+        super().__init__(rank, world_size, addresses, *args, **more)
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return why this machine cannot use gloo, None when it can."""
+        if not dist.is_available() or not dist.is_gloo_available():
+            return "torch was built without gloo"
+        return UnixTransport.viable()
+
+    def abort(self, error: TransportError) -> None:
+        """End as every transport does, and let go of gloo's port."""
+        super().abort(error)
+        self._device = None
+
+    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
+        device = self._device
+        if device is None:  # (torch would read at address 0)
+            raise TransportClosed("this rank has ended meanwhile")
+        return GlooGroup(store, prefix, device, sends=sends)
+
+    def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether there is a payload at all."""
+        return spec.nbytes > 0
+
+
+class NcclGroup:
+    """Two ranks' GPUs over NCCL: a communicator and a stream of this direction's own."""
+
+    def __init__(self, store: PairStore, prefix: str, device: torch.device, *, sends: bool) -> None:
+        torch_dist: Any = dist
+        nccl = torch_dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = FOREVER
+        me = SENDER if sends else RECEIVER
+        self._group = nccl(torch_dist.PrefixStore(prefix, store), me, 2, options)
+        self._store = store
+        self._sends = sends
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # NCCL makes its communicator at the first call, with the help of the store.
+        self.move(torch.zeros(1, device=device), _recorded(device))
+
+    def move(self, tensor: torch.Tensor, ready: object) -> None:
+        """Send the tensor's bytes or receive into them after the event `ready`; wait for it."""
+        assert isinstance(ready, torch.cuda.Event)
+        flat = [tensor.view(-1).view(torch.uint8)]  # (NCCL does not know all dtypes)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            if self._sends:
+                self._group.send(flat, RECEIVER, TAG).wait()
+            else:
+                self._group.recv(flat, SENDER, TAG).wait()
+        self._stream.synchronize()
+
+    def abort(self) -> None:
+        """Let the kernels that wait for the other side end."""
+        self._group.abort()
+
+
+class NcclTransport(TorchDistTransport):
+    """CUDA tensors over NCCL, one GPU a rank; CPU tensors on the stream. Not yet run on hardware.
+
+    A receive is complete when its bytes are there, for whichever stream uses them.
+    """
+
+    name: ClassVar[str] = "nccl"
+    gpus: ClassVar[bool] = True
+    sums: ClassVar[bool] = False
+
+    def __init__(
+        self, rank: int, world_size: int, addresses: Mapping[int, Address], *args: Any, **more: Any
+    ) -> None:
+        index = local_gpu(rank, addresses, torch.cuda.device_count())
+        self._device = torch.device("cuda", index)
+        super().__init__(rank, world_size, addresses, *args, **more)
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return why this machine cannot use NCCL, None when it can."""
+        if not dist.is_available() or not dist.is_nccl_available():
+            return "torch was built without CUDA, or without NCCL"
+        if not torch.cuda.is_available():
+            return "this machine has no CUDA device that torch can use"
+        return UnixTransport.viable()
+
+    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
+        return NcclGroup(store, prefix, self._device, sends=sends)
+
+    def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it is on this rank's GPU.
+
+        Raises:
+            InvalidArgument: a part of it is not, or it is on another GPU.
+        """
+        here = {str(tensor.device) for tensor in tensors}
+        if not here - {"cpu"}:
+            return False
+        if here != {str(self._device)}:
+            raise InvalidArgument(
+                f"a message over NCCL is on {self._device} as a whole, or on the CPU; "
+                f"this one is on {', '.join(sorted(here))}"
+            )
+        return True
+
+    def ready(self) -> object:
+        """Return an event of what this thread has given its GPU to do."""
+        return _recorded(self._device)
+
+    def room(self, spec: MessageSpec) -> Sequence[torch.Tensor]:
+        """Return memory of this rank's GPU, whatever the receive has."""
+        return spec.allocate(self._device)
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def local_gpu(rank: int, addresses: Mapping[int, Address], num_gpus: int) -> int:
+    """Return which GPU of its host a rank uses: the n-th of a host's ranks has the n-th.
+
+    Raises:
+        UnknownTransport: the host has more ranks than GPUs, which NCCL does not allow.
+    """
+    host = addresses[rank].host
+    neighbours = sorted(other for other, address in addresses.items() if address.host == host)
+    if len(neighbours) > num_gpus:
+        raise UnknownTransport(
+            f"nccl needs one GPU a rank: this host has {len(neighbours)} ranks and {num_gpus} GPUs"
+        )
+    return neighbours.index(rank)
