@@ -186,28 +186,49 @@ def test_a_peer_that_ends_is_lost_though_gloo_never_says_so(
             one.isend(torch.ones(9), 1)
 
 
-def test_a_send_that_was_taken_is_complete_though_the_peer_has_left_since(
-    ranks: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The receiver may have its message, and be gone, before the sender's lane has noticed."""
-    connected(ranks[0], ranks[1])
-    move, notice = GlooGroup.move, threading.Event()
+@pytest.fixture
+def notice(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Let sends that are done go unnoticed until this is set."""
+    move, event = GlooGroup.move, threading.Event()
 
     def dawdle(self: GlooGroup, tensor: torch.Tensor, ready: object) -> None:
         move(self, tensor, ready)
         if self._sends:
-            notice.wait(SOON_S)
+            event.wait(SOON_S)
 
     monkeypatch.setattr(GlooGroup, "move", dawdle)
+    yield event
+    event.set()
+
+
+def test_a_send_that_was_taken_is_complete_though_the_peer_has_left_since(
+    ranks: list[Any], notice: threading.Event
+) -> None:
+    """The receiver may have its message, and be gone, before the sender's lane has noticed."""
     taken = ranks[0].isend(torch.ones(9), 1, 1)
     assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
     ranks[1].close(SOON_S)
-    eventually(lambda: ranks[0]._peers[1].connection.left)
+    eventually(lambda: ranks[0]._peers[1].connection.parting)
     eventually(lambda: ranks[0]._peers[1].connection.socket is None)
     notice.set()
     taken.wait(SOON_S)
     with pytest.raises(PeerLeft, match="rank 1 has left"):
         ranks[0].isend(torch.ones(9), 1)
+
+
+def test_who_closes_has_sent_what_was_taken_though_the_peer_hangs_up_first(
+    ranks: list[Any], notice: threading.Event
+) -> None:
+    taken, mine = ranks[0].isend(torch.ones(9), 1, 1), ranks[0].irecv(1)
+    assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
+    closing = start(lambda: ranks[0].close(SOON_S))
+    eventually(lambda: ranks[0]._peers[1].connection.parting)
+    assert not closing.done()
+    notice.set()
+    closing.result(SOON_S)
+    taken.wait(SOON_S)
+    with pytest.raises(TransportClosed):
+        mine.wait(SOON_S)
 
 
 def test_an_abort_waits_for_no_lane(stuck: threading.Event) -> None:

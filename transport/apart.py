@@ -26,7 +26,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
 import torch
@@ -62,9 +62,9 @@ class ApartCarrier(Carrier):
         self.outgoing = Lane(f"barepp-lane-{owner.rank}-{peer}", progress, self._on_send_broke)
         self.incoming = Lane(f"barepp-lane-{peer}-{owner.rank}", progress, self._on_receive_broke)
         self.leaving: deque[Send] = deque()  # what the outgoing lane has to send, or sends
-        self.left = False  # it said goodbye before the outgoing lane was through
         self._means = owner
         self._sums = checksum and owner.sums
+        self._verdict: Callable[[], None] | None = None  # how it ended, while the lane may go on
         self._looking = False  # whether `_look` will be called
         self._opening: socket.socket | None = None
 
@@ -76,7 +76,12 @@ class ApartCarrier(Carrier):
     @property
     def connected(self) -> bool:
         """Whether there is or was a socket, if only to open the lanes over it."""
-        return self._opening is not None or self.left or super().connected
+        return self._opening is not None or self.parting or super().connected
+
+    @property
+    def parting(self) -> bool:
+        """Whether all is over but the last sends: the lane has still to say how they went."""
+        return self._verdict is not None
 
     def attach(self, sock: socket.socket) -> None:
         """Open the lanes over the authenticated socket, in a thread; then read and write frames."""
@@ -125,10 +130,8 @@ class ApartCarrier(Carrier):
             self._hold(frame)
             return False
         if frame.kind is FrameKind.GOODBYE and self.leaving and not frame.payload_nbytes:
-            # It may have taken these and left before the lane has noticed; if not, the lane breaks.
             self._decoder.take_payload()
-            self.left = True
-            self._progress.call_at(time.monotonic() + STREAM_GRACE_S, self._part)
+            self._part(lambda: self._owner.on_goodbye(self))
             return True
         if frame.kind is not FrameKind.APART:
             return super()._begin(frame)
@@ -144,8 +147,11 @@ class ApartCarrier(Carrier):
 
     def _end(self, error: OSError | None) -> None:
         """Take note that the stream is over, which it is after a goodbye in any case."""
-        if self.left:
+        if self.parting:
             self.close_socket()
+        elif self._means.closing and self.leaving and not self._queue.frames:
+            self.close_socket()  # (it may have hung up in answer to our goodbye)
+            self._part(lambda: Carrier._end(self, error))
         else:
             super()._end(error)
 
@@ -176,16 +182,25 @@ class ApartCarrier(Carrier):
         self._looking = True
         self._progress.call_at(time.monotonic() + LOOK_S, lambda: self._look(ended=ended))
 
-    def _part(self) -> None:
-        """Act on a goodbye."""
-        self._owner.on_goodbye(self)
+    def _part(self, verdict: Callable[[], None]) -> None:
+        """Tell the owner how it ended as soon as the lane has said how the last sends went.
+
+        The peer may have taken them and left before the lane has noticed; if not, the lane breaks.
+        """
+        self._verdict = verdict
+        self._progress.call_at(time.monotonic() + STREAM_GRACE_S, self._end_parting)
+
+    def _end_parting(self) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            verdict()
 
     # -- what the lanes tell, under the lock -------------------------------------------------------
 
     def _on_sent(self) -> None:
         self.leaving.popleft().complete()
-        if self.left and not self.leaving:
-            self._part()
+        if not self.leaving:
+            self._end_parting()
 
     def _on_received(self, arrival: Arrival) -> None:
         try:
@@ -196,11 +211,12 @@ class ApartCarrier(Carrier):
             self.resume()
 
     def _on_receive_broke(self, error: Exception) -> None:
-        self._owner.on_end(self, self._broken("from", error))
+        if not self.parting:
+            self._owner.on_end(self, self._broken("from", error))
 
     def _on_send_broke(self, error: Exception) -> None:
-        if self.left:
-            self._part()
+        if self.parting:
+            self._end_parting()
             return
         lost = self._broken("to", error)
         self.ending = True
@@ -209,8 +225,7 @@ class ApartCarrier(Carrier):
         self._progress.call_at(due, lambda: self._owner.on_end(self, lost))
 
     def _broken(self, direction: str, error: Exception) -> PeerLost:
-        what = f"the payload path {direction} rank {self.peer} broke: {_brief(error)}"
-        lost = PeerLost(what)
+        lost = PeerLost(f"the payload path {direction} rank {self.peer} broke: {_brief(error)}")
         lost.__cause__ = error.with_traceback(None)
         return lost
 
@@ -245,6 +260,11 @@ class ApartTransport(UnixTransport):
 
     carrier: ClassVar[type[Carrier]] = ApartCarrier
     sums: ClassVar[bool] = True  # whether a payload can be summed where it lies
+
+    @property
+    def closing(self) -> bool:
+        """Whether this rank has said goodbye to all others."""
+        return self._farewell is not None
 
     @abc.abstractmethod
     def open_groups(self, peer: int, sock: socket.socket) -> tuple[Group, Group]:
