@@ -77,8 +77,20 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("transport", ["auto", "gloo"])
-@pytest.mark.parametrize("fault", FAULTS)
+# One of each kind for a transport whose payload paths end in ways of their own: an exception, the
+# interpreter's end, the process's without it, and a signal.
+FAULTS_OVER_GLOO = [
+    "raise ValueError('boom')",
+    "sys.exit(0)",
+    "os._exit(7)",
+    "os.kill(os.getpid(), signal.SIGKILL)",
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "transport"),
+    [*((fault, "auto") for fault in FAULTS), *((fault, "gloo") for fault in FAULTS_OVER_GLOO)],
+)
 def test_one_cause_told_to_everyone(fault: str, transport: str, tmp_path: Path) -> None:
     code, cause, message = FAULTS[fault]
     with nothing_left():

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -33,6 +33,12 @@ from transport.wire import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
 sockets_only = pytest.mark.parametrize("name", list(worlds.SOCKETS))
+
+
+def seeds(count: int, names: Sequence[str] = worlds.NAMES) -> pytest.MarkDecorator:
+    """Repeat a test with other random numbers; over gloo, where it takes longest, once."""
+    cases = [(name, seed) for name in names for seed in range(1 if name == "gloo" else count)]
+    return pytest.mark.parametrize(("name", "seed"), cases)
 
 
 @pytest.fixture(params=worlds.NAMES)
@@ -86,7 +92,7 @@ def test_messages_of_one_tag_keep_their_order(pair: list[Any]) -> None:
         assert work.wait(SOON_S) is None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@seeds(6)
 def test_matching_in_any_order_of_sends_and_receives(name: str, seed: int) -> None:
     """The k-th receive of (src, tag) gets the k-th send of it, whatever lies between."""
     rng = random.Random(seed)
@@ -303,7 +309,7 @@ def test_one_work_waited_for_by_many_threads(pair: list[Any]) -> None:
     assert [future.result(SOON_S) for future in waiting] == [3] * 8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@seeds(3)
 def test_threads_that_send_and_receive_at_once(name: str, seed: int) -> None:
     """Drivers, followers and the background thread change places all the time."""
     threads, rounds = 6, 60
@@ -496,8 +502,7 @@ def test_a_clogged_connection_does_not_keep_a_processor_busy(name: str) -> None:
         eventually(quiet)  # (the memory of what was on its way may have to be freed first)
 
 
-@sockets_only
-@pytest.mark.parametrize("seed", range(2))
+@seeds(2, list(worlds.SOCKETS))
 def test_tight_bounds_do_not_deadlock_or_reorder(name: str, seed: int) -> None:
     """Everyone floods everyone; reading stops and goes on all the time."""
     with worlds.world(name, 3, unexpected_limit=5000) as ranks:
@@ -571,7 +576,7 @@ def test_an_error_is_raised_as_a_new_object_in_each_thread(pair: list[Any]) -> N
 def test_abort_races_with_everything(name: str) -> None:
     """Whatever the others do at that moment, they get the error, and nothing hangs."""
     rng = random.Random(5)
-    for _ in range(25):
+    for _ in range(5 if name == "gloo" else 25):
         with worlds.world(name, 2) as ranks:
 
             def talk(transport: Any) -> str:
@@ -755,7 +760,7 @@ def test_close_sends_everything_first(pair: list[Any], backwards: bool) -> None:
         get(pair[1], 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@seeds(3)
 def test_everybody_closes_at_once_and_nothing_is_lost(name: str, seed: int) -> None:
     """Each sends, receives all and closes; whoever is later must not miss what was sent to it."""
     rng = random.Random(seed)
@@ -857,7 +862,7 @@ def test_a_world_that_never_spoke_closes_at_once(name: str) -> None:
 # -- first contact, and everything together --------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@seeds(3)
 def test_simultaneous_first_contact(name: str, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(12):
@@ -887,7 +892,7 @@ def test_simultaneous_first_contact(name: str, seed: int) -> None:
                 assert len(connected) == len(set(connected)) == 12
 
 
-@pytest.mark.parametrize("seed", range(2))
+@seeds(2)
 def test_all_to_all_with_checksums(name: str, seed: int) -> None:
     def content(src: int, dst: int, tag: int, i: int) -> torch.Tensor:
         rng = random.Random(f"{seed} {src} {dst} {tag} {i}")
