@@ -428,6 +428,13 @@ def test_the_same_bits_over_ipv6_with_lost_packets(
     assert the_digest(ended[0].out) == undisturbed
 
 
+def test_the_same_bits_over_gloo_between_hosts(wired: Cluster, undisturbed: str) -> None:
+    """Node 0's ranks have met the others over loopback, where gloo of node 1 does not find them."""
+    ended = wired.start(TRAIN, "--transport", "gloo", world=3).wait()
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    assert the_digest(ended[0].out) == undisturbed
+
+
 @pytest.mark.parametrize("how", ["every packet is lost", "a link is down"])
 def test_a_cut_wire_is_named_by_both_sides(how: str, wired: Cluster, hosts: Hosts) -> None:
     """Node 0's own link among them: its ranks are still heard, over loopback."""

@@ -8,10 +8,9 @@ tested with gloo holds for NCCL.
 
 No store of torch's and no default group is made. What two ranks must tell each other to make a
 group (an address for gloo, an id for NCCL) they say over their own authenticated connection, before
-its first frame. gloo then listens on a port of its own that authenticates nobody: see README.md.
+its first frame. gloo listens on ports of its own, which authenticate nobody: see README.md.
 
-This is the only file of the runtime that imports torch.distributed. It is imported when one of its
-transports is asked for by name.
+No other file of the runtime imports torch.distributed, and this one only who asks for it by name.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from __future__ import annotations
 import abc
 import datetime
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 import torch.distributed as dist
 
-from transport.addresses import Address
+from transport.addresses import Address, local_host
 from transport.apart import OPEN_TIMEOUT_S, ApartTransport
 from transport.errors import (
     InvalidArgument,
@@ -105,14 +105,18 @@ class TorchDistTransport(ApartTransport):
     """What gloo and NCCL have in common; a subclass makes a group of two."""
 
     @abc.abstractmethod
-    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
-        """Make the group of a sender and a receiver; blocks until the other side does it too."""
+    def _make_group(self, store: PairStore, prefix: str, at: str, *, sends: bool) -> Group:
+        """Make the group of a sender and a receiver; blocks until the other side does it too.
+
+        `at` is this host's address, as the peer sees it.
+        """
 
     def open_groups(self, peer: int, sock: socket.socket) -> tuple[Group, Group]:
         """Make both groups, with a store between the two ranks that ends with that."""
         store = PairStore(sock)
+        at = "127.0.0.1" if sock.family == socket.AF_UNIX else local_host(sock)
         groups = {
-            src: self._make_group(store, f"from {src}", sends=src == self.rank)
+            src: self._make_group(store, f"from {src}", at, sends=src == self.rank)
             for src in sorted((self.rank, peer))  # both sides in the same order
         }
         store.close()
@@ -155,16 +159,11 @@ class GlooTransport(TorchDistTransport):
 
     name: ClassVar[str] = "gloo"
 
-    def __init__(
-        self, rank: int, world_size: int, addresses: Mapping[int, Address], *args: Any, **more: Any
-    ) -> None:
-        # One listening port and one thread of gloo's a rank, where this rank listens itself.
-        host = addresses[rank].tcp[0]
-        try:
-            self._device: Any = dist.ProcessGroupGloo.create_device(hostname=host)
-        except RuntimeError as error:
-            raise InvalidArgument(f"gloo cannot listen at {host!r}: {error}") from error
-        super().__init__(rank, world_size, addresses, *args, **more)
+    def __init__(self, *args: Any, **more: Any) -> None:
+        # One listening port and one thread of gloo's for each address where peers reach this rank.
+        self._devices: dict[str, Any] | None = {}
+        self._making = threading.Lock()
+        super().__init__(*args, **more)
 
     @staticmethod
     def viable() -> str | None:
@@ -174,14 +173,17 @@ class GlooTransport(TorchDistTransport):
         return UnixTransport.viable()
 
     def abort(self, error: TransportError) -> None:
-        """End as every transport does, and let go of gloo's port."""
+        """End as every transport does, and let go of gloo's ports."""
         super().abort(error)
-        self._device = None
+        with self._making:
+            self._devices = None
 
-    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
-        device = self._device
-        if device is None:  # (torch would read at address 0)
-            raise TransportClosed("this rank has ended meanwhile")
+    def _make_group(self, store: PairStore, prefix: str, at: str, *, sends: bool) -> Group:
+        with self._making:
+            if self._devices is None:
+                raise TransportClosed("this rank has ended meanwhile")
+            make = dist.ProcessGroupGloo.create_device
+            device = self._devices[at] = self._devices.get(at) or make(hostname=at)
         return GlooGroup(store, prefix, device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
@@ -248,7 +250,7 @@ class NcclTransport(TorchDistTransport):
             return "this machine has no CUDA device that torch can use"
         return UnixTransport.viable()
 
-    def _make_group(self, store: PairStore, prefix: str, *, sends: bool) -> Group:
+    def _make_group(self, store: PairStore, prefix: str, at: str, *, sends: bool) -> Group:
         return NcclGroup(store, prefix, self._device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
