@@ -7,7 +7,6 @@ is one write, and what stands there is written over rather than erased first: no
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -53,12 +52,3 @@ def size_of(fd: int) -> os.terminal_size | None:
     if os.environ.get("TERM") == "dumb":  # it would show the sequences instead of obeying them
         return None
     return size if size.columns and size.lines else os.terminal_size((80, 24))
-
-
-def seen_enough() -> int:
-    """Return the exit code of a command whose reader, such as head(1), has left.
-
-    Python flushes stdout once more at its end, and would complain: it gets a place to flush to.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141  # 128 + SIGPIPE, as a shell reports a program that the signal ends

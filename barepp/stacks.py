@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from barepp.ask import add_job_argument, line_to
+from barepp.command import reader_is_gone
 from barepp.errors import BareppError
 from barepp.report import where_all_are
-from barepp.screen import seen_enough
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"barepp.stacks: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        return seen_enough()
+        return reader_is_gone()
     return 0
 
 

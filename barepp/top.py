@@ -17,11 +17,12 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from barepp.ask import Line, add_job_argument, line_to
+from barepp.command import reader_is_gone
 from barepp.errors import BareppError, JobEnded
 from barepp.output import Output
 from barepp.picture import MIN_INTERVAL_S, as_object, interval, picture
 from barepp.readings import Reading, Readings
-from barepp.screen import Screen, seen_enough, size_of
+from barepp.screen import Screen, size_of
 from barepp.status import JobStatus
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout.isatty():
             print()  # the terminal has written ^C there
     except BrokenPipeError:
-        return seen_enough()
+        return reader_is_gone()
     return 0
 
 
