@@ -233,7 +233,7 @@ def _from_events(events: list[Mapping[str, Any]], about: Mapping[str, Any]) -> T
         if span.cat == "step":
             rank.steps.append(StepSpan(int(span.args["step"]), span.start, span.end))
         elif span.cat == "note":
-            step, peer = span.args.get("step"), span.args.get("peer")
+            step, peer = _whole_or_none(span.args, "step"), _whole_or_none(span.args, "peer")
             rank.notes.append(NoteSpan(step, span.name, peer, span.start, span.end))
         elif span.cat in _KIND_NAMES:
             place = (span.tid, *span.key)
@@ -276,9 +276,13 @@ def _read_action(
         raise ValueError(f"{action} is of a stage that there is not")
     to, gave = sent or (None, span.end)
     asked = span.start if asked is None else asked
-    step, source = int(span.args["step"]), span.args.get("source")
+    step, source = int(span.args["step"]), _whole_or_none(span.args, "source")
     times = (asked, span.arrived, span.start, span.end, gave)
     return ActionSpan(step, action, source, to, *times)
+
+
+def _whole_or_none(args: Mapping[str, Any], name: str) -> int | None:
+    return None if args.get(name) is None else int(args[name])
 
 
 def _nanoseconds(microseconds: float) -> int:

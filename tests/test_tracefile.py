@@ -78,9 +78,9 @@ def spoil(key, value):
     return lambda data: data["otherData"].__setitem__(key, value)
 
 
-def spoil_first_action(**changes):
+def spoil_first(cat, **changes):
     def change(data):
-        event = next(e for e in data["traceEvents"] if e.get("cat") == "F")
+        event = next(e for e in data["traceEvents"] if e.get("cat") == cat)
         event |= changes
 
     return change
@@ -100,14 +100,23 @@ WRONG = {
     "no order": (damaged(lambda data: data["otherData"].pop("order")), "damaged: KeyError"),
     "invalid order": (damaged(spoil("order", [["0B0"], []])), "damaged: ScheduleError"),
     "too many ranks": (damaged(spoil("clock_error_ns", [0, 0, 0])), "damaged: ValueError"),
-    "row of no rank": (damaged(spoil_first_action(tid=9)), "damaged: IndexError"),
-    "row below 0": (damaged(spoil_first_action(tid=-1)), "damaged: ValueError"),
-    "no time": (damaged(spoil_first_action(ts=None)), "damaged: TypeError"),
-    "not a number": (damaged(spoil_first_action(ts=float("nan"))), "damaged: ValueError"),
-    "endless": (damaged(spoil_first_action(dur=float("inf"))), "damaged: OverflowError"),
-    "backwards": (damaged(spoil_first_action(dur=-1)), "damaged: ValueError"),
+    "row of no rank": (damaged(spoil_first("F", tid=9)), "damaged: IndexError"),
+    "row below 0": (damaged(spoil_first("F", tid=-1)), "damaged: ValueError"),
+    "no time": (damaged(spoil_first("F", ts=None)), "damaged: TypeError"),
+    "not a number": (damaged(spoil_first("F", ts=float("nan"))), "damaged: ValueError"),
+    "endless": (damaged(spoil_first("F", dur=float("inf"))), "damaged: OverflowError"),
+    "backwards": (damaged(spoil_first("F", dur=-1)), "damaged: ValueError"),
+    "a list for a rank": (
+        damaged(spoil_first("F", args={"step": 0, "stage": 0, "microbatch": 0, "source": []})),
+        "damaged: TypeError",
+    ),
+    "a list for a step": (damaged(spoil_first("note", args={"step": []})), "damaged: TypeError"),
+    "a word for a rank": (
+        damaged(spoil_first("note", args={"peer": "one"})),
+        "damaged: ValueError",
+    ),
     "no such stage": (
-        damaged(spoil_first_action(args={"step": 0, "stage": 5, "microbatch": 0})),
+        damaged(spoil_first("F", args={"step": 0, "stage": 5, "microbatch": 0})),
         "damaged: ValueError",
     ),
 }
