@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -13,6 +14,7 @@ from barepp.bars import Arrow, Interval
 from barepp.breakdown import RankTimes, longest_first
 from barepp.errors import UsageError
 from barepp.recorder import ACTIVATIONS, AWAITED, GRADIENTS
+from barepp.schedules import Schedule
 from barepp.simulate import Costs, simulate
 from barepp.timeline import Span, Timeline
 from barepp.tracefile import ActionSpan, RankTrace, Trace, messages
@@ -77,13 +79,22 @@ def _of_step(rank: RankTrace, step: int) -> list[ActionSpan]:
     return [span for span in rank.actions if span.step == step]
 
 
-def predicted(trace: Trace) -> Timeline:
+def schedule_of(trace: Trace, step: int) -> Schedule:
+    """Return what the step ran: with fewer microbatches than planned if it had too few rows."""
+    order = [[span.action for span in _of_step(rank, step)] for rank in trace.ranks]
+    count = 1 + max((action.microbatch for row in order for action in row), default=-1)
+    if count == trace.schedule.num_microbatches:
+        return trace.schedule
+    return dataclasses.replace(trace.schedule, num_microbatches=count, order=order)
+
+
+def predicted(trace: Trace, schedule: Schedule) -> Timeline:
     """Return what the simulator says when each action costs what it took, in the median; in ms.
 
     Transfers cost nothing, and every rank has a core: what is missing from this is the price of
     both.
     """
-    return simulate(trace.schedule.order, trace.schedule.num_stages, measured_costs(trace))
+    return simulate(schedule.order, schedule.num_stages, measured_costs(trace))
 
 
 def measured_costs(trace: Trace) -> Costs:

@@ -27,6 +27,7 @@ from barepp.measured import (
     outside_ms,
     predicted,
     rank_times,
+    schedule_of,
     transfers,
     typical_step,
 )
@@ -57,11 +58,12 @@ def _parser() -> Parser:
 
 def report(trace: Trace, step: int, width: int, *, colours: bool) -> str:
     """Return what is printed for a person: one step drawn, then the sums over all that count."""
-    real, plan = measured(trace, step), predicted(trace)
+    real, schedule = measured(trace, step), schedule_of(trace, step)
+    plan = predicted(trace, schedule)
     end = _common_end(plan, real)
     return "\n".join(
         [
-            headline(trace.schedule),
+            headline(schedule),
             "",
             _planned(plan),
             draw_to_scale(plan, width, end=end, colours=colours),
@@ -145,7 +147,8 @@ def _clocks(trace: Trace) -> list[str]:
 
 def picture(trace: Trace, step: int, path: Path, *, arrows: bool) -> None:
     """Draw what was to be expected and what happened, one below the other, to a file."""
-    real, plan = measured(trace, step), predicted(trace)
+    real, schedule = measured(trace, step), schedule_of(trace, step)
+    plan = predicted(trace, schedule)
     end = _common_end(plan, real)
     panels = [
         panel(plan, _planned(plan), "ms", end=end, characters=CHARACTERS),
@@ -154,7 +157,7 @@ def picture(trace: Trace, step: int, path: Path, *, arrows: bool) -> None:
             waits=real.waits, arrows=real.arrows if arrows else (),
         ),
     ]  # fmt: skip
-    plot(panels, headline(trace.schedule), path)
+    plot(panels, headline(schedule), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from barepp.measured import (
     outside_ms,
     predicted,
     rank_times,
+    schedule_of,
     transfers,
     typical_step,
 )
@@ -31,7 +32,7 @@ def test_a_step_is_what_was_simulated(shape, transfer):
     assert [list(row) for row in real.spans] == [list(row) for row in expected.spans]
     assert real.bubble == pytest.approx(expected.bubble)
     # The prediction is without transfers, whatever they took.
-    assert predicted(trace).makespan == pytest.approx(
+    assert predicted(trace, schedule_of(trace, 1)).makespan == pytest.approx(
         float(simulate(trace.schedule.order, trace.schedule.num_stages, Costs()).makespan)
     )
 
@@ -139,6 +140,20 @@ def test_the_typical_step_is_of_median_length():
             step = rank.steps[index]
             rank.steps[index] = step._replace(end=step.end + longer * MS)
     assert typical_step(trace) == 3
+
+
+def test_a_step_with_too_few_rows_is_beside_a_plan_of_its_own_microbatches():
+    """The pipeline's schedule has 8; a step of 3 rows ran 3, and is predicted to."""
+    trace = made("1f1b", 2, 3)
+    ran = trace.schedule
+    trace.schedule = make_schedule("1f1b", 2, 8)
+    found = schedule_of(trace, 1)
+    assert found.num_microbatches == 3
+    assert [list(row) for row in found.order] == [list(row) for row in ran.order]
+    assert predicted(trace, found).makespan == pytest.approx(
+        float(simulate(ran.order, 2, Costs()).makespan)
+    )
+    assert schedule_of(made("1f1b", 2, 8), 1) == trace.schedule
 
 
 def test_a_step_that_is_not_there():
