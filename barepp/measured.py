@@ -12,7 +12,7 @@ from typing import NamedTuple
 from barepp.actions import Kind
 from barepp.bars import Arrow, Interval
 from barepp.breakdown import RankTimes, longest_first
-from barepp.errors import UsageError
+from barepp.errors import DataError, ScheduleError, UsageError
 from barepp.recorder import ACTIVATIONS, AWAITED, GRADIENTS
 from barepp.schedules import Schedule
 from barepp.simulate import Costs, simulate
@@ -80,12 +80,20 @@ def _of_step(rank: RankTrace, step: int) -> list[ActionSpan]:
 
 
 def schedule_of(trace: Trace, step: int) -> Schedule:
-    """Return what the step ran: with fewer microbatches than planned if it had too few rows."""
+    """Return what the step ran: with fewer microbatches than planned if it had too few rows.
+
+    Raises:
+        DataError: some of such a step's actions are not there.
+    """
     order = [[span.action for span in _of_step(rank, step)] for rank in trace.ranks]
     count = 1 + max((action.microbatch for row in order for action in row), default=-1)
     if count == trace.schedule.num_microbatches:
         return trace.schedule
-    return dataclasses.replace(trace.schedule, num_microbatches=count, order=order)
+    try:
+        return dataclasses.replace(trace.schedule, num_microbatches=count, order=order)
+    except ScheduleError as error:
+        what = str(error).splitlines()[0]
+        raise DataError(f"of step {step} the trace does not have every action: {what}") from error
 
 
 def predicted(trace: Trace, schedule: Schedule) -> Timeline:

@@ -89,7 +89,8 @@ class Timeline:
     def bubble(self) -> float:
         """The part of all ranks' time in which nothing ran: 1 - busy / (ranks * makespan)."""
         whole = len(self.spans) * self.makespan
-        return float(1 - Fraction(self.busy) / Fraction(whole)) if whole else 0.0
+        # Measured times are floats: their rounding must not make it less than nothing.
+        return max(0.0, float(1 - Fraction(self.busy) / Fraction(whole))) if whole else 0.0
 
     @property
     def peak_in_flight(self) -> list[int]:

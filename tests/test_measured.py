@@ -7,7 +7,7 @@ from test_tracefile import every_shape
 from traces import MS, made
 
 from barepp.actions import Action
-from barepp.errors import UsageError
+from barepp.errors import DataError, UsageError
 from barepp.measured import (
     counted_steps,
     measured,
@@ -154,6 +154,10 @@ def test_a_step_with_too_few_rows_is_beside_a_plan_of_its_own_microbatches():
         float(simulate(ran.order, 2, Costs()).makespan)
     )
     assert schedule_of(made("1f1b", 2, 8), 1) == trace.schedule
+    trace.ranks[0].actions.pop()
+    with pytest.raises(DataError, match="of step 1 the trace does not have every action") as caught:
+        schedule_of(trace, 1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_step_that_is_not_there():

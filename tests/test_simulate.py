@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
-from barepp.actions import Action, Order, parse_order
+from barepp.actions import Action, Kind, Order, parse_order
 from barepp.dependencies import dependencies, result_name
 from barepp.draw import draw
 from barepp.errors import ScheduleError, UsageError
@@ -278,6 +278,18 @@ def test_a_timeline_of_measured_spans() -> None:
     assert (timeline.makespan, timeline.busy, timeline.bubble) == (4.0, 3.0, 0.625)
     assert timeline.peak_in_flight == [1, 0]
     assert Timeline([]).makespan == 0
+
+
+def test_rounding_makes_no_bubble_of_less_than_nothing() -> None:
+    """0.1 + 0.2 == 0.30000000000000004: such sums were a bubble of -0.0 %."""
+    ends = [0.1, 0.2, 0.1 + 0.2, 0.4]
+    for count in range(1, 5):
+        spans = [
+            Span(Action(0, Kind.F, number), start, end)
+            for number, (start, end) in enumerate(pairwise([0.0, *ends[:count]]))
+        ]
+        assert Timeline([spans]).bubble == pytest.approx(0, abs=1e-15)
+        assert Timeline([spans]).bubble >= 0
 
 
 def test_nothing_costs_nothing() -> None:
