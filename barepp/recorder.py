@@ -88,7 +88,7 @@ class Recorder:
     steps: deque[StepTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     traced: deque[TracedStep] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     outside: deque[Note] = dataclasses.field(default_factory=lambda: deque(maxlen=4 * KEPT_STEPS))
-    _now: TracedStep = dataclasses.field(default_factory=lambda: TracedStep(0, 0))
+    _now: TracedStep | None = None  # None between steps
     _compute: int = 0
     _send: int = 0
     _flush: int = 0
@@ -121,7 +121,7 @@ class Recorder:
             for source, waited in those.items():
                 reason = (source, ACTIVATIONS if is_activation else GRADIENTS)
                 self._waits[reason] = self._waits.get(reason, 0) + waited
-        if self.tracing:
+        if self.tracing and self._now is not None:
             self._now.program, self._now.times = program, times
             self._now.arrivals = arrivals or [0] * len(times)
 
@@ -139,13 +139,14 @@ class Recorder:
     def end_step(self) -> None:
         """Stop the clock and take the step's sums."""
         now = self._now
+        assert now is not None, "no step has begun"
         now.end = time.perf_counter_ns()
         sums = (self._compute, self._waits, self._send, self._flush, self._actions)
         self.steps.append(StepTimes(now.end - now.start, *sums))
         if self.tracing:
             self.traced.append(now)
         # What is waited for before the next step (by `evaluate`, say) is not this one's.
-        self._now, self._waits = TracedStep(now.number, now.end), {}
+        self._now, self._waits = None, {}
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -158,5 +159,5 @@ class Recorder:
                 self.outside.append(Note(name, None, start, time.perf_counter_ns()))
 
     def _note(self, name: str, peer: int | None, start: int, end: int) -> None:
-        if self.tracing:
+        if self.tracing and self._now is not None:
             self._now.notes.append(Note(name, peer, start, end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -111,6 +112,25 @@ def test_what_comes_between_steps_is_not_of_the_step_before():
     recorder.add_wait("the parameters' hash", 0, 1, 2)
     assert recorder.traced[0].notes == []
     assert recorder.steps[0].waits == {(0, ACTIVATIONS): 7}
+
+
+def test_what_comes_between_steps_does_not_pile_up():
+    """A rank that traces and then answers for hours: each forward waits for a number of rows."""
+
+    def forwards(recorder, count):
+        tracemalloc.start()
+        try:
+            for _ in range(count):
+                recorder.add_wait(NUM_ROWS, 0, 1, 2)
+                recorder.add_flush("waiting for its sends", 1, 2)
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    recorder = Recorder(tracing=True)
+    assert forwards(recorder, 1000) < 10_000
+    add_step(recorder, (0, 7, 10, 11))
+    assert forwards(recorder, 1000) < 10_000
 
 
 # -- a real run -----------------------------------------------------------------------------------
