@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -32,10 +32,17 @@ class _Parser(argparse.ArgumentParser):
         raise barepp.UsageError(message)
 
 
-def read(defaults: F, help_texts: Mapping[str, str], world: barepp.World, about: str) -> F | None:
+def read(
+    defaults: F,
+    help_texts: Mapping[str, str],
+    world: barepp.World,
+    about: str,
+    without: Collection[str] = (),
+) -> F | None:
     """Return this command line's flags in a dataclass as `defaults` is one; None for --help alone.
 
-    Each field is a flag of the same name; one whose default is None is a path.
+    Each field is a flag of the same name, but for those that the demo is `without`; one whose
+    default is None is a path.
     """
     # Not argparse's own --help: it would print once a rank, and leave without the others.
     parser = _Parser(
@@ -46,7 +53,8 @@ def read(defaults: F, help_texts: Mapping[str, str], world: barepp.World, about:
         allow_abbrev=False,
     )
     parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
-    for name, default in vars(defaults).items():
+    flags = {name: value for name, value in vars(defaults).items() if name not in without}
+    for name, default in flags.items():
         type_ = Path if default is None else type(default)
         text = help_texts[name] + ("" if default is None else f" ({default})")
         metavar = {Path: "PATH", int: "N", float: "X", str: "WORD"}[type_]
@@ -56,7 +64,7 @@ def read(defaults: F, help_texts: Mapping[str, str], world: barepp.World, about:
         if world.rank == 0:
             print(parser.format_help(), end="")
         return None
-    return type(defaults)(**chosen)
+    return type(defaults)(**{**vars(defaults), **chosen})
 
 
 def check_at_least(least: int, flags: object, names: Sequence[str]) -> None:
@@ -65,6 +73,13 @@ def check_at_least(least: int, flags: object, names: Sequence[str]) -> None:
         number = getattr(flags, name)
         if number < least:
             raise barepp.UsageError(f"--{name} is {number}; it must be at least {least}")
+
+
+def check_positive(flags: object, name: str) -> None:
+    """Refuse 0, what is below it, and what is no number."""
+    number = getattr(flags, name)
+    if not 0 < number < float("inf"):
+        raise barepp.UsageError(f"--{name} is {number}; it must be a positive number")
 
 
 def check_writable(flag: str, path: Path | None) -> None:

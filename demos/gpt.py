@@ -1,4 +1,4 @@
-"""Beyond the course: a transformer that learns to write Python, byte by byte, in a pipeline.
+"""Step 14 of the course: a transformer that learns to write Python, byte by byte, in a pipeline.
 
     python -m barepp.launch --world 4 demos/gpt.py
 
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import training
-from flags import check_at_least, check_writable, one_sentence, read
+from flags import check_at_least, check_positive, check_writable, one_sentence, read
 from gpt_model import gpt, loss_fn
 from torch import Tensor
 
@@ -112,6 +112,7 @@ def check(flags: Flags, world: barepp.World) -> None:
     check_at_least(1, flags, ("steps", "batch", "microbatches", "blocks", "width", "heads"))
     check_at_least(len(PROMPT), flags, ("context",))
     check_at_least(0, flags, ("stages", "write"))
+    check_positive(flags, "lr")
     if flags.width % flags.heads:
         raise barepp.UsageError(f"--width {flags.width} does not divide into {flags.heads} heads")
     if not 0 <= flags.dropout < 1:
@@ -184,7 +185,9 @@ def part_of_rate(step: int, flags: Flags) -> float:
     warmup = max(1, flags.steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (flags.steps - warmup)))
+    # (A scheduler also asks for the step behind the last one, and of one step all is warmup.)
+    past = (step - warmup) / max(1, flags.steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * past))
 
 
 def bits(nats: Tensor) -> float:

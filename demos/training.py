@@ -8,12 +8,12 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import digits
 import torch
-from flags import check_at_least, check_writable, one_sentence, read
+from flags import check_at_least, check_positive, check_writable, one_sentence, read
 from torch.nn import functional
 
 import barepp
@@ -224,10 +224,15 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def main(run: Callable[[barepp.World, Flags], Results], about: str | None) -> None:
-    """Run a training demo: join the world, read the flags, train, and let rank 0 tell."""
+def main(
+    run: Callable[[barepp.World, Flags], Results], about: str | None, without: Collection[str] = ()
+) -> None:
+    """Run a training demo: join the world, read the flags, train, and let rank 0 tell.
+
+    `without` names flags that would change nothing in it.
+    """
     with barepp.init() as world, one_sentence(world):
-        flags = read(Flags(), HELP, world, about or "")
+        flags = read(Flags(), HELP, world, about or "", without)
         if flags is None:
             return
         check(flags, world)
@@ -241,8 +246,7 @@ def main(run: Callable[[barepp.World, Flags], Results], about: str | None) -> No
 def check(flags: Flags, world: barepp.World) -> None:
     """Find what cannot work before anything is built, sent or trained."""
     check_at_least(1, flags, ("steps", "batch", "microbatches", "layers", "hidden"))
-    if not 0 < flags.lr < float("inf"):
-        raise barepp.UsageError(f"--lr is {flags.lr}; it must be a positive number")
+    check_positive(flags, "lr")
     check_at_least(0, flags, ("stages",))
     if flags.layers + 1 < world.world_size:
         raise barepp.UsageError(

@@ -92,6 +92,7 @@ def test_excerpts_are_followed_by_what_follows_them(text: Path) -> None:
         (["--context", "3"], "--context is 3; it must be at least 4"),
         (["--dropout", "1.0"], "--dropout is 1.0; it must be from 0 to below 1"),
         (["--text", "nowhere"], "--text nowhere cannot be read: No such file or directory"),
+        (["--lr", "-1"], "--lr is -1.0; it must be a positive number"),
         (["--schedule", "fast"], "no schedule is called 'fast'"),
     ],
 )
@@ -109,7 +110,9 @@ def test_a_text_that_is_too_short(tmp_path: Path, alone: Callable) -> None:
 
 def test_the_learning_rate_rises_then_falls() -> None:
     for steps in (1, 2, 9, 100):
-        rates = [gpt.part_of_rate(step, gpt.Flags(steps=steps)) for step in range(steps)]
+        flags = gpt.Flags(steps=steps)
+        # One more than there are steps: torch's schedulers ask for the next one after each.
+        rates = [gpt.part_of_rate(step, flags) for step in range(steps + 1)]
         top = rates.index(max(rates))
         assert rates[: top + 1] == sorted(rates[: top + 1])
         assert rates[top:] == sorted(rates[top:], reverse=True)
