@@ -1,4 +1,4 @@
-"""Let one rank of a training run die at a chosen action, and see who is told what, and when.
+"""Step 15 of the course: a rank dies at a chosen action. Who is told what, and when?
 
     python demos/kill_a_worker.py
 

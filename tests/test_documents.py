@@ -67,6 +67,19 @@ def test_the_commands_of_the_course_name_what_exists():
                 assert (ROOT / word).is_file(), command
 
 
+def test_the_steps_of_the_course_are_counted_alike():
+    """A demo says in its first line at which step it comes first in the README's table."""
+    told = {}
+    for number, (step, command, _) in enumerate(rows("| step | run |", README), start=1):
+        assert step.startswith(f"{number}. "), step
+        for demo in re.findall(r"demos/(\w+)\.py", command):
+            told.setdefault(demo, number)
+    assert len(told) > 10
+    for demo, number in told.items():
+        first = (ROOT / "demos" / f"{demo}.py").read_text().splitlines()[0]
+        assert first.startswith(f'"""Step {number} of the course: '), first
+
+
 @pytest.mark.parametrize(
     ("arguments", "picture"),
     re.findall(r"`(--schedule [^`]+)`.*?```\n(.*?)```", README, re.DOTALL),
