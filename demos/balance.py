@@ -20,9 +20,10 @@ simulator says before anything is trained. In a script of your own all this is
 
     barepp.Pipeline(…, partition="balanced", sample=(inputs, targets))
 
-Here both partitions are trained, in turns. The prediction has a core for each rank. Where ranks
-have less than that, because they are more than the cores or because others use them too, the work
-of all stages shares what there is, however it is cut, and little is gained.
+Here both partitions are trained, in turns; `--trace PATH` records the balanced one. The prediction
+has a core for each rank. Where ranks have less than that, because they are more than the cores or
+because others use them too, the work of all stages shares what there is, however it is cut, and
+little is gained.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ HEAVY = 2  # which layer
 TIMES = 4  # how much wider it is within
 SCHEDULE = "1f1b"
 TURN = 10  # steps
+WITHOUT = ("stages", "partition", "recompute")  # flags of the other steps that are settled here
 
 
 class Block(nn.Module):
@@ -112,7 +114,11 @@ def compare(world: barepp.World, flags: training.Flags) -> tuple[list[Row], list
         )
         for how in ("uniform", told.tolist())
     ]
+    if flags.trace is not None:
+        pipes[1].trace()
     train_in_turns(pipes, data, flags)
+    if flags.trace is not None:
+        barepp.write_trace(world, pipes[1].recorder, flags.trace)
     return [row_of(world, pipe, costs) for pipe in pipes], costs
 
 
@@ -183,7 +189,7 @@ def report(rows: Sequence[Row], costs: Sequence[barepp.LayerCost]) -> str:
 def main() -> None:
     """Join the world, compare, and let rank 0 tell."""
     with barepp.init() as world, one_sentence(world):
-        flags = read(DEFAULTS, training.HELP, world, __doc__ or "")
+        flags = read(DEFAULTS, training.HELP, world, __doc__ or "", WITHOUT)
         if flags is None:
             return
         training.check(flags, world)

@@ -252,8 +252,9 @@ def test_four_processes_cut_where_the_first_one_says(monolith: dict, tmp_path: P
 
 
 def test_balance(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    run = python(*the_command("balance"), "--steps", "12", "--hidden", "128", "--json", path)
+    path, trace = tmp_path / "results.json", tmp_path / "trace.json"
+    flags = ["--steps", "12", "--hidden", "128", "--json", path, "--trace", trace]
+    run = python(*the_command("balance"), *flags)
     assert run.returncode == 0, run.stderr
     assert_keeps_its_promise("balance", run.stdout)
     found = json.loads(path.read_text())
@@ -266,6 +267,9 @@ def test_balance(tmp_path: Path) -> None:
     assert balanced["partition"][0] < 9
     assert balanced["predicted_ms"] < uniform["predicted_ms"]
     assert min(uniform["step_ms"], balanced["step_ms"]) > 0
+    for rank in read_trace(trace).ranks:  # of the balanced one alone
+        assert [step.number for step in rank.steps] == list(range(12))
+        assert [note.name for note in rank.notes if note.step is None] == 12 * ["optimizer (Adam)"]
 
 
 def test_kill_a_worker() -> None:
@@ -342,6 +346,17 @@ def test_the_picture_in_the_manual_is_what_plan_draws(
 )
 def test_wrong_input_gets_one_sentence(flags: list[str], sentence: str, alone: Callable) -> None:
     assert alone("gpipe", *flags) == (2, "", f"gpipe.py: {sentence}\n")
+
+
+@pytest.mark.parametrize("demo", ["monolith", "balance"])
+@pytest.mark.parametrize("flag", ["stages", "partition", "recompute"])
+def test_a_flag_that_would_change_nothing_is_not_there(
+    demo: str, flag: str, alone: Callable
+) -> None:
+    sentence = f"{demo}.py: unrecognized arguments: --{flag} 2\n"
+    assert alone(demo, f"--{flag}", "2") == (2, "", sentence)
+    code, shown, _ = alone(demo, "--help")
+    assert code == 0 and f"--{flag} " not in shown and "--microbatches N" in shown
 
 
 def test_wrong_input_to_four_ranks_gets_one_sentence() -> None:
