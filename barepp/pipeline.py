@@ -141,6 +141,7 @@ class Pipeline(Holding):
         if self._holder[0] == self.world.rank:
             self.world.activity = ("profiling the layers",)
             told = torch.tensor(sizes())
+            self.world.activity = ()
         found: list[int] = self._from_rank(told, self._holder[0], "the partition").tolist()
         return found
 
