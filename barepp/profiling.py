@@ -8,8 +8,9 @@
    taken off.
 2. Each time is the least of several runs, the first of which warms up and does not count: what else
    a machine does can only make a run longer.
-3. What is measured is a copy of what the builder returns, under the layer's own seed, and torch's
-   generator is put back: neither parameters nor random numbers of the training are touched.
+3. What is measured is a copy of what the builder returns, under the layer's own seed, and of a loss
+   that is a module; torch's generator is put back: neither parameters nor random numbers of the
+   training are touched.
 4. Bounded: every layer runs forwards and backwards three times or more, up to `MOST_RUNS` while its
    share of `budget_s` lasts.
 """
@@ -64,9 +65,11 @@ def profile(
 
     def stage_of(index: int, builders: Sequence[LayerBuilder]) -> Stage:
         alone = range(index, index + 1)
-        return Stage(index, alone, len(builders), builders, loss_fn, seed=seed, lock=lock)
+        return Stage(index, alone, len(builders), builders, loss, seed=seed, lock=lock)
 
     builders = [partial(_own_copy, builder) for builder in layers]
+    # It may have parameters of its own, or count: it is the training's, like the layers.
+    loss = _own_copy(lambda: loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
     value = copy_of(inputs)
     wanted: Sequence[bool] = [False] * len(tensors(value))
     kept = _storages(tensors(value))  # a batch is there anyway
@@ -230,12 +233,12 @@ class _Run:
 
 def _own_copy(builder: LayerBuilder) -> nn.Module:
     # A builder may return a module that exists already and is to be trained.
-    layer = builder()
+    module = builder()
     try:
-        return copy.deepcopy(layer)
+        return copy.deepcopy(module)
     except Exception as error:  # whatever the module's own attributes raise
         raise UsageError(
-            f"a layer of type {type(layer).__name__} cannot be copied ({error}), and a balanced "
+            f"a module of type {type(module).__name__} cannot be copied ({error}), and a balanced "
             "partition measures copies: give the number of layers of each stage instead"
         ) from error
 

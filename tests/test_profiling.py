@@ -135,6 +135,23 @@ def test_modules_that_exist_already_are_left_as_they_are() -> None:
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_a_loss_with_weights_and_counts_of_its_own_is_left_as_it_is() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            self.calls += 1
+            return cross_entropy(output * self.scale, target)
+
+    loss = Scaled()
+    assert len(profile([linear(6, 6)] * 2, loss, *batch(), budget_s=0)) == 2
+    assert loss.calls == 0
+    assert loss.scale.grad is None
+
+
 def test_a_first_layer_that_writes_to_its_input_does_not_write_to_the_sample() -> None:
     layers = [partial(WritingLinear, 6, 6), linear(6, 6)]
     inputs, targets = batch()
@@ -239,6 +256,15 @@ def test_the_users_random_numbers_are_not_disturbed() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3).tolist()
     assert run(work, 1) == [expected]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_who_has_measured_does_not_go_on_to_say_so(world_size: int) -> None:
+    def work(world: barepp.World) -> tuple[object, ...]:
+        pipeline(world, [linear(6, 6)] * 2, sample=batch())
+        return world.activity
+
+    assert run(work, world_size) == [()] * world_size
 
 
 def test_a_memory_limit_reaches_the_cut() -> None:
