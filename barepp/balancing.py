@@ -13,7 +13,8 @@
    with it) is a start: one stage gets a layer more and another one less, as long as the schedule
    then ends earlier in simulation. That is never worse than the start; nothing proves it best.
 3. Under a memory limit only partitions count with which every rank keeps to it (layer_costs.py says
-   what a rank needs). Of several stages on a rank each starts with an equal share of the limit.
+   what a rank needs). Of several stages on a rank each starts with an equal share of the limit; if
+   nothing keeps to that, the start is the partition whose largest stage needs least.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def balance(
     for each rank.
 
     Raises:
-        PartitionError: fewer layers than stages, or no partition that keeps to the limit.
+        PartitionError: fewer layers than stages, or no partition was found that keeps to the limit.
+            (With one stage a rank, there is none.)
     """
     num_layers, num_stages = len(layers), schedule.num_stages
     check_counts(num_layers, num_stages)
@@ -61,13 +63,18 @@ def balance(
     # No stage of the best partition is slower than the slowest of another one.
     bound = max(costs.seconds(*cut) for cut in cuts) if all(fits(*cut) for cut in cuts) else None
     slowest, _ = _best(num_layers, num_stages, costs.seconds, max, fits=fits, bound=bound)
-    if slowest == math.inf:
-        least, _ = _best(num_layers, num_stages, costs.nbytes, max)
-        raise _too_little(memory_limit, int(least) * stages_per_rank)
-    _, sizes = _best(num_layers, num_stages, costs.seconds, _add_square, fits=fits, bound=slowest)
-    if stages_per_rank == 1:
-        return sizes
-    return _shifted([sizes, even], costs, memory_limit, sum(map(len, schedule.order)))
+    if slowest < math.inf:
+        _, start = _best(
+            num_layers, num_stages, costs.seconds, _add_square, fits=fits, bound=slowest
+        )
+        if stages_per_rank == 1:
+            return start
+    else:  # a large stage may still share its rank with a small one
+        _, start = _best(num_layers, num_stages, costs.nbytes, max)
+    enough = min(max(costs.ranks_nbytes(sizes)) for sizes in (start, even))
+    if enough > memory_limit:
+        raise _too_little(memory_limit, enough)
+    return _shifted([start, even], costs, memory_limit, sum(map(len, schedule.order)))
 
 
 def _add_square(total: float, cost: float) -> float:
@@ -140,6 +147,6 @@ def _shifted(
 
 def _too_little(memory_limit: float, enough: int) -> PartitionError:
     return PartitionError(
-        f"no partition keeps every rank within {memory_limit:.0f} bytes: {enough} bytes a rank "
-        "would do. Allow that, or use more ranks, smaller microbatches or recompute"
+        f"no partition was found that keeps every rank within {memory_limit:.0f} bytes: {enough} "
+        "bytes a rank would do. Allow that, or use more ranks, smaller microbatches or recompute"
     )

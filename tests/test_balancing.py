@@ -142,6 +142,8 @@ def test_with_several_stages_a_rank_no_layer_is_better_in_another_stage(seed: in
     except PartitionError as error:
         enough = int(str(error).split(" bytes a rank")[0].split()[-1])
         assert enough > limit
+        even = uniform_sizes(len(layers), schedule.num_stages)
+        assert max(nbytes_of_ranks(layers, even, schedule, again)) >= enough
         limit = enough
         found = balance(layers, schedule, recomputed=again, memory_limit=limit)
     assert sum(found) == len(layers) and min(found) >= 1
@@ -155,6 +157,15 @@ def test_with_several_stages_a_rank_no_layer_is_better_in_another_stage(seed: in
         moved[taking] += 1
         if min(moved) and max(nbytes_of_ranks(layers, moved, schedule, again)) <= limit:
             assert makespan(found) <= makespan(moved) * (1 + 1e-12)
+
+
+def test_a_stage_may_need_more_than_its_share_of_a_ranks_limit() -> None:
+    """The first rank has the first stage and the last: 4000 bytes of state, and 40."""
+    layers = [LayerCost(1, 2, 1, 1, parameter_nbytes=size) for size in (1000, 10, 10, 10)]
+    schedule = make_schedule("zb_v", 4, 4)
+    assert balance(layers, schedule, memory_limit=4040) == [1, 1, 1, 1]
+    with pytest.raises(PartitionError, match="within 4039 bytes: 4040 bytes a rank would do"):
+        balance(layers, schedule, memory_limit=4039)
 
 
 def test_the_uniform_partition_may_be_the_better_start() -> None:
