@@ -553,6 +553,21 @@ def test_ranks_that_run_other_software_are_not_put_together() -> None:
             client.close()
 
 
+def test_one_that_does_not_fit_is_not_forgotten_when_the_last_one_comes_or_time_is_up() -> None:
+    with serving(3, join_timeout_s=0.5) as served:
+        clients = [served.client(rank) for rank in range(3)]
+        for client, version in zip(clients, ("1", "2", "1"), strict=True):
+            start(lambda c=client, v=version: c.join(3, address(c.rank), versions={"a": v}))  # type: ignore[misc]
+            served.event(EventKind.JOINED, client.rank)
+        assert [e.rank for e in served.events if e.kind is EventKind.FAILED] == [1, 2]
+        eventually(lambda: served.server.next_deadline() is None)
+        clients[0].close()
+        served.event(EventKind.HUNG_UP, 0)  # it is still served
+        assert served.kinds(EventKind.COMPLETE) == []
+        for client in clients:
+            client.close()
+
+
 def test_an_echo_says_after_what_moment_a_sign_of_life_was_made() -> None:
     for far in (False, True):
         secret = new_secret()

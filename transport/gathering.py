@@ -113,6 +113,8 @@ class Gathering:
             return
         self.deadline = None
         missing = self.missing()
+        if not missing:
+            return  # all are here, but do not fit together, which was told
         names = ", ".join(f"rank {rank}" for rank in missing)
         message = (
             f"{self._world_size - len(missing)} of {self._world_size} ranks joined within "
@@ -136,9 +138,10 @@ class Gathering:
 
     def _fits(self, member: Member, events: list[Event]) -> bool:
         """Whether it runs what the others run: else results would differ, or worse."""
-        joined = [m for m in self._members if m.joins > self.worlds and m is not member]
-        message = joined and difference(member.versions, joined[0].rank, joined[0].versions)
-        if message:
-            failure = Failure(member.rank, "rendezvous", message)
-            events.append(Event(EventKind.FAILED, member.rank, failure))
-        return not message
+        for other in self._members:
+            joined = other.joins > self.worlds and other is not member
+            if joined and (message := difference(member.versions, other.rank, other.versions)):
+                failure = Failure(member.rank, "rendezvous", message)
+                events.append(Event(EventKind.FAILED, member.rank, failure))
+                return False
+        return True
