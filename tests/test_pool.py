@@ -74,6 +74,19 @@ def test_nothing_is_kept_after_close() -> None:
     assert pool.idle_nbytes == 0
 
 
+def test_nothing_is_kept_of_what_comes_back_while_another_thread_closes() -> None:
+    class ClosedMeanwhile(Pool):
+        @property
+        def idle_nbytes(self) -> int:  # (the bound is asked for in the midst of it)
+            self.close()
+            return 0
+
+    pool = ClosedMeanwhile()
+    made = pool.allocate(LARGE)
+    del made
+    assert not any(pool._idle.values())
+
+
 def test_a_block_that_the_garbage_collector_finds_comes_back_too() -> None:
     pool = Pool()
     (tensor,) = pool.allocate(LARGE)

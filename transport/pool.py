@@ -68,8 +68,10 @@ class Pool:
 
     def _give_back(self, block: mmap.mmap) -> None:
         nbytes = len(block)
-        if self._closed or nbytes > self._idle_limit:
+        if nbytes > self._idle_limit:
             return
         if self.idle_nbytes + nbytes > self._idle_limit:
             self._idle.clear()  # whatever the program received before: it wants other sizes now
         self._idle.setdefault(nbytes, []).append(block)
+        if self._closed:  # asked last: it may have been closed since this block came back
+            self._idle.clear()
