@@ -15,7 +15,7 @@ import pytest
 from transport_worlds import SOON_S, eventually, start
 
 from transport import knock
-from transport.addresses import Address
+from transport.addresses import Address, dial, serve
 from transport.control import ControlClient
 from transport.errors import (
     RECORD_TEXT_LIMIT,
@@ -601,6 +601,17 @@ def test_a_rendezvous_that_comes_later_is_waited_for_by_who_is_patient() -> None
     with pytest.raises(RendezvousError, match="cannot be reached"):
         ControlClient(("no.such.host.invalid", 1), secret, 0, timeout=SOON_S, patient=True)
     assert time.monotonic() - began < SOON_S / 2  # a name that does not exist stays so
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 64])
+def test_a_name_that_no_host_can_have_is_an_error_like_one_that_none_has(name: str) -> None:
+    says = "no host can have this name"
+    with pytest.raises(RendezvousError, match=f"cannot be reached: {says}"):
+        ControlClient((name, 1), new_secret(), 0, timeout=SOON_S, patient=True)
+    with pytest.raises(OSError, match=says):
+        serve(name)
+    with pytest.raises(OSError, match=says):
+        dial(Address("", "", (name, 1)), unix=True)
 
 
 # -- strangers ------------------------------------------------------------------------------------

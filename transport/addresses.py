@@ -76,7 +76,7 @@ def serve(host: str, port: int = 0) -> socket.socket:
     if not host and socket.has_dualstack_ipv6():
         address, family = ("", port), socket.AF_INET6
         return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=True)
-    family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+    family = _family(host or "0.0.0.0", port)
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
@@ -159,8 +159,7 @@ def dial(address: Address, *, unix: bool) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         target: str | tuple[str, int] = "\0" + address.unix
     else:
-        family = socket.getaddrinfo(*address.tcp, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(_family(*address.tcp), socket.SOCK_STREAM)
         target = address.tcp
     sock.setblocking(False)
     try:
@@ -192,6 +191,13 @@ def tune_for(sock: socket.socket, nbytes: int) -> None:
     if _within_host(sock):
         buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else BUFFER_OF_LARGE_NBYTES
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_nbytes)
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except UnicodeError as error:  # a part of the name is empty, or too long
+        raise socket.gaierror(socket.EAI_NONAME, "no host can have this name") from error
 
 
 def _within_host(sock: socket.socket) -> bool:

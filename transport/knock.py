@@ -36,7 +36,7 @@ def knock(
                 text = f"{where} keeps hanging up: does it serve another job?"
                 raise AuthenticationError(text) from error
         except RendezvousError as error:
-            known = not isinstance(error.__cause__, socket.gaierror)
+            known = not isinstance(error.__cause__, (socket.gaierror, UnicodeError))
             if not (patient and known) or time.monotonic() + RETRY_S >= deadline:
                 raise
         time.sleep(RETRY_S)
@@ -55,6 +55,8 @@ def _shake_hands(
         sock = socket.create_connection(address, _seconds_until(deadline))
     except OSError as error:
         raise RendezvousError(f"{where} cannot be reached: {error.strerror or error}") from error
+    except UnicodeError as error:  # a part of the name is empty, or too long
+        raise RendezvousError(f"{where} cannot be reached: no host can have this name") from error
     try:
         sock.sendall(initiator.hello)
         while initiator.verdict is None:
