@@ -17,6 +17,7 @@ import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, start
 
 from transport.errors import InternalError, PeerLost, TransportError
+from transport.mailbox import Mailbox
 from transport.progress import Progress
 from transport.work import Receive, Work
 
@@ -229,6 +230,22 @@ def test_a_handler_that_raises_is_reported_and_kills_no_thread(loop: Loop) -> No
     assert [type(crash) for crash in loop.crashes] == [KeyError, KeyError, ZeroDivisionError]
     loop.write(2)
     eventually(lambda: loop.works[2].done)
+
+
+def test_what_a_crash_took_off_every_list_fails_for_whoever_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An interrupt between "no longer arriving" and "complete" once left its receive to wait on."""
+    with worlds.world("unix", 2) as ranks:
+        in_hand, other = ranks[0].irecv(1, 1), ranks[0].irecv(1, 2)
+        waits = [start(lambda w=work: w.wait(SOON_S)) for work in (in_hand, other)]  # type: ignore[misc]
+        eventually(lambda: ranks[0]._progress._followers == 1)
+        monkeypatch.setattr(Mailbox, "complete", lambda *_: 1 // 0)
+        ranks[1].send(torch.ones(1), 0, 1, timeout=SOON_S)
+        for wait in waits:
+            assert isinstance(wait.exception(SOON_S / 2), InternalError)
+        with pytest.raises(InternalError, match="ZeroDivisionError"):
+            in_hand.wait(SOON_S)
 
 
 class Interrupt(BaseException):

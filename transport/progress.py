@@ -14,6 +14,7 @@
 4. A second thread that waits meanwhile is a follower: the driver notifies it after each round.
 5. Nothing that goes wrong is lost in a thread: an exception that a handler does not expect, or an
    interrupt in the midst of one, leaves a half-done state, so `on_crash` is told and ends it all.
+   What was in hand just then may be on nobody's list any more; its waiter is failed all the same.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Progress:
         self._followers = 0
         self._sleeps_until = math.inf  # when the background thread, if asleep, wakes by itself
         self._stopped = False
+        self._ended: TransportError | None = None  # what all who still wait are to raise
         self._inner = select.epoll()
         self._outer = select.epoll()
         self._outer.register(self._inner, select.EPOLLIN)
@@ -121,6 +123,11 @@ class Progress:
         if not self._inner.closed:
             os.eventfd_write(self._wakeup, 1)
 
+    def end(self, error: TransportError) -> None:
+        """Fail, from now on, whatever is waited for and not done."""
+        self._ended = error
+        self.wake()
+
     def run_until(self, work: Work, timeout: float | None) -> bool:
         """Block until `work.done` and move bytes meanwhile; False when time ran out."""
         deadline = None if timeout is None else deadline_after(timeout)
@@ -158,6 +165,7 @@ class Progress:
         # The lock is taken by `with` alone: an interrupt (Ctrl-C) strikes between any two other
         # steps, and would leave it locked, or release it in another thread's hands.
         with self.lock:
+            self._fail_if_ended(work)
             if work.done:  # since it was looked at without the lock; all may be closed by now
                 return False
             if self._driver is not None:
@@ -179,12 +187,17 @@ class Progress:
             events = () if work.done else self._inner.poll(left)
             with self.lock:
                 self._handle(events)
+                self._fail_if_ended(work)
                 if not work.done:
                     left = self._until_due(deadline)
                     if left != 0.0 or remaining(deadline) != 0.0:
                         continue
                 self._give_up_driving()
                 return
+
+    def _fail_if_ended(self, work: Work) -> None:
+        if self._ended is not None and not work.done:
+            work.fail(self._ended)
 
     def _give_up_driving(self) -> None:
         self._outer.modify(self._inner, select.EPOLLIN)

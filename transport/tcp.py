@@ -155,6 +155,7 @@ class TcpTransport(Transport):
         if self._ended is not None:
             return
         self._ended = error
+        self._progress.end(error)
         self._contacts.close()
         self._pool.close()
         self._mailbox.fail(error)
@@ -162,7 +163,6 @@ class TcpTransport(Transport):
             self._end_peer(peer, error)
         if self._farewell is not None and not self._farewell.done:
             self._farewell.fail(error)
-        self._progress.wake()
 
     def _on_crash(self, error: BaseException) -> None:
         """End, because nobody knows in which state that error has left a stream."""
