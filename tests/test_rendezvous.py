@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from transport_worlds import SOON_S, eventually, start
@@ -28,7 +29,7 @@ from transport.errors import (
 )
 from transport.handshake import ANY_RANK, new_secret
 from transport.listener import MAX_PENDING
-from transport.records import RECORD_LIMITS
+from transport.records import RECORD_LIMITS, RecordStream
 from transport.rendezvous import Event, EventKind, RendezvousServer
 from transport.wire import HEADER, MAGIC, FrameKind, encode
 
@@ -481,6 +482,27 @@ def test_what_came_before_nonsense_is_still_heard() -> None:
         assert served.event(EventKind.REPORTED, 1).failure == Failure(1, "exit", "m")
         served.event(EventKind.FAILED, 1)
         hang_up(bad)
+
+
+def test_who_was_interrupted_while_it_spoke_ends_the_stream_and_talks_no_nonsense() -> None:
+    class InterruptError(BaseException):
+        """Like Ctrl-C."""
+
+    class Interrupted(socket.socket):
+        def send(self, *arguments: Any) -> int:
+            super().send(*arguments)
+            raise InterruptError  # as between two steps of the interpreter
+
+    one, other = socket.socketpair()
+    with other, Interrupted(fileno=one.detach()) as sock:
+        other.setblocking(False)
+        mine, theirs = RecordStream(sock), RecordStream(other)
+        with pytest.raises(InterruptError):
+            mine.send({"record": "first"})
+        mine.send({"record": "second"})
+        assert not mine.unsent
+        assert theirs.receive() == ([{"record": "first"}], False)
+        assert theirs.error is None
 
 
 def test_the_last_words_of_a_rank_that_reads_nothing_are_heard() -> None:

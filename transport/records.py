@@ -22,6 +22,9 @@ class RecordStream:
     """Records over one non-blocking socket; both ends of a control connection use it.
 
     `limits` are what the other side is held to.
+
+    Who was interrupted (Ctrl-C) in the midst of sending does not know what is sent. More would be
+    nonsense to the other side, and hide what happened: whoever sends next ends the stream instead.
     """
 
     def __init__(self, sock: socket.socket, limits: Limits = RECORD_LIMITS) -> None:
@@ -34,23 +37,38 @@ class RecordStream:
         self._decoder = Decoder(limits)
         self._sequence = 0
         self._unsent = bytearray()
+        self._in_doubt = False  # while it sends, and for good if that is interrupted
 
     @property
     def unsent(self) -> bool:
         """Whether bytes wait for room in the kernel's buffer."""
-        return bool(self._unsent)
+        return bool(self._unsent) and not self._in_doubt
 
     def send(self, record: dict[str, Any]) -> None:
         """Queue a record and send what the kernel takes; OSError means the other side is gone."""
-        self._unsent += encode(FrameKind.RECORD, self._sequence, record)
+        frame = encode(FrameKind.RECORD, self._sequence, record)
+        if self._in_doubt:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+            return
+        self._in_doubt = True
+        self._unsent += frame
         self._sequence += 1
+        self._in_doubt = False
         self.flush()
 
     def flush(self) -> None:
         """Send what is queued as far as the kernel takes it."""
         with contextlib.suppress(BlockingIOError):
-            while self._unsent:
-                del self._unsent[: self.socket.send(self._unsent)]
+            while self.unsent:
+                self._in_doubt = True
+                try:
+                    nbytes = self.socket.send(self._unsent)
+                except OSError:
+                    self._in_doubt = False  # nothing is sent
+                    raise
+                del self._unsent[:nbytes]
+                self._in_doubt = False
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
         """Return some of the records that are here, and whether the stream goes on.
