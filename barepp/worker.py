@@ -36,7 +36,8 @@ from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import LENGTH  # noqa: E402
 from barepp.probe import rehearse  # noqa: E402
 from barepp.stack_dump import write_stacks_to  # noqa: E402
-from transport.errors import Failure, TransportError  # noqa: E402
+from transport.control import ControlClient  # noqa: E402
+from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
 
 _LAST_WORDS_S: Final = 1.0  # between the launcher's end and ours
 
@@ -57,7 +58,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     except TransportError as error:  # the launcher has gone, or a stranger sits at its port
         print(f"rank {membership.rank}: {error}", file=sys.stderr)
         leave(1)
-    control.on_failure(_end_with_launcher)
+    control.on_failure(lambda failure: _end_with_launcher(control))
     notes, probe = rehearse(membership.rank, assignment.rehearsal)
     joining.enlist(membership, control, probe)
     myself = os.getpid()
@@ -70,6 +71,8 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
             _leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
+            if control.cut_off and isinstance(error, JobFailed):
+                _say_why(membership.rank, error.failure)
             fail(membership.rank, control, error, notes)
         raise
     atexit._run_exitfuncs()  # the fork server ends its children without them
@@ -125,15 +128,23 @@ def _leave_world_left_open() -> None:
         world.close()
 
 
-def _end_with_launcher(failure: Failure) -> None:
+def _end_with_launcher(control: ControlClient) -> None:
     """Without the launcher nobody can end this process: do it ourselves, a moment later.
 
-    The moment lets the main thread raise what it was just told.
+    The moment lets the main thread raise what it was just told. A launcher that is there, and has
+    told us of another one's loss, gives us its grace and ends us itself.
     """
-    if failure.rank < 0 and failure.cause == "lost":
+    if control.cut_off:
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (1,))
         timer.daemon = True
         timer.start()
+
+
+def _say_why(rank: int, failure: Failure) -> None:
+    """The launcher cannot be told. If it lives after all, this is what people will see."""
+    with contextlib.suppress(Exception):  # it does not, or the script has closed the stream
+        text = f"barepp: rank {rank} ends because its control connection has: {failure.message}"
+        print(text, file=sys.stderr)
 
 
 def _be_no_rank() -> None:

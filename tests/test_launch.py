@@ -21,6 +21,7 @@ from jobs import (
     assert_nothing_left,
     launch,
     launching,
+    run_job,
     temporary_files,
     write_script,
 )
@@ -482,3 +483,21 @@ def test_checksum_reaches_every_ranks_transport(tmp_path):
     finished = launch(tmp_path, script, "--world", "2", "--checksum")
     assert finished.code == 0, finished.err
     assert [finished.said(rank) for rank in (0, 1)] == [["sums True"]] * 2
+
+
+def test_a_rank_that_alone_loses_the_launcher_says_why_it_ends(tmp_path: Path) -> None:
+    """The launcher sees an exit code; what it means, only the rank knows."""
+    text = """
+        import barepp, socket
+        from barepp import joining
+        with barepp.init() as world:
+            world.barrier()
+            if world.rank == 1:
+                joining._process.control._stream.socket.shutdown(socket.SHUT_RDWR)
+            world.recv(1 - world.rank)
+    """
+    job = run_job(tmp_path, text)
+    assert job.code == 1
+    words = "barepp: rank 1 ends because its control connection has: the launcher, which served"
+    assert f"[rank 1] {words} the rendezvous, is gone\n" in job.err
+    assert "barepp: rank 1 failed: its process ended with exit code 1" in job.err

@@ -246,6 +246,9 @@ def test_ctrl_c_on_any_node_ends_all(node: int, cluster: Cluster) -> None:
         assert cluster.events(number)
 
 
+WORK = "time.sleep(3); print('rank', world.rank, 'has done its work'); "  # told meanwhile
+
+
 def test_a_launcher_that_dies_takes_its_ranks_along(cluster: Cluster) -> None:
     cluster.start(FAIL.format(rank=2, fault="print('ready', flush=True); time.sleep(60)"))
     eventually(lambda: "ready" in cluster.launchers[1].out)
@@ -256,6 +259,18 @@ def test_a_launcher_that_dies_takes_its_ranks_along(cluster: Cluster) -> None:
     for rank in (0, 1):
         assert f"barepp: rank {rank} was told while waiting" in first.err
     assert "barepp: rank 2 is on another node, which does not say how it ended" in first.err
+
+
+def test_ranks_of_other_nodes_have_their_grace_when_a_launcher_dies(cluster: Cluster) -> None:
+    fault = "print('ready', flush=True); time.sleep(60)"
+    text = FAIL.format(rank=2, fault=fault).replace("world.recv(2", WORK + "world.recv(2")
+    cluster.start(text, "--grace", "30")
+    eventually(lambda: "ready" in cluster.launchers[1].out)
+    cluster.launchers[1].kill()
+    first, _ = cluster.wait()
+    assert first.out.count("has done its work") == 2
+    for rank in (0, 1):
+        assert f"barepp: rank {rank} was told while waiting for a message" in first.err
 
 
 def test_the_death_of_node_0s_launcher(cluster: Cluster) -> None:

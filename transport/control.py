@@ -62,6 +62,7 @@ class ControlClient:
         self.rank = rank
         self._server, self._silence_s = server, silence_s
         self.failure: Failure | None = None
+        self.cut_off = False  # the connection has ended, and nobody had told us a failure
         self._changed = threading.Condition()  # guards what follows, and is told of every change
         self._callbacks: list[Callable[[Failure], None]] = []
         self._refused: str | None = None
@@ -246,6 +247,7 @@ class ControlClient:
             except ProtocolError as error:
                 nonsense = error
             if nonsense is not None:
+                self.cut_off = self.failure is None
                 # What this rank says may still be heard, and nobody else knows why it will end.
                 why = f"what the launcher says to it makes no sense: {nonsense}"
                 self.report(Failure(self.rank, "exception", why, exit_code=1))
@@ -254,6 +256,7 @@ class ControlClient:
         with self._changed:
             closed = self._closed or self._refused is not None
         if not closed:
+            self.cut_off = self.failure is None
             self._fail(self._server_lost())
 
     def _server_lost(self) -> Failure:
