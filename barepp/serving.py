@@ -7,7 +7,7 @@ It is a process, and not a thread of rank 0, so that it hears and speaks while r
 Python's lock held, is stopped, or has just died. It sees nobody's process end: whoever is gone
 without a goodbye is "lost". It needs no torch, and ends
 
-1. when every rank that had come has hung up, which a healthy job brings about by itself;
+1. when every rank has come and hung up, which a healthy job brings about by itself;
 2. a moment after it has told a failure, so that its port is free when the command runs again;
 3. when rank 0 has ended before it ever came.
 """
@@ -62,14 +62,13 @@ def serve_beside(
         "options": dataclasses.asdict(options),
         "parent": os.getpid(),
     }
-    home = str(Path(barepp.__file__).parent.parent)
-    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "barepp.serving"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         pass_fds=[sock.fileno() for sock in listening],
-        env={**os.environ, "PYTHONPATH": paths},
+        # -m looks here first: for this very barepp, and for nothing of the script's own folder.
+        cwd=Path(barepp.__file__).parent.parent,
     )
     assert process.stdin is not None
     with process.stdin:  # not its command line: others can read that
@@ -131,6 +130,8 @@ class Service:
         if self._leave_at is not None and time.monotonic() >= self._leave_at:
             return True
         came = 0 not in self._server.unclaimed()
+        if self._leave_at is not None and self._server.unclaimed():
+            return False  # who is still on the way shall be told as well
         return came and not any(self._server.connected(rank) for rank in self._ranks)
 
     def _check_parent(self) -> None:

@@ -143,6 +143,21 @@ def test_a_healthy_run(says: object, starter: Starter, tmp_path: Path) -> None:
     assert len(losses) == 1
 
 
+def test_the_helper_is_of_the_same_barepp_wherever_the_job_is_started(
+    starter: Starter, tmp_path: Path
+) -> None:
+    (tmp_path / "barepp").mkdir()
+    (tmp_path / "barepp" / "__init__.py").write_text("raise SystemExit('another barepp')")
+    text = f"""
+        import barepp, os
+        os.chdir({str(tmp_path)!r})
+        with barepp.init() as world:
+            world.barrier()
+    """
+    with crew(starter, tmp_path, text, 2, extra={"BAREPP_JOIN_TIMEOUT": "5"}) as job:
+        assert [(end.code, end.err) for end in job.wait().values()] == [(0, "")] * 2
+
+
 def test_with_a_secret_of_ones_own_no_file_is_made(starter: Starter, tmp_path: Path) -> None:
     text = """
         import barepp, glob, os
@@ -234,6 +249,27 @@ def test_the_death_of_rank_0_is_told_by_what_it_leaves(starter: Starter, tmp_pat
         assert ended[rank].code == 1
         assert "cause lost by 0\n" in ended[rank].out
         assert "rank 0, which served the rendezvous, is gone" in ended[rank].err
+
+
+def test_who_comes_after_the_death_of_rank_0_is_told(starter: Starter, tmp_path: Path) -> None:
+    text = """
+        import barepp, os, time
+        if os.environ["RANK"] == "0":
+            from barepp import joining
+            joining.transport_class = lambda name: os._exit(5)   # (it is in, and has not joined)
+        else:
+            while not os.path.exists("late"):
+                time.sleep(0.01)
+        barepp.init()
+    """
+    text = text.replace('"late"', repr(str(tmp_path / "late")))
+    extra = {"BAREPP_SECRET": "a secret of sixteen characters", "BAREPP_JOIN_TIMEOUT": "5"}
+    with crew(starter, tmp_path, text, 2, extra=extra) as job:
+        assert job.ranks[0].wait().code == 5
+        (tmp_path / "late").touch()
+        ended = job.wait()
+    assert ended[1].code == 1
+    assert "rank 0 failed: rank 0, which served the rendezvous, is gone" in ended[1].err
 
 
 def test_the_death_of_rank_0_and_of_its_helper(starter: Starter, tmp_path: Path) -> None:
