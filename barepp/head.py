@@ -143,7 +143,8 @@ class HeadReferee(Referee):
         link.beat()
         try:
             for record in link.receive():
-                self._handle(node, link, record)
+                if node not in self._done:  # after a goodbye nothing counts
+                    self._handle(node, link, record)
         except ProtocolError as error:
             link.ended = f"it sent nonsense: {error}"
         if link.ended and node not in self._done:
@@ -173,6 +174,7 @@ class HeadReferee(Referee):
                 # Whoever it names: a launcher speaks for itself alone.
                 self.fail(dataclasses.replace(Failure.from_record(failure), rank=-1))
             case {"record": "bye"}:
+                self._check_goodbye(node)
                 self._hang_up(node)
             case _:
                 raise ProtocolError(f"there is no record {record!r:.100}")
@@ -181,6 +183,11 @@ class HeadReferee(Referee):
         if rank not in share(self._options.world_size, self._nodes.count, node):
             raise ProtocolError(f"rank {rank} is not on node {node}")
         return self._members[rank]
+
+    def _check_goodbye(self, node: int) -> None:
+        mine = share(self._options.world_size, self._nodes.count, node)
+        if self.failure is None and any(self._members[rank].status is None for rank in mine):
+            raise ProtocolError("it says goodbye before its ranks have ended")
 
     def _hang_up(self, node: int) -> None:
         self._done.add(node)
