@@ -42,7 +42,7 @@ def given_secret(environ: Mapping[str, str]) -> bytes | None:
         UsageError: it is too short, or its file cannot be read, or others can read that.
     """
     if "BAREPP_SECRET" in environ:
-        return _checked(environ["BAREPP_SECRET"].encode(), "BAREPP_SECRET")
+        return _checked(os.fsencode(environ["BAREPP_SECRET"]), "BAREPP_SECRET")
     if "BAREPP_SECRET_FILE" not in environ:
         return None
     path = environ["BAREPP_SECRET_FILE"]

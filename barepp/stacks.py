@@ -1,7 +1,7 @@
 """`python -m barepp.stacks`: where every rank of a running job is, and who waits for whom.
 
 The job goes on meanwhile. How the stacks get here is in stack_dump.py. Exit code: 0; 2 when there
-is no job to ask, or more than one and none is chosen.
+is no job to ask, or more than one and none is chosen; 130 after Ctrl-C, which ends no job.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BareppError as error:
         print(f"barepp.stacks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a launcher that is stopped is waited for
+        return 130
     except BrokenPipeError:
         return reader_is_gone()
     return 0

@@ -30,6 +30,7 @@ def own(folder: Path) -> Path:
 def test_the_environment_gives_it_or_a_file(tmp_path: Path) -> None:
     assert given_secret({}) is None
     assert given_secret({"BAREPP_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
+    assert given_secret({"BAREPP_SECRET": "0123456789abcdef\udcff"}) == b"0123456789abcdef\xff"
     path = tmp_path / "secret"
     path.write_text("0123456789abcdef in a file\n")
     path.chmod(0o600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import textwrap
 from pathlib import Path
 
 from jobs import ROOT, assert_nothing_left, launching, run_job, watched_job
-from transport_worlds import eventually
+from transport_worlds import eventually, start
 
+from barepp.door import Door
 from barepp.errors import JobEnded
 from barepp.stack_dump import PATIENCE_S, StackPipe, StackRound, process_state
 from barepp.stacks import main
@@ -195,6 +197,19 @@ def run_round(process: Process, now: float = 0.0) -> str:
     eventually(lambda: asked.advance(now))
     assert asked.told[1] == "(it has ended)"
     return asked.told[0]
+
+
+def test_ctrl_c_ends_the_wait_for_a_launcher_that_does_not_answer(capsys):
+    door = Door(lambda question, caller: None)  # nobody serves it
+
+    def interrupt() -> None:
+        select.select([door], [], [])  # it has been called
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with contextlib.closing(door):
+        start(interrupt)
+        assert main([str(os.getpid())]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_each_round_tells_what_is_true_now():
