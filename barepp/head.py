@@ -68,7 +68,7 @@ class HeadReferee(Referee):
 
     def next_deadline(self) -> float | None:
         """Return the `time.monotonic()` at which `poll` should be called at the latest."""
-        deadlines = [super().next_deadline(), self._give_up_at]
+        deadlines = [super().next_deadline(), self._give_up_at, self._come_by()]
         deadlines += [link.beat_at for node, link in self._links.items() if node not in self._done]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -85,7 +85,7 @@ class HeadReferee(Referee):
             return True
         gone = set(self._done)
         if self.failure is not None:  # who has not come has nothing to tell
-            gone |= set(range(1, self._nodes.count)) - self._links.keys()
+            gone |= self._absent()
         return all(
             member.exit_code is not None or self._node_of(rank) in gone
             for rank, member in self._members.items()
@@ -110,12 +110,33 @@ class HeadReferee(Referee):
 
     def fail(self, failure: Failure) -> None:
         """Take a failure; a rank that has not come is on a node that has not, perhaps."""
-        absent = set(range(1, self._nodes.count)) - self._links.keys()
+        absent = self._absent()
         if failure.cause == "rendezvous" and absent and self.failure is None:
             names = " and ".join(f"node {node}" for node in sorted(absent))
             message = f"{failure.message} ({names} has not come)"
             failure = dataclasses.replace(failure, message=message)
         super().fail(failure)
+
+    def _absent(self) -> set[int]:
+        return set(range(1, self._nodes.count)) - self._links.keys()
+
+    def _come_by(self) -> float | None:
+        """Return until when absent launchers are waited for; None while a rank may wait for them.
+
+        Ranks that never join any world, and have ended, start no join timeout.
+        """
+        absent = self._absent() if self.failure is None else set()
+        here = [m for rank, m in self._members.items() if self._node_of(rank) not in absent]
+        if not absent or not here or any(member.exit_code is None for member in here):
+            return None
+        return max(member.ended_at for member in here) + max(1.0, self._options.join_timeout_s)
+
+    def _check_deadlines(self) -> None:
+        super()._check_deadlines()
+        come_by = self._come_by()
+        if come_by is not None and time.monotonic() >= come_by:
+            text = f"nobody else has come within {self._options.join_timeout_s:g} s"
+            self.fail(Failure(-1, "rendezvous", f"all ranks here have ended, and {text}"))
 
     # -- launchers --------------------------------------------------------------------------------
 

@@ -298,6 +298,14 @@ def test_a_node_that_never_comes_is_named(cluster: Cluster) -> None:
     assert "2 of 3 ranks joined within 1 s; missing: rank 2 (node 1 has not come)" in end.err
 
 
+def test_a_node_that_never_comes_is_not_waited_for_without_a_world(cluster: Cluster) -> None:
+    cluster.start("print('nobody else is needed')", "--join-timeout", "1", only=[0])
+    (end,) = cluster.wait()
+    assert end.code == 1
+    assert "have ended, and nobody else has come within 1 s (node 1 has not come)" in end.err
+    assert end.err.count(" had ended well") == 2
+
+
 def test_a_second_node_1_is_refused(cluster: Cluster) -> None:
     cluster.start(FAIL.format(rank=2, fault="print('ready', flush=True); time.sleep(60)"))
     eventually(lambda: "ready" in cluster.launchers[1].out)
