@@ -171,9 +171,6 @@ class _Ending:
         self._control.close()
 
     def _on_failure(self, failure: Failure) -> None:
-        world = joining.current_world()
-        if world is None:  # it has left in order, and may do as it pleases
-            return
         if failure.cause == "hang":
             frame = sys._current_frames().get(self._main)
             self._stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
@@ -182,6 +179,8 @@ class _Ending:
         timer.start()
 
     def _end(self) -> None:
+        if joining.current_world() is None:  # it has left in order, and may do as it pleases
+            return  # (asked only now: it may have been in the midst of its init() when it was told)
         failure = self._control.failure
         assert failure is not None
         doing = f"{IN_SCRIPT}, and did not end within {self._grace_s:g} s"

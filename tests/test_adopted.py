@@ -335,6 +335,32 @@ def test_who_is_told_and_does_not_end_is_ended(starter: Starter, tmp_path: Path)
     assert words in ended[0].err
 
 
+def test_who_is_told_in_the_midst_of_init_is_ended_as_well(
+    starter: Starter, tmp_path: Path
+) -> None:
+    text = """
+        import barepp, os, time
+        from barepp import joining
+        usual = joining._beat
+        def slowly(control, world):   # (all have joined, and the world is not made yet)
+            if control.rank == 1:
+                os._exit(5)
+            control.on_failure(lambda failure: told.append(failure))
+            while not told:
+                time.sleep(0.01)
+            usual(control, world)
+        told = []
+        joining._beat = slowly
+        world = barepp.init()
+        while True:
+            time.sleep(0.05)
+    """
+    with crew(starter, tmp_path, text, 2, extra={"BAREPP_GRACE": "0.2"}) as job:
+        ended = job.wait()
+    assert (ended[0].code, ended[1].code) == (1, 5)
+    assert "and did not end within 0.2 s: rank 1 failed: it is gone" in ended[0].err
+
+
 def test_a_world_left_open_is_left_at_the_end(starter: Starter, tmp_path: Path) -> None:
     text = """
         import atexit, barepp
