@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from jobs import ROOT, assert_nothing_left, launching, run_job, watched_job
-from transport_worlds import eventually, start
+from transport_worlds import SOON_S, eventually, start
 
 from barepp.door import Door
 from barepp.errors import JobEnded
@@ -200,15 +200,18 @@ def run_round(process: Process, now: float = 0.0) -> str:
 
 
 def test_ctrl_c_ends_the_wait_for_a_launcher_that_does_not_answer(capsys):
-    door = Door(lambda question, caller: None)  # nobody serves it
+    asked: list[str] = []
 
     def interrupt() -> None:
-        select.select([door], [], [])  # it has been called
+        while not asked:
+            select.select([door], [], [])
+            door.serve()
         os.kill(os.getpid(), signal.SIGINT)
 
-    with contextlib.closing(door):
-        start(interrupt)
+    with contextlib.closing(Door(lambda question, caller: asked.append(question))) as door:
+        interrupted = start(interrupt)
         assert main([str(os.getpid())]) == 130
+        interrupted.result(SOON_S)
     assert capsys.readouterr() == ("", "")
 
 
