@@ -27,7 +27,6 @@ little is gained.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from functools import partial
 import digits
 import torch
 import training
-from flags import one_sentence, read
+from flags import check_at_least, run_demo
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -186,25 +185,18 @@ def report(rows: Sequence[Row], costs: Sequence[barepp.LayerCost]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Join the world, compare, and let rank 0 tell."""
-    with barepp.init() as world, one_sentence(world):
-        flags = read(DEFAULTS, training.HELP, world, __doc__ or "", WITHOUT)
-        if flags is None:
-            return
-        training.check(flags, world)
-        if flags.layers <= HEAVY:
-            raise barepp.UsageError(f"--layers is {flags.layers}; it must be at least {HEAVY + 1}")
-        rows, costs = compare(world, flags)
-        if world.rank == 0:
-            print(report(rows, costs))
-            if flags.json is not None:
-                found = {
-                    "layers": [cost._asdict() for cost in costs],
-                    "partitions": [dataclasses.asdict(row) for row in rows],
-                }
-                flags.json.write_text(json.dumps(found, indent=1) + "\n")
+def demo(world: barepp.World, flags: training.Flags) -> tuple[str, object]:
+    """Do it all; return on rank 0 what a person reads and what --json writes."""
+    training.check(flags, world)
+    check_at_least(HEAVY + 1, flags, ["layers"])
+    rows, costs = compare(world, flags)
+    if world.rank != 0:  # only rank 0 has measured the layers
+        return "", None
+    return report(rows, costs), {
+        "layers": [cost._asdict() for cost in costs],
+        "partitions": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run_demo(DEFAULTS, training.HELP, __doc__, demo, WITHOUT)

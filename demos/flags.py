@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -65,6 +66,29 @@ def read(
             print(parser.format_help(), end="")
         return None
     return type(defaults)(**{**vars(defaults), **chosen})
+
+
+def run_demo(
+    defaults: F,
+    help_texts: Mapping[str, str],
+    about: str | None,
+    run: Callable[[barepp.World, F], tuple[str, object]],
+    without: Collection[str] = (),
+) -> None:
+    """Join the world, read the flags and `run`; rank 0 prints the text that comes of it there.
+
+    What else comes of it is an object for the flag `json`, if that names a file.
+    """
+    with barepp.init() as world, one_sentence(world):
+        flags = read(defaults, help_texts, world, about or "", without)
+        if flags is None:
+            return
+        text, found = run(world, flags)
+        if world.rank == 0:
+            print(text)
+            path: Path | None = vars(flags)["json"]
+            if path is not None:
+                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def check_at_least(least: int, flags: object, names: Sequence[str]) -> None:

@@ -25,14 +25,13 @@ pipeline costs: while one rank works the others wait.
 """
 
 import dataclasses
-import json
 import math
 import sysconfig
 from pathlib import Path
 
 import torch
 import training
-from flags import check_at_least, check_positive, check_writable, one_sentence, read
+from flags import check_at_least, check_positive, check_writable, run_demo
 from gpt_model import gpt, loss_fn
 from torch import Tensor
 
@@ -267,19 +266,12 @@ held out        {results.held_out:.3f} bits a byte
 it writes       {results.written!r}"""
 
 
-def main() -> None:
-    """Join the world, read the flags, train, and let rank 0 tell."""
-    with barepp.init() as world, one_sentence(world):
-        flags = read(Flags(), HELP, world, __doc__ or "")
-        if flags is None:
-            return
-        check(flags, world)
-        results = run(world, flags)
-        if world.rank == 0:
-            print(report(results))
-            if flags.json is not None:
-                flags.json.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+def demo(world: barepp.World, flags: Flags) -> tuple[str, object]:
+    """Do it all; return what a person reads and what --json writes."""
+    check(flags, world)
+    results = run(world, flags)
+    return report(results), dataclasses.asdict(results)
 
 
 if __name__ == "__main__":
-    main()
+    run_demo(Flags(), HELP, __doc__, demo)

@@ -5,7 +5,6 @@ everything else that they do is `train` below. Nothing in it knows how many rank
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Collection
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import digits
 import torch
-from flags import check_at_least, check_positive, check_writable, one_sentence, read
+from flags import check_at_least, check_positive, check_writable, run_demo
 from torch.nn import functional
 
 import barepp
@@ -231,16 +230,13 @@ def main(
 
     `without` names flags that would change nothing in it.
     """
-    with barepp.init() as world, one_sentence(world):
-        flags = read(Flags(), HELP, world, about or "", without)
-        if flags is None:
-            return
+
+    def demo(world: barepp.World, flags: Flags) -> tuple[str, object]:
         check(flags, world)
         results = run(world, flags)
-        if world.rank == 0:
-            print(report(results))
-            if flags.json is not None:
-                flags.json.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+        return report(results), dataclasses.asdict(results)
+
+    run_demo(Flags(), HELP, about, demo, without)
 
 
 def check(flags: Flags, world: barepp.World) -> None:

@@ -67,8 +67,7 @@ class ControlClient:
         self._callbacks: list[Callable[[Failure], None]] = []
         self._refused: str | None = None
         self._addresses: dict[int, Address] | None = None
-        self._barriers = 0
-        self._releases = 0
+        self._barriers = self._releases = 0
         self._echoes = 0  # how many signs of life were answered
         self._barrier_timed_out = False  # the last call for a barrier did
         self._attached = False
