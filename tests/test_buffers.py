@@ -26,7 +26,7 @@ def set_to(nbytes: int) -> int:
         return one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
-@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+@pytest.mark.parametrize("name", ["tcp", "unix", "shm"])  # over gloo none is on the stream
 def test_a_large_message_narrows_the_buffer_and_the_next_small_one_widens_it(name: str) -> None:
     small, large = torch.ones(3), torch.ones(LARGE_NBYTES, dtype=torch.uint8)
     into = torch.zeros_like(large)
