@@ -33,10 +33,11 @@ from transport.errors import (
     TransportClosed,
     UnknownTransport,
 )
+from transport.gpu import local_gpu
 from transport.handshake import Hello, Role, Verdict
 from transport.registry import transport_class
 from transport.tensors import MessageSpec, fillable, prepare
-from transport.torch_dist import TAG, GlooGroup, NcclTransport, PairStore, local_gpu
+from transport.torch_dist import TAG, GlooGroup, NcclTransport, PairStore
 from transport.wire import FrameKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -432,8 +433,17 @@ def test_nccl_says_in_a_sentence_why_it_cannot_be_used(tmp_path: Path) -> None:
     assert reason in job.report
 
 
+class Nowhere:
+    """A GPU that holds nothing."""
+
+    device = torch.device("cuda", 1)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return False
+
+
 def test_only_what_moves_gpu_memory_takes_tensors_elsewhere_than_on_the_cpu() -> None:
-    for gpus in (False, True):  # (meta stands for any other device)
+    for gpu in (None, Nowhere()):  # (meta stands for any other device)
         for check in (prepare, fillable):
             with pytest.raises(InvalidArgument, match="is on meta"):
-                check(torch.zeros(1, device="meta"), gpus)
+                check(torch.zeros(1, device="meta"), gpu)

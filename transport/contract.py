@@ -17,6 +17,11 @@
    none blocks for ever. A call that timed out has changed nothing: its work can be waited for
    again.
 8. End. `close` sends what is queued, says goodbye to every peer, then ends. `abort` ends at once.
+9. Stream order. On a GPU "now" is a place in a stream: that which is current in the thread that
+   calls. A GPU tensor is sent as it is once all that was given to the stream before `isend` has
+   run; `into` is filled after what was given to it before `irecv`; a received tensor may be used,
+   and a sent one written, by what is given to the stream that is current when `wait` returns. No
+   call waits for the device to finish, and none copies on the caller's stream.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from transport.errors import (
     TransportError,
     WaitTimeout,
 )
+from transport.gpu import CPU, Gpu
 from transport.tensors import Message, MessageSpec, TensorSpec, fillable
 from transport.work import Receive, Traffic, Work
 
@@ -45,12 +51,17 @@ class Transport(abc.ABC):
     """Point-to-point messages between the ranks of one world; the rules are at the file's top."""
 
     name: ClassVar[str]
-    gpus: ClassVar[bool] = False  # whether it moves CUDA tensors too
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, gpu: Gpu | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.gpu = gpu  # where this rank's GPU tensors are; None: it moves CPU tensors alone
         self.traffic = Traffic()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors are: its GPU, or the CPU."""
+        return CPU if self.gpu is None else self.gpu.device
 
     @staticmethod
     def viable() -> str | None:
@@ -60,7 +71,7 @@ class Transport(abc.ABC):
     def isend(self, message: Message, dst: int, tag: int = 0) -> Work:
         """Start to send a tensor (or a tuple of them) of any shape; never waits for the peer.
 
-        It is a CPU tensor, or a CUDA tensor where the transport moves those (`gpus`).
+        It is a CPU tensor, or one of this rank's GPU where the transport was given that (`gpu`).
 
         A contiguous tensor is sent from its own memory: leave it as it is until the work is done.
 
@@ -102,7 +113,7 @@ class Transport(abc.ABC):
                     f"`expect` is a TensorSpec or a MessageSpec, not {expect!r:.100}"
                 )
         if into is not None:
-            filled = fillable(into, self.gpus)
+            filled = fillable(into, self.gpu)
             if expected is not None and expected != filled:
                 raise InvalidArgument(f"`into` is {filled}, `expect` says {expected}")
             expected = filled

@@ -20,6 +20,7 @@ from transport.errors import (
     TransportError,
     fresh,
 )
+from transport.gpu import Gpu
 from transport.mailbox import Arrival, Mailbox
 from transport.tensors import Message, overwrite, prepare
 from transport.work import Receive, Send, Work, count, deadline_after, remaining
@@ -46,8 +47,8 @@ class InprocTransport(Transport):
 
     name: ClassVar[str] = "inproc"
 
-    def __init__(self, hub: InprocHub, rank: int) -> None:
-        super().__init__(rank, hub.world_size)
+    def __init__(self, hub: InprocHub, rank: int, *, gpu: Gpu | None = None) -> None:
+        super().__init__(rank, hub.world_size, gpu)
         self._hub = hub
         self._mailbox = Mailbox()
         self._ended: TransportError | None = None  # what every later call raises

@@ -22,6 +22,8 @@ _CLASSES: Final = {
     "unix": "transport.tcp:UnixTransport",
 }
 AUTO: Final = ("shm", "unix", "tcp")  # what "auto" tries, the fastest first
+AUTO_ON_GPU: Final = AUTO  # likewise, when tensors are on a GPU
+NEED_GPU: Final = frozenset({"nccl"})  # what is of no use without one
 
 
 def transport_names() -> list[str]:
@@ -42,14 +44,18 @@ def check_name(name: str) -> str:
     return name
 
 
-def transport_class(name: str) -> type[Transport]:
+def transport_class(name: str, *, gpu: bool = False) -> type[Transport]:
     """Return the class for a name; "auto" gives the fastest one that this machine can use.
+
+    `gpu` says that tensors on a GPU are to be moved, for which another one is the fastest. Asking
+    for a transport of `NEED_GPU` may initialise CUDA, so a process that forks ranks must not.
 
     Raises:
         UnknownTransport: no such name, or one that this machine cannot use, with the reason.
     """
     reasons = []
-    for candidate in AUTO if check_name(name) == "auto" else (name,):
+    auto = AUTO_ON_GPU if gpu else AUTO
+    for candidate in auto if check_name(name) == "auto" else (name,):
         module, _, attribute = _CLASSES[candidate].partition(":")
         found: type[Transport] = getattr(importlib.import_module(module), attribute)
         reason = found.viable()

@@ -24,6 +24,7 @@ from transport.errors import (
     WaitTimeout,
     fresh,
 )
+from transport.gpu import Gpu
 from transport.mailbox import Arrival, Mailbox
 from transport.peers import Peer, Peers, Place
 from transport.pool import Pool
@@ -46,6 +47,7 @@ class TcpTransport(Transport):
         unexpected_limit: bytes of messages that nobody has asked for, held per peer.
         limits: upper bounds of a frame, for both directions.
         checksum: whether each payload that is sent carries a sum, which its receiver checks.
+        gpu: this rank's GPU, whose tensors are moved as well; None: CPU tensors alone.
     """
 
     name: ClassVar[str] = "tcp"
@@ -64,8 +66,9 @@ class TcpTransport(Transport):
         unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
         limits: Limits | None = None,
         checksum: bool = False,
+        gpu: Gpu | None = None,
     ) -> None:
-        super().__init__(rank, world_size)
+        super().__init__(rank, world_size, gpu)
         self._lost_grace_s = lost_grace_s
         self._unexpected_limit = unexpected_limit
         self._limits = limits or Limits()
@@ -95,7 +98,7 @@ class TcpTransport(Transport):
 
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
-        spec, tensors = prepare(message, self.gpus)
+        spec, tensors = prepare(message)
         work = Send(self, dst, tag)
         with self._lock, self._guard:
             self._peer(dst).connection.send(spec, tensors, work)

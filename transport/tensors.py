@@ -19,6 +19,7 @@ import torch
 
 from transport import metadata
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
+from transport.gpu import Gpu
 from transport.metadata import DTYPES, MAX_TENSORS, NAMES
 from transport.wire import Packed, check_crc
 
@@ -145,28 +146,28 @@ def _read_once(data: bytes, crc: int) -> MessageSpec:
     return _tuple(*forms) if is_tuple else _single(*forms[0])  # the objects that a sender has too
 
 
-def prepare(message: Message, gpus: bool = False) -> tuple[MessageSpec, list[torch.Tensor]]:
+def prepare(message: Message, gpu: Gpu | None = None) -> tuple[MessageSpec, list[torch.Tensor]]:
     """Check that `message` can be sent; return its spec and its tensors, contiguous.
 
     A contiguous tensor is returned as it is (its memory is what gets sent), any other is copied.
-    `gpus` says whether CUDA tensors can be sent as well.
+    `gpu` is the one whose tensors can be sent as well.
 
     Raises:
         InvalidArgument: not a dense CPU tensor, or a tuple of them, of a dtype of `DTYPES`.
     """
     if isinstance(message, torch.Tensor):
-        tensor = _sendable(message, gpus)
+        tensor = _sendable(message, gpu)
         return _single(tensor.dtype, tensor.shape), [tensor]
     if not isinstance(message, tuple) or len(message) > MAX_TENSORS:
         raise InvalidArgument(
             f"a message is a torch.Tensor or a tuple of at most {MAX_TENSORS} of them, "
             f"not {type(message).__name__}"
         )
-    tensors = [_sendable(tensor, gpus) for tensor in message]
+    tensors = [_sendable(tensor, gpu) for tensor in message]
     return _tuple(*((tensor.dtype, tensor.shape) for tensor in tensors)), tensors
 
 
-def _sendable(tensor: object, gpus: bool) -> torch.Tensor:
+def _sendable(tensor: object, gpu: Gpu | None) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgument(f"only tensors can be sent, not {type(tensor).__name__}")
     if tensor.dtype not in NAMES or tensor.layout is not torch.strided or tensor.is_nested:
@@ -175,9 +176,10 @@ def _sendable(tensor: object, gpus: bool) -> torch.Tensor:
             f"a {layout} tensor of {tensor.dtype} cannot be sent; "
             f"dense tensors of these can: {', '.join(DTYPES)}"
         )
-    if not tensor.is_cpu and not (gpus and tensor.is_cuda):
+    if not tensor.is_cpu and not (gpu is not None and gpu.holds(tensor)):
+        moved = "CPU tensors" if gpu is None else f"tensors of {gpu.device} and of the CPU"
         raise InvalidArgument(
-            f"this transport moves CPU tensors, this one is on {tensor.device}: send tensor.cpu()"
+            f"this transport moves {moved}, this one is on {tensor.device}: send tensor.cpu()"
         )
     # The conjugate and negative bits are lazy flags; the bytes in memory do not know of them.
     if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
@@ -186,15 +188,15 @@ def _sendable(tensor: object, gpus: bool) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
-def fillable(message: Message, gpus: bool = False) -> MessageSpec:
+def fillable(message: Message, gpu: Gpu | None = None) -> MessageSpec:
     """Check that a receive may write into `message`; return its spec.
 
     Raises:
         InvalidArgument: not a message, on another device, not contiguous, or needs a gradient.
     """
-    if isinstance(message, torch.Tensor) and _sendable(message, gpus) is message:  # the usual case
+    if isinstance(message, torch.Tensor) and _sendable(message, gpu) is message:  # the usual case
         return _single(message.dtype, message.shape)
-    spec, ready = prepare(message, gpus)
+    spec, ready = prepare(message, gpu)
     for tensor, prepared in zip(tensors_of(message), ready, strict=True):
         if prepared is tensor:
             continue

@@ -32,8 +32,8 @@ from transport.errors import (
     ProtocolError,
     TransportClosed,
     TransportError,
-    UnknownTransport,
 )
+from transport.gpu import Cuda, Gpu, local_gpu
 from transport.lane import Group
 from transport.notes import hear, tell
 from transport.tcp import UnixTransport
@@ -161,7 +161,7 @@ class GlooTransport(TorchDistTransport):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         # One listening port and one thread of gloo's for each address where peers reach this rank.
-        self._devices: dict[str, Any] | None = {}
+        self.devices: dict[str, Any] | None = {}
         self._making = threading.Lock()
         super().__init__(*args, **more)
 
@@ -176,14 +176,14 @@ class GlooTransport(TorchDistTransport):
         """End as every transport does, and let go of gloo's ports."""
         super().abort(error)
         with self._making:
-            self._devices = None
+            self.devices = None
 
     def _make_group(self, store: PairStore, prefix: str, at: str, *, sends: bool) -> Group:
         with self._making:
-            if self._devices is None:
+            if self.devices is None:
                 raise TransportClosed("this rank has ended meanwhile")
             make = dist.ProcessGroupGloo.create_device
-            device = self._devices[at] = self._devices.get(at) or make(hostname=at)
+            device = self.devices[at] = self.devices.get(at) or make(hostname=at)
         return GlooGroup(store, prefix, device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
@@ -231,15 +231,20 @@ class NcclTransport(TorchDistTransport):
     """
 
     name: ClassVar[str] = "nccl"
-    gpus: ClassVar[bool] = True
     sums: ClassVar[bool] = False
 
     def __init__(
-        self, rank: int, world_size: int, addresses: Mapping[int, Address], *args: Any, **more: Any
+        self,
+        rank: int,
+        world_size: int,
+        addresses: Mapping[int, Address],
+        *args: Any,
+        gpu: Gpu | None = None,
+        **more: Any,
     ) -> None:
         index = local_gpu(rank, addresses, torch.cuda.device_count())
-        self._device = torch.device("cuda", index)
-        super().__init__(rank, world_size, addresses, *args, **more)
+        gpu = gpu or Cuda(torch.device("cuda", index))
+        super().__init__(rank, world_size, addresses, *args, gpu=gpu, **more)
 
     @staticmethod
     def viable() -> str | None:
@@ -251,7 +256,7 @@ class NcclTransport(TorchDistTransport):
         return UnixTransport.viable()
 
     def _make_group(self, store: PairStore, prefix: str, at: str, *, sends: bool) -> Group:
-        return NcclGroup(store, prefix, self._device, sends=sends)
+        return NcclGroup(store, prefix, self.device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether it is on this rank's GPU.
@@ -262,38 +267,23 @@ class NcclTransport(TorchDistTransport):
         here = {str(tensor.device) for tensor in tensors}
         if not here - {"cpu"}:
             return False
-        if here != {str(self._device)}:
+        if here != {str(self.device)}:
             raise InvalidArgument(
-                f"a message over NCCL is on {self._device} as a whole, or on the CPU; "
+                f"a message over NCCL is on {self.device} as a whole, or on the CPU; "
                 f"this one is on {', '.join(sorted(here))}"
             )
         return True
 
     def ready(self) -> object:
         """Return an event of what this thread has given its GPU to do."""
-        return _recorded(self._device)
+        return _recorded(self.device)
 
     def room(self, spec: MessageSpec) -> Sequence[torch.Tensor]:
         """Return memory of this rank's GPU, whatever the receive has."""
-        return spec.allocate(self._device)
+        return spec.allocate(self.device)
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def local_gpu(rank: int, addresses: Mapping[int, Address], num_gpus: int) -> int:
-    """Return which GPU of its host a rank uses: the n-th of a host's ranks has the n-th.
-
-    Raises:
-        UnknownTransport: the host has more ranks than GPUs, which NCCL does not allow.
-    """
-    host = addresses[rank].host
-    neighbours = sorted(other for other, address in addresses.items() if address.host == host)
-    if len(neighbours) > num_gpus:
-        raise UnknownTransport(
-            f"nccl needs one GPU a rank: this host has {len(neighbours)} ranks and {num_gpus} GPUs"
-        )
-    return neighbours.index(rank)
