@@ -115,7 +115,8 @@ def _grid_row(
     drawn = _Row(list(".".ljust(cell) * ticks), [None] * (cell * ticks))
     places = _places(row)
     for action, start, end in row:
-        first, stop = _to_ticks(start, tick), _to_ticks(end, tick)
+        # (One column beyond the last is enough of a span that is a billion times another's.)
+        first, stop = _to_ticks(start, tick), min(_to_ticks(end, tick), ticks + 1)
         if stop <= first or first >= ticks:  # it takes no time, or is not drawn
             continue
         # The last column stays empty where there is a space between cells.

@@ -8,6 +8,7 @@ is not imported.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,18 +28,29 @@ from barepp.simulate import Cost, Costs, simulate
 from barepp.theory import bubble_in_theory
 from barepp.timeline import Timeline
 
+_MOST_STAGES = 1024  # as many as a world may have ranks; some schedules take their square in time
 # 12.6 million actions where backwards are split: about a minute, and 600 MiB.
-_MOST_PAIRS = 1024 * 4096
+_MOST_PAIRS = _MOST_STAGES * 4096
+_MOST_COST = 10**15  # of one action; and its inverse is the least, but for 0
+_MOST_CHARACTERS = 40  # of one number: enough for any that is meant
 # More actions than this are not drawn: nobody could read the grid.
 _MOST_DRAWN = 50_000
 
 
 def _number(text: str) -> int | Fraction:
     # Not float: 0.1 is then exactly a tenth, ten of them are 1, and the grid has clean ticks.
+    exponent = re.search(r"[eE][+-]?(\d+)\s*$", text)
+    # (A Fraction writes all digits out: 1e999999999 would take for ever.)
+    written_out = len(text) <= _MOST_CHARACTERS and (exponent is None or int(exponent[1]) <= 99)
     try:
-        number = Fraction(text)
+        number = Fraction(text) if written_out else None
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1 or 0.5") from None
+    if number is None or not (number == 0 or 1 <= abs(number) * _MOST_COST <= _MOST_COST**2):
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60} is beyond what a plan adds up: a cost is 0, or from 1e-15 to 1e15, in "
+            f"at most {_MOST_CHARACTERS} characters"
+        )
     return int(number) if number.denominator == 1 else number
 
 
@@ -92,6 +104,8 @@ def _parser() -> Parser:
 
 def check_size(num_stages: int, num_microbatches: int) -> None:
     """Raise a UsageError where a plan would take too long and too much memory."""
+    if num_stages > _MOST_STAGES:
+        raise UsageError(f"{num_stages} stages are too many: a plan may have {_MOST_STAGES}")
     pairs = num_stages * num_microbatches
     if pairs > _MOST_PAIRS:
         raise UsageError(

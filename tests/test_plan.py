@@ -57,6 +57,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--schedule naive --stages 4 --microbatches 8", 96),
         ("--schedule gpipe --stages 4 --microbatches 8", 33),
+        ("--schedule gpipe --stages 1 --microbatches 2 --forward-cost 1e15", 2e15 + 4),
+        ("--schedule gpipe --stages 1 --microbatches 1 --forward-cost 1e-15", 2 + 1e-15),
         ("--schedule 1f1b --stages 4 --microbatches 8 --ranks 4", 33),
         ("--schedule 1f1b --stages 8 --microbatches 16", 69),
         ("--schedule gpipe --stages 2 --microbatches 4 --forward-cost 0.5", 12.5),
@@ -167,6 +169,12 @@ def test_a_plan_too_large_to_draw_still_has_its_numbers(capsys: pytest.CaptureFi
     assert "peak in-flight  40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, ..., 4, 3, 2, 1" in out
 
 
+def test_costs_that_are_worlds_apart_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split("--schedule 1f1b --stages 2 --microbatches 2 --forward-cost 1e15,1e-15"))
+    out = capsys.readouterr().out
+    assert "rank 0  F0------" in out and "ticks are not drawn)" in out
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -188,8 +196,13 @@ def test_a_plan_too_large_to_draw_still_has_its_numbers(capsys: pytest.CaptureFi
         ("--schedule gpipe --stages 2 --microbatches 2 --activation-bytes 1.5", "whole number"),
         ("--schedule zb_v --stages 5 --microbatches 2", "the number of stages is even, not 5"),
         ("--schedule interleaved_1f1b --stages 6 --ranks 4 --microbatches 2", "a multiple of 4"),
-        ("--schedule gpipe --stages 1025 --microbatches 4096", "a plan may have 4194304"),
-        ("--schedule gpipe --stages 1000000000 --microbatches 1000000000", "a plan may have"),
+        ("--schedule gpipe --stages 1024 --microbatches 4097", "a plan may have 4194304"),
+        ("--schedule gpipe --stages 1025 --microbatches 1", "1025 stages are too many: a plan may"),
+        ("--schedule gpipe --stages 100000000 --microbatches 0", "a plan may have 1024"),
+        *[
+            (f"--schedule gpipe --stages 2 --microbatches 2 --forward-cost {cost}", "1e-15 to 1e15")
+            for cost in ("1e400", "1e999999999", "1e-999999999", "1e16", "1e-16", "1," + "1" * 41)
+        ],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_sentence_and_code_2(
