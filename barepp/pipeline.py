@@ -166,7 +166,7 @@ class Pipeline(Holding):
         self.recorder.schedule = self.schedule
         self.recorder.begin_step(self._steps)
         try:
-            batch = self._batch(inputs, targets, training=True)
+            batch = self._batch(inputs, targets, with_targets=True)
             program = self._program(len(batch.weights), training=True)
             self._executor.train(program, batch, self.recorder)
             loss = self._total_loss()
@@ -190,21 +190,22 @@ class Pipeline(Holding):
         Every rank calls it. Nothing is kept for a backward. Layers are in the mode that `train()`
         or `eval()` has set.
         """
-        batch = self._batch(inputs, None, training=False)
+        return self._output(self._batch(inputs, None, with_targets=False))
+
+    def _output(self, batch: Batch) -> Value | None:
         self._executor.infer(self._program(len(batch.weights), training=False), batch)
         parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
         return join(parts) if parts else None
 
     def evaluate(self, inputs: Value | None, targets: Value | None) -> torch.Tensor:
         """Return the mean loss over all rows on every rank, in `eval()` mode, without gradients."""
-        if self._last in self.stages and targets is None:
-            raise UsageError("the rank of the last stage needs the targets")
+        batch = self._batch(inputs, targets, with_targets=True)
         # Layer by layer: a script may have put a single one, a frozen BatchNorm say, into eval().
         modules = [m for stage in self.stages.values() for m in stage.layers.modules()]
         modes = [module.training for module in modules]
         self.eval()
         try:
-            output = self.forward(inputs)
+            output = self._output(batch)
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
@@ -214,7 +215,7 @@ class Pipeline(Holding):
                 loss = self._loss_fn(output, targets).detach().reshape(())
         return self._from_rank(loss, self._holder[self._last], LOSS)
 
-    def _batch(self, inputs: Value | None, targets: Value | None, *, training: bool) -> Batch:
+    def _batch(self, inputs: Value | None, targets: Value | None, *, with_targets: bool) -> Batch:
         """Agree on the number of rows (the first rank's word) and cut this rank's data."""
         rows = None
         if 0 in self.stages:
@@ -224,7 +225,7 @@ class Pipeline(Holding):
             rows = torch.tensor([given])
         count = int(self._from_rank(rows, self._holder[0], NUM_ROWS))
         sizes = microbatch_sizes(count, self.schedule.num_microbatches)
-        if self._last in self.stages and training:
+        if self._last in self.stages and with_targets:
             _check_targets(targets, count)
         return Batch(
             self._steps,

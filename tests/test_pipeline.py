@@ -148,6 +148,21 @@ def test_evaluate_is_the_mean_loss_without_dropout_and_leaves_the_mode_alone():
     assert run(work, 3)[0] == pytest.approx(run(work, 1)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("targets", [None, 10, 12], ids=["none", "too few", "too many"])
+def test_evaluate_wants_a_target_for_every_row(targets, world_size):
+    images, labels = data(11)
+    given = None if targets is None else torch.cat([labels, labels])[:targets]
+
+    def work(world):
+        # (This loss function would take any number of them.)
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), lambda output, target: output.sum())
+        pipe.evaluate(images, given)
+
+    found = f"{targets or 'no'} targets"
+    failing(f"the batch has 11 inputs, but the last stage got {found}", work, world_size)
+
+
 def test_state_dict_has_the_one_process_keys_and_loads_back():
     def work(world, state):
         pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy, seed=world.world_size)
