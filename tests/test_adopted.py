@@ -196,7 +196,7 @@ SURVIVE = """
                 {fault}
             world.recv({rank}, tag=7)
         except barepp.JobFailed as error:
-            print("cause", error.failure.cause, "by", error.failure.rank)
+            os.write(1, f"cause {{error.failure.cause}} by {{error.failure.rank}}\\n".encode())
             print(error)
             raise
 """

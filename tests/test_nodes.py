@@ -317,7 +317,7 @@ def test_launchers_that_disagree_are_told_both_sides(cluster: Cluster) -> None:
 def test_another_secret_is_not_let_in(cluster: Cluster) -> None:
     cluster.start(HEALTHY, only=[0])
     other = {"BAREPP_SECRET": "another one of 16 characters"}
-    cluster.start(HEALTHY, "--join-timeout", "1", only=[1], environ=other)
+    cluster.start(HEALTHY, "--join-timeout", "2", only=[1], environ=other)
     assert "does it serve another job?" in cluster.launchers[1].wait().err
     cluster.launchers[0].kill(signal.SIGINT)
     assert cluster.launchers[0].wait().code == 130

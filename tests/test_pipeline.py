@@ -586,7 +586,14 @@ def test_the_measured_bubble_is_the_predicted_one(schedule):
     order = barepp.make_schedule(schedule, stages, 4, 4).order
     # The data needs no gradient: nobody sleeps for that of the first stage's input.
     predicted = simulate(order, stages, Costs(backward_input=[0] + [1] * (stages - 1))).bubble
-    for bubble, whole_ms, step_ms in barepp.run(work, 4, transport="unix"):
-        # Hardly smaller: all idle time counts. Larger by what a busy machine adds to the waiting.
-        assert predicted - 0.03 < bubble < predicted + 0.15
-        assert whole_ms == pytest.approx(step_ms, rel=0.5)
+    # Hardly smaller: all idle time counts. Larger by what a busy machine adds to the waiting, which
+    # says nothing of the bubble: so one quiet moment of several is enough.
+    for _ in range(10):
+        found = barepp.run(work, 4, transport="unix")
+        for bubble, whole_ms, step_ms in found:
+            assert predicted - 0.03 < bubble
+            assert whole_ms == pytest.approx(step_ms, rel=0.5)
+        if all(bubble < predicted + 0.15 for bubble, _, _ in found):
+            break
+    else:
+        pytest.fail(f"a bubble of {predicted:.3f} was predicted, {found[0][0]:.3f} was measured")

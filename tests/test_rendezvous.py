@@ -714,6 +714,18 @@ def test_a_server_that_says_nothing_is_given_up_on_in_time() -> None:
         assert time.monotonic() - began < AT_ONCE_S
 
 
+def test_a_server_that_hung_up_and_then_says_nothing_is_told_as_one_that_hangs_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up_once() -> None:
+            server.accept()[0].close()  # the calls after it are never answered
+
+        hanging_up = start(hang_up_once)
+        with pytest.raises(AuthenticationError, match="keeps hanging up: does it serve another"):
+            ControlClient(server.getsockname(), new_secret(), 0, timeout=0.5)
+        hanging_up.result(SOON_S)
+
+
 def test_a_flooding_rank_does_not_starve_the_others() -> None:
     with serving(2) as served, joined(served, 2) as (first, second):
         stop = threading.Event()

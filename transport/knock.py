@@ -32,14 +32,19 @@ def knock(
         except _HungUpError as error:
             knock_until = min(deadline, knock_until, time.monotonic() + KNOCK_AGAIN_S)
             if time.monotonic() >= knock_until:
-                where = f"the rendezvous at {address[0]}:{address[1]}"
-                text = f"{where} keeps hanging up: does it serve another job?"
-                raise AuthenticationError(text) from error
+                raise _unwelcome(address) from error
         except RendezvousError as error:
+            if knock_until < math.inf and time.monotonic() >= deadline:
+                raise _unwelcome(address) from error  # time was over in the midst of one more try
             known = not isinstance(error.__cause__, (socket.gaierror, UnicodeError))
             if not (patient and known) or time.monotonic() + RETRY_S >= deadline:
                 raise
         time.sleep(RETRY_S)
+
+
+def _unwelcome(address: tuple[str, int]) -> AuthenticationError:
+    where = f"the rendezvous at {address[0]}:{address[1]}"
+    return AuthenticationError(f"{where} keeps hanging up: does it serve another job?")
 
 
 class _HungUpError(Exception):
