@@ -15,6 +15,7 @@ import torch
 
 import barepp
 from barepp.assignment import Membership
+from barepp.cores import compute_in_turns
 from barepp.environment import started_by_others
 from barepp.errors import UsageError
 from barepp.warm import keep_freed_memory
@@ -59,6 +60,8 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         for sock in sockets:
             sock.close()
         raise
+    # Before the transport starts its thread, which is to be scheduled as this one.
+    compute_in_turns(sum(each.host == address.host for each in addresses.values()))
     transport = chosen(
         control.rank,
         membership.world_size,
@@ -159,7 +162,8 @@ def init() -> World:
     many (environment.py says how it is told); started by itself it is a world of one. PyTorch's
     compute threads are set to one, unless OMP_NUM_THREADS is set: more would make ranks fight for
     cores, and one thread is what makes results bit-identical.
-    Memory that is freed stays in the process (see warm.py).
+    Memory that is freed stays in the process (see warm.py); ranks that share cores are scheduled as
+    a batch (see cores.py).
 
     Raises:
         UsageError: this process is in a world already, or the environment makes no sense.
