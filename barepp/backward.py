@@ -28,7 +28,7 @@ hooks on a layer's tensors run in I, and again in W where its way to the weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -58,15 +58,14 @@ class Graph:
 
     def __init__(self, entered: Entered, output: Value, has_weights: bool) -> None:
         self.leaves = entered.leaves
-        self.roots = [_root(tensor) for tensor in tensors(output)]
-        self.gradients: Gradients = ()  # of the output: from I to W
+        self.roots: Sequence[Root] = [_root(tensor) for tensor in tensors(output)]
+        self.gradients: Sequence[Tensor] = ()  # of the roots that are reached: from I to W
         self.others_weights = [] if has_weights else _weights_behind(self.roots, self.leaves)
         self.has_weights = has_weights or bool(self.others_weights)
 
     def full(self, gradients: Gradients) -> list[Tensor | None]:
         """Add to the weights' `.grad`; return the gradients of the leaves."""
-        gradients = [None if gradient is None else canonical(gradient) for gradient in gradients]
-        roots, reached = self.reached_by(gradients)
+        roots, reached = self._reached_by(gradients)
         if roots:
             # One call for all tensors: two would walk the shared part of the graph twice.
             _accumulate(roots, reached)
@@ -75,10 +74,9 @@ class Graph:
     def inputs(self, gradients: Gradients) -> list[Tensor | None]:
         """Return the gradients of the leaves, and keep those given for the weights."""
         # Canonical here, so that what canonical.py's hook does to them is not done again by W.
-        gradients = [None if gradient is None else canonical(gradient) for gradient in gradients]
-        roots, reached = self.reached_by(gradients)
+        roots, reached = self._reached_by(gradients)
         self.has_weights = self.has_weights and bool(roots)
-        self.gradients = gradients if self.has_weights else ()
+        self.roots, self.gradients = (roots, reached) if self.has_weights else ((), ())
         leaves, self.leaves = self.leaves, ()
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not roots or not wanted:
@@ -86,17 +84,17 @@ class Graph:
         found = iter(_gradients_of(wanted, roots, reached, keep_graph=self.has_weights))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
-    def reached_by(self, gradients: Gradients) -> tuple[list[Root], list[Tensor]]:
-        """Return the roots that get a gradient, and the gradients.
+    def _reached_by(self, gradients: Gradients) -> tuple[list[Root], list[Tensor]]:
+        """Return the roots that get a gradient, and the gradients in canonical form.
 
         None: a frozen stage's output has no graph behind it, the gradient that arrives ends here.
         """
-        pairs = [
-            (root, gradient)
-            for root, gradient in zip(self.roots, gradients, strict=True)
-            if root is not None and gradient is not None
-        ]
-        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+        roots, reached = [], []
+        for root, gradient in zip(self.roots, gradients, strict=True):
+            if root is not None and gradient is not None:
+                roots.append(root)
+                reached.append(canonical(gradient))
+        return roots, reached
 
 
 class Backward:
@@ -105,12 +103,15 @@ class Backward:
     def __init__(self, graphs: list[Graph]) -> None:
         self._graphs = graphs
 
-    def full(self, gradients: Gradients, weights: Iterable[Tensor]) -> Gradients:
-        """Add to the weights' `.grad`; return the gradients of the stage's inputs."""
+    def full(self, gradients: Gradients, weights: Callable[[], Iterable[Tensor]]) -> Gradients:
+        """Add to the weights' `.grad`; return the gradients of the stage's inputs.
+
+        One graph finds its weights by itself.
+        """
         if len(self._graphs) == 1:
             return self._graphs[0].full(gradients)
         found = self.inputs(gradients)
-        self.weights(weights)
+        self.weights(weights())
         return found
 
     def inputs(self, gradients: Gradients) -> Gradients:
@@ -131,9 +132,8 @@ class Backward:
         gradients: list[Tensor] = []
         wanted = [weight for weight in weights if weight.requires_grad]
         for graph in graphs:
-            more_roots, more_gradients = graph.reached_by(graph.gradients)
-            roots += more_roots
-            gradients += more_gradients
+            roots += graph.roots
+            gradients += graph.gradients
             wanted += graph.others_weights
         if roots and wanted:
             _accumulate(roots, gradients, wanted)

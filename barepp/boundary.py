@@ -54,6 +54,8 @@ def like(value: Value, parts: Iterable[Tensor]) -> Value:
 
 def leave(value: Value) -> Value:
     """[1] Cut the value off the graph behind it, which stays with the stage until its backward."""
+    if isinstance(value, Tensor):  # the usual case, here and below
+        return value.detach()
     return like(value, [tensor.detach() for tensor in tensors(value)])
 
 
@@ -61,8 +63,11 @@ def enter(value: Value, wanted: Sequence[bool], writes: bool = True) -> Entered:
     """[2] Start a new graph at this value; `wanted` says of each tensor whether to catch its
     gradient, `writes` whether the first layer may write to what it is given.
     """
+    if isinstance(value, Tensor):
+        leaf, start = _enter_tensor(value, wanted[0], writes)
+        return Entered((leaf,), start)
     pairs = [_enter_tensor(*pair, writes) for pair in zip(tensors(value), wanted, strict=True)]
-    return Entered(tuple(leaf for leaf, _ in pairs), like(value, [start for _, start in pairs]))
+    return Entered(tuple(caught for caught, _ in pairs), like(value, [given for _, given in pairs]))
 
 
 def _enter_tensor(tensor: Tensor, wanted: bool, writes: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,18 @@ class Care(NamedTuple):
         step: the step.
         draws: links that may draw random numbers, by number.
         hooked: links whose output's gradient may come back in another than the canonical form.
+        forwards: what runs each link about which nothing has to be done.
         writes: whether the first layer may write to its input.
     """
 
     step: int | None
     draws: frozenset[int]
     hooked: frozenset[int]
+    forwards: dict[int, Callable[[Any], Any]]
     writes: bool
+
+
+_NOT_LOOKED_AT: Final = Care(None, frozenset(), frozenset(), {}, True)
 
 
 class Layers:
@@ -93,7 +98,7 @@ class Layers:
     def cut_anew(self) -> None:
         """Forget what was found for a step: it is done again."""
         self._cut = Cut(None, [], [])
-        self._care = Care(None, frozenset(), frozenset(), True)
+        self._care = _NOT_LOOKED_AT
 
     def cut(self, step: int) -> Cut:
         """Return the links in groups, each with its own graph when a backward is split.
@@ -116,38 +121,39 @@ class Layers:
     def look_again(self) -> None:
         """Forget what was found out about the layers; whoever holds the stage may change them."""
         self._cut = Cut(None, [], [])
-        self._care = Care(None, frozenset(), frozenset(), True)
+        self._care = _NOT_LOOKED_AT
 
     def care(self, step: int) -> Care:
         """Return what has to be done about each layer; found anew in each step."""
         if self._care.step != step:
-            plain = [is_plain(module) for _, module in self.whole]
+            draws, hooked, forwards = set(), set(), {}
             # Whoever comes next gives the gradient of an output. Behind the last layer of a stage
             # that is the next stage: backward.py makes what comes from there canonical.
-            behind_is_fine = [*plain[1:], True]
-            self._care = Care(
-                step,
-                frozenset(
-                    link.layer for link, fine in zip(self.whole, plain, strict=True) if not fine
-                ),
-                frozenset(
-                    link.layer
-                    for link, fine in zip(self.whole, behind_is_fine, strict=True)
-                    if not fine
-                ),
-                not plain[0] if plain else True,
-            )
+            writes = behind_is_fine = True
+            for layer, module in reversed(self.whole):
+                fine = is_plain(module)
+                if not fine:
+                    draws.add(layer)
+                if not behind_is_fine:
+                    hooked.add(layer)
+                elif fine and module is not None:
+                    forwards[layer] = module.forward
+                writes, behind_is_fine = not fine, fine
+            self._care = Care(step, frozenset(draws), frozenset(hooked), forwards, writes)
         return self._care
 
     def run(self, links: Sequence[Link], value: Value, turn: Turn) -> Value:
         """Run layers on `value`, one behind the other."""
         care = self.care(turn.step)
+        forwards, draws = care.forwards, care.draws
         for layer, module in links:
             # A loss may draw random numbers too; it counts as the layer behind the last one.
-            if layer in care.draws:
+            if layer in draws:
                 self._randomness.seed_layer(layer, turn.step, turn.microbatch)
             try:
-                if module is None:
+                if layer in forwards:
+                    value = forwards[layer](value)
+                elif module is None:
                     value = self._loss(value, turn)
                 else:
                     value = _checked_output(layer, module(value), layer in care.hooked)

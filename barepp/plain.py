@@ -7,11 +7,13 @@ may write to. For small layers that costs as much as their arithmetic. A layer i
 1. its forward draws no random numbers,
 2. its forward does not write to its input,
 3. its backward gives a canonical gradient of its input when it is given a canonical one,
-4. its output is new memory: a layer behind it may write there without touching the input.
+4. its output is new memory: a layer behind it may write there without touching the input,
+5. and one tensor, which is canonical when the input is.
 
-The types below are. A type of your own says so by `plain = True` in its own class body; what is
-inherited does not count, for a subclass may do anything. A layer with hooks, with a forward of its
-own, or that works in place is not plain. Results are the same either way, bit for bit:
+The types below are, and their `forward` is called straight away, without the way that torch goes
+through hooks. A type of your own says so by `plain = True` in its own class body; what is inherited
+does not count, for a subclass may do anything. A layer with hooks, with a forward of its own, that
+is compiled or works in place is not plain. Results are the same either way, bit for bit:
 tests/test_plain.py holds each type to its word.
 """
 
@@ -23,17 +25,21 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 PLAIN: Final = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU})
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(layer: nn.Module | None) -> bool:
     """Return whether a layer is plain, now: hooks may come and go."""
     kind = type(layer)
-    if kind not in PLAIN and not vars(kind).get("plain", False):
+    if layer is None or (kind not in PLAIN and not vars(kind).get("plain", False)):
         return False
     if getattr(layer, "inplace", False) or "forward" in vars(layer):
         return False
+    if kind.__call__ is not nn.Module.__call__ or layer._compiled_call_impl is not None:
+        return False
     return not (
-        has_any_global_hook()  # type: ignore[no-untyped-call]
-        or any(getattr(layer, hooks) for hooks in _HOOKS)
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or has_any_global_hook()  # type: ignore[no-untyped-call]
     )

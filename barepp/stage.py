@@ -20,7 +20,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class _InFlight:
     start: Tensor | None  # on the last stage: d loss / d loss
     step: int
     inputs_done: bool = False
+
+
+_NO_TURN: Final = contextlib.nullcontext()
 
 
 class Stage:
@@ -118,18 +121,19 @@ class Stage:
                 f"stage {self.index}: a second forward of microbatch {microbatch} before its "
                 "backward; let each microbatch go forward once, then backward"
             )
-        wanted = input_requires_grad or [True] * len(tensors(x))
         if self.is_first:
-            wanted = [False] * len(wanted)
+            wanted: Sequence[bool] = [False] * len(tensors(x))
+        else:
+            wanted = input_requires_grad or [True] * len(tensors(x))
         turn = Turn(microbatch, step, target, loss_weight)
         run = self._run_and_forget if recompute else self._run
         with self._turn(step):
             kept, output = run(x, wanted, turn, split)
-        needed = tuple(tensor.requires_grad for tensor in tensors(output))
+        needed = tuple([tensor.requires_grad for tensor in tensors(output)])
         # (`loss.backward()` makes the same tensor.)
         start = torch.ones_like(tensors(output)[0]) if self.is_last else None  # []
         self._in_flight[microbatch] = _InFlight(kept, isinstance(x, Tensor), needed, start, step)
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
         return boundary.leave(output)
 
     def backward(self, microbatch: int, gradient: Gradient = None) -> Gradient:
@@ -140,18 +144,26 @@ class Stage:
         """
         flight = self._flight(microbatch, "backward")
         del self._in_flight[microbatch]
-        with self._computing("backward", microbatch, flight.step):
-            gradients = self._given(flight, gradient)
-            found = self._revived(flight).full(gradients, self._layers.cut(flight.step).weights)
+        try:
+            with self._turn(flight.step):
+                gradients = self._given(flight, gradient)
+                found = self._revived(flight).full(gradients, lambda: self._weights(flight.step))
+        except Exception as error:
+            self._note(error, "backward", microbatch)
+            raise
         return boundary.gradient_of(flight.input_is_tensor, found)
 
     def backward_inputs(self, microbatch: int, gradient: Gradient = None) -> Gradient:
         """I: as `backward`, but leave the weights' gradients for `backward_weights`."""
         flight = self._flight(microbatch, "input gradients (I)")
-        with self._computing("input gradients (I)", microbatch, flight.step):
-            gradients = self._given(flight, gradient)
-            flight.kept = self._revived(flight)
-            found = flight.kept.inputs(gradients)
+        try:
+            with self._turn(flight.step):
+                gradients = self._given(flight, gradient)
+                flight.kept = self._revived(flight)
+                found = flight.kept.inputs(gradients)
+        except Exception as error:
+            self._note(error, "input gradients (I)", microbatch)
+            raise
         flight.inputs_done = True
         return boundary.gradient_of(flight.input_is_tensor, found)
 
@@ -164,9 +176,13 @@ class Stage:
                 "input gradients (I); let I come first, and each I have one W"
             )
         del self._in_flight[microbatch]
-        with self._computing("weight gradients (W)", microbatch, flight.step):
-            assert isinstance(flight.kept, Backward)
-            flight.kept.weights(self._layers.cut(flight.step).weights)
+        try:
+            with self._turn(flight.step):
+                assert isinstance(flight.kept, Backward)
+                flight.kept.weights(self._weights(flight.step))
+        except Exception as error:
+            self._note(error, "weight gradients (W)", microbatch)
+            raise
 
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
@@ -252,6 +268,10 @@ class Stage:
         with torch.enable_grad(), kept.buffers.as_they_were():
             return self._run(kept.value, kept.wanted, kept.turn, kept.split)[0]
 
+    def _weights(self, step: int) -> Sequence[nn.Parameter]:
+        """Return the weights to be trained, which only a backward in two parts asks for."""
+        return self._layers.cut(step).weights
+
     def _given(self, flight: _InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
         start = flight.start if self.is_last else gradient
         return boundary.gradients_for(len(flight.output_requires_grad), start)
@@ -266,16 +286,12 @@ class Stage:
         return flight
 
     def _turn(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """The turn at the random generators, if any layer may draw."""
-        return self._randomness if self._layers.care(step).draws else contextlib.nullcontext()
+        """The turn at the random generators, if any layer may draw.
 
-    @contextlib.contextmanager
-    def _computing(self, what: str, microbatch: int, step: int) -> Iterator[None]:
-        # A turn of its own: a layer under torch.utils.checkpoint runs its forward again here, and
-        # so does a microbatch that is recomputed.
-        try:
-            with self._turn(step):
-                yield
-        except Exception as error:
-            add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")
-            raise
+        In a backward too: a layer under torch.utils.checkpoint runs its forward again there, and so
+        does a microbatch that is recomputed.
+        """
+        return self._randomness if self._layers.care(step).draws else _NO_TURN
+
+    def _note(self, error: Exception, what: str, microbatch: int) -> None:
+        add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")

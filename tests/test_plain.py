@@ -46,6 +46,7 @@ def test_a_plain_layer_keeps_its_word(kind, rows, training):
     value = torch.randn(*rows, SIZE).requires_grad_()
     before, version, state = value.detach().clone(), value._version, torch.get_rng_state()
     output = layer(value)
+    assert type(output) is torch.Tensor and canonical(output) is output
     assert output.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     assert value._version == version
@@ -64,6 +65,15 @@ class Inheriting(LinearReLU):
         return functional.dropout(super().forward(x), 0.5)
 
 
+class Calling(LinearReLU):
+    """Its forward is not all that a call does."""
+
+    plain = True
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(self.forward(x), 0.5)
+
+
 def test_what_is_not_plain():
     with_hook = nn.Linear(2, 2)
     assert is_plain(with_hook)
@@ -73,7 +83,9 @@ def test_what_is_not_plain():
     assert is_plain(with_hook)
     patched = nn.Linear(2, 2)
     patched.forward = functional.dropout  # type: ignore[method-assign,assignment]
-    for layer in (nn.SiLU(inplace=True), patched):
+    compiled = nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    for layer in (nn.SiLU(inplace=True), patched, compiled, Calling(2, 2)):
         assert not is_plain(layer)
     handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
     assert not is_plain(with_hook)
@@ -97,8 +109,10 @@ def test_care_is_taken_of_all_that_is_not_plain_and_of_nothing_else():
     linear, dropout = nn.Linear(2, 2), nn.Dropout()
     care = layers_of(linear, dropout, linear).care(0)
     assert (care.draws, care.hooked, care.writes) == ({4}, {3}, False)
+    assert care.forwards == {5: linear.forward}  # what 3 makes goes to a layer that is not plain
     care = layers_of(dropout, linear, loss=True).care(0)
     assert (care.draws, care.hooked, care.writes) == ({3, 5}, {4}, True)
+    assert not care.forwards
 
 
 def test_hooks_that_come_between_steps_are_seen():
