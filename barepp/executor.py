@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -248,6 +249,7 @@ class Executor:
         return unpack_activation(taken)
 
 
+@lru_cache(maxsize=4096)  # the same actions in every step
 def _input_tag(action: Action) -> int:
     """Return the tag under which an action's input comes: an activation or a gradient."""
     stage, kind, microbatch = action
@@ -255,6 +257,7 @@ def _input_tag(action: Action) -> int:
     return _FIRST_TAG - named(stage, microbatch)
 
 
+@lru_cache(maxsize=4096)
 def _output_tag(action: Action) -> int:
     """Return the tag under which the next stage (the previous one, backwards) awaits the result."""
     stage, kind, microbatch = action
