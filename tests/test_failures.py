@@ -176,7 +176,7 @@ def test_who_is_told_before_its_first_action_knows_what_it_was_about() -> None:
     def work(world: barepp.World) -> str:
         pipe = barepp.Pipeline(world, barepp.mlp(3, 8), torch.nn.functional.cross_entropy)
         inputs, targets = torch.ones(8, 64), torch.zeros(8, dtype=torch.int64)
-        batch = pipe._batch(inputs, targets, training=True)
+        batch = pipe._batch(inputs, targets, with_targets=True)
         world.barrier()
         world.transport.abort(barepp.JobFailed(barepp.Failure(0, "exit", "it is gone")))
         try:
