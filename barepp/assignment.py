@@ -24,6 +24,7 @@ class Membership:
         address: where the other hosts reach this one; "" is where it reaches the rendezvous from.
         local_rank: its number among the ranks of its host.
         silence_s: how long a host may give no sign of life; 0 for ever.
+        alone_s: how long a worker process goes on when its control connection has ended.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Membership:
     address: str = ""
     silence_s: float = 0.0
     local_rank: int = 0
+    alone_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

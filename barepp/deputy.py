@@ -97,8 +97,9 @@ class Deputy:
         better = self._hooks.explain() if status else None
         if better is not None:
             self.fail(better)
-        rank, killed = member.rank, member.killed
-        self._link.send({"record": "ended", "rank": rank, "status": status, "killed": killed})
+        member.doing = member.doing or member.cut_off or ""  # node 0 cannot have heard it
+        how = {"status": status, "killed": member.killed, "cut_off": member.cut_off}
+        self._link.send({"record": "ended", "rank": member.rank, **how})
         self._events.write("ended", member.rank, exit_code=status)
 
     def fail(self, failure: Failure) -> None:

@@ -76,6 +76,12 @@ def failure_of_exit(
     return Failure(rank, "exit", message, exit_code=exit_code, doing=doing)
 
 
+def failure_of_cut_off(rank: int, doing: str) -> Failure:
+    """Return the failure of a rank that ended because it had lost its control connection alone."""
+    message = "its control connection to the launcher broke, and no rank goes on without that"
+    return Failure(rank, "lost", message, exit_code=1, doing=doing)
+
+
 def exit_code_of(error: SystemExit) -> int:
     """Return the exit code that a process gets which ends by this exception: 0 ... 255."""
     if error.code is None:

@@ -18,10 +18,10 @@ from barepp.member import Member, Options
 from barepp.nodes import Link, Nodes, node_of, share
 from barepp.referee import Hooks, Referee
 from barepp.watch import Watch
-from transport.errors import Failure, ProtocolError
+from transport.errors import Failure, ProtocolError, printable
 from transport.handshake import Verdict
 from transport.happenings import Event, EventKind
-from transport.rendezvous import RendezvousServer
+from transport.rendezvous import DOING_LIMIT, RendezvousServer
 
 LAST_REPORTS_S: Final = 2.0  # after the grace, for other launchers to say how their ranks ended
 ASK_S: Final = 0.5  # for other launchers to ask their ranks for their stacks
@@ -189,7 +189,9 @@ class HeadReferee(Referee):
                 self._events.write("started", self._member(node, rank).rank, pid=pid)
             case {"record": "ended", "rank": int(rank), "status": int(status), "killed": killed}:
                 member = self._member(node, rank)
-                member.killed = killed is True
+                member.killed, cut_off = killed is True, record.get("cut_off")
+                if isinstance(cut_off, str):
+                    member.cut_off = printable(cut_off, DOING_LIMIT)
                 self.ended(member, status)
             case {"record": "failed", "failure": failure}:
                 # Whoever it names: a launcher speaks for itself alone.

@@ -35,6 +35,7 @@ from transport.errors import Failure
 from transport.handshake import new_secret
 from transport.rendezvous import RendezvousServer
 
+ALONE_S: Final = 1.0  # from the end of the launcher to that of its ranks
 FAR_GRACE_S: Final = 2 * BEAT_S  # ranks that lose node 0's host notice that by themselves
 
 
@@ -163,6 +164,7 @@ class Job:
             spread=self._nodes is not None,
             address=self._nodes.own_address() if self._nodes is not None else "",
             silence_s=options.heartbeat_s,
+            alone_s=self._alone_s(),
             local_rank=number - self._share().start,
         )
         assignment = Assignment(membership, self._task, nursery.parent_pid, options.rehearsal)
@@ -190,6 +192,15 @@ class Job:
         self._selector.register(ended_fd, selectors.EVENT_READ, lambda: self._on_end(rank))
         self._selector.register(result, selectors.EVENT_READ, lambda: self._on_result(rank))
         self._events.write("started", number, pid=process.pid)
+
+    def _alone_s(self) -> float:
+        """Return how long a rank may go on that has lost its control connection.
+
+        Our own ranks have then lost us, so nobody else would end them. The ranks of another node
+        have lost node 0, and their own launcher, which lives, gives them their grace.
+        """
+        here = self._nodes is None or self._nodes.node == 0
+        return ALONE_S + (0.0 if here else FAR_GRACE_S + self._options.grace_s)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -235,6 +246,8 @@ class Job:
         self._selector.unregister(rank.ended_fd)
         rank.kill_started()
         self._orphaned = self._orphaned or self._nursery.tells_nothing(rank.ended_fd)
+        rank.result.read()
+        rank.cut_off = rank.result.cut_off()
         rank.process.is_alive()  # (collects the exit code, and unlike `join` cannot wait)
         code = rank.process.exitcode
         self._referee.ended(rank, 1 if code is None else code)

@@ -15,6 +15,7 @@ from barepp.stack_dump import StackPipe
 from transport.errors import Failure
 
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
+CUT_OFF: Final = (1 << 64) - 1  # stands there when the text is what the rank was about instead
 READ_NBYTES: Final = 1024 * 1024
 KILL_WAIT_S: Final = 5.0  # from SIGKILL to the end of the process
 MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
@@ -47,6 +48,12 @@ class ResultReader:
         (nbytes,) = LENGTH.unpack_from(self._data)
         whole = len(self._data) == LENGTH.size + nbytes
         return memoryview(self._data)[LENGTH.size :] if whole else None
+
+    def cut_off(self) -> str | None:
+        """Return what the rank was about when it lost its control connection; None otherwise."""
+        if not self._data.startswith(LENGTH.pack(CUT_OFF)):
+            return None
+        return self._data[LENGTH.size :].decode(errors="replace")
 
     def close(self) -> None:
         """Take what nobody has read yet, then close the pipe."""
@@ -82,6 +89,8 @@ class Member:
         doing: what it was about when it was told of another rank's failure.
         stacks: its Python stacks, when it was asked for them.
         killed: whether the launcher killed it.
+        cut_off: what it was about when its control connection broke, and nobody had told it a
+            failure; None when it has not said so.
     """
 
     rank: int
@@ -95,6 +104,7 @@ class Member:
     doing: str = ""
     stacks: str = ""
     killed: bool = False
+    cut_off: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)

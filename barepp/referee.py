@@ -26,7 +26,7 @@ from typing import Final
 
 from barepp.beats import Beat
 from barepp.events import EventLog
-from barepp.failures import failure_of_exit
+from barepp.failures import failure_of_cut_off, failure_of_exit
 from barepp.member import Member
 from barepp.watch import Watch
 from transport.errors import Failure
@@ -189,7 +189,10 @@ class Referee:
             better = self._hooks.explain()
             if better is not None:
                 self.fail(better)
-            self.fail(failure_of_exit(member.rank, status, member.doing, heard=heard))
+            if member.cut_off is not None:
+                self.fail(failure_of_cut_off(member.rank, member.cut_off))
+            else:
+                self.fail(failure_of_exit(member.rank, status, member.doing, heard=heard))
         self._events.write("ended", member.rank, exit_code=status)
         self._check_missing()
 

@@ -23,7 +23,7 @@ import threading
 import warnings
 import weakref
 from multiprocessing import forkserver
-from typing import Any, Final
+from typing import Any
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch comes
 
@@ -33,13 +33,12 @@ from barepp.ending import fail, flush, leave, report_threads  # noqa: E402
 from barepp.errors import UsageError  # noqa: E402
 from barepp.failures import exit_code_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
-from barepp.member import LENGTH  # noqa: E402
+from barepp.member import CUT_OFF, LENGTH  # noqa: E402
 from barepp.probe import rehearse  # noqa: E402
 from barepp.stack_dump import write_stacks_to  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
-from transport.errors import Failure, JobFailed, TransportError  # noqa: E402
-
-_LAST_WORDS_S: Final = 1.0  # between the launcher's end and ours
+from transport.errors import JobFailed, TransportError  # noqa: E402
+from transport.rendezvous import DOING_LIMIT  # noqa: E402
 
 
 def main(assignment: Assignment, pipes: Pipes) -> None:
@@ -58,7 +57,8 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     except TransportError as error:  # the launcher has gone, or a stranger sits at its port
         print(f"rank {membership.rank}: {error}", file=sys.stderr)
         leave(1)
-    control.on_failure(lambda failure: _end_with_launcher(control))
+    last_words = _LastWords(pipes.result.fileno(), control)
+    control.on_failure(lambda failure: last_words.end_after(membership.alone_s))
     notes, probe = rehearse(membership.rank, assignment.rehearsal)
     joining.enlist(membership, control, probe)
     myself = os.getpid()
@@ -71,8 +71,8 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
             _leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
-            if control.cut_off and isinstance(error, JobFailed):
-                _say_why(membership.rank, error.failure)
+            if isinstance(error, JobFailed):
+                last_words.say(error.doing)
             fail(membership.rank, control, error, notes)
         raise
     atexit._run_exitfuncs()  # the fork server ends its children without them
@@ -128,23 +128,38 @@ def _leave_world_left_open() -> None:
         world.close()
 
 
-def _end_with_launcher(control: ControlClient) -> None:
-    """Without the launcher nobody can end this process: do it ourselves, a moment later.
+class _LastWords:
+    """What a rank says, over the pipe for its result, that has lost its control connection alone.
 
-    The moment lets the main thread raise what it was just told. A launcher that is there, and has
-    told us of another one's loss, gives us its grace and ends us itself.
+    If the launcher lives, it sees an exit code; what that means, only the rank knows.
     """
-    if control.cut_off:
-        timer = threading.Timer(_LAST_WORDS_S, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
 
+    def __init__(self, fd: int, control: ControlClient) -> None:
+        self._fd = fd
+        self._control = control
+        self._first = threading.Lock()
 
-def _say_why(rank: int, failure: Failure) -> None:
-    """The launcher cannot be told. If it lives after all, this is what people will see."""
-    with contextlib.suppress(Exception):  # it does not, or the script has closed the stream
-        text = f"barepp: rank {rank} ends because its control connection has: {failure.message}"
-        print(text, file=sys.stderr)
+    def say(self, doing: str) -> None:
+        """Say once that the connection has broken; nothing if it has not."""
+        if self._control.cut_off and self._first.acquire(blocking=False):
+            with contextlib.suppress(OSError):  # the launcher is gone
+                os.write(self._fd, LENGTH.pack(CUT_OFF) + doing.encode()[:DOING_LIMIT])
+
+    def end_after(self, seconds: float) -> None:
+        """Without the launcher nobody can end this process: do it ourselves, a moment later.
+
+        The moment lets the main thread raise what it was just told. A launcher that is there, and
+        has told us of another one's loss, gives us its grace and ends us itself.
+        """
+        if self._control.cut_off:
+            timer = threading.Timer(seconds, self._end)
+            timer.daemon = True
+            timer.start()
+
+    def _end(self) -> None:
+        world = joining.current_world()
+        self.say(world.position() if world is not None else "")
+        os._exit(1)
 
 
 def _be_no_rank() -> None:

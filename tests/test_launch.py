@@ -485,19 +485,32 @@ def test_checksum_reaches_every_ranks_transport(tmp_path):
     assert [finished.said(rank) for rank in (0, 1)] == [["sums True"]] * 2
 
 
-def test_a_rank_that_alone_loses_the_launcher_says_why_it_ends(tmp_path: Path) -> None:
+BROKE = "its control connection to the launcher broke, and no rank goes on without that"
+
+
+@pytest.mark.parametrize(
+    ("then", "doing"),
+    [
+        ("world.recv(0)", " while waiting for a message from rank 0 with tag 0"),
+        ("world.barrier()", " while waiting at a barrier"),
+        ("time.sleep(60)", ""),
+    ],
+)
+def test_a_rank_that_alone_loses_the_launcher_says_why_it_ends(
+    then: str, doing: str, tmp_path: Path
+) -> None:
     """The launcher sees an exit code; what it means, only the rank knows."""
     text = """
-        import barepp, socket
+        import barepp, socket, time
         from barepp import joining
         with barepp.init() as world:
             world.barrier()
             if world.rank == 1:
                 joining._process.control._stream.socket.shutdown(socket.SHUT_RDWR)
-            world.recv(1 - world.rank)
+                THEN
+            world.recv(1)
     """
-    job = run_job(tmp_path, text)
-    assert job.code == 1
-    words = "barepp: rank 1 ends because its control connection has: the launcher, which served"
-    assert f"[rank 1] {words} the rendezvous, is gone\n" in job.err
-    assert "barepp: rank 1 failed: its process ended with exit code 1" in job.err
+    job = run_job(tmp_path, text.replace("THEN", then))
+    assert (job.code, job.failed["cause"]) == (1, "lost")
+    assert f"barepp: rank 1 failed{doing}: {BROKE}\n" in job.err
+    assert re.search("barepp: rank 0 (was told|failed as well)", job.err)  # (it lost rank 1)

@@ -170,8 +170,8 @@ def test_a_data_connection_that_stands_still(network: Network, tmp_path: Path, s
     ("act", "says"),
     [
         (Act.FLIP, "its control connection sent nonsense: the metadata's checksum does not match"),
-        (Act.RESET, ""),
-        (Act.FINISH, ""),
+        (Act.RESET, "its control connection to the launcher broke"),
+        (Act.FINISH, "its control connection to the launcher broke"),
         (Act.STALL, "no sign of life for 1"),
     ],
     ids=lambda value: value.name if isinstance(value, Act) else "",
@@ -194,8 +194,8 @@ def test_a_control_connection_that_breaks_on_its_way_to_the_launcher(
     ("act", "says"),
     [
         (Act.FLIP, "what the launcher says to it makes no sense: the metadata's checksum"),
-        (Act.RESET, ""),
-        (Act.FINISH, ""),
+        (Act.RESET, "its control connection to the launcher broke"),
+        (Act.FINISH, "its control connection to the launcher broke"),
     ],
     ids=lambda value: value.name if isinstance(value, Act) else "",
 )
