@@ -32,16 +32,19 @@ from transport.tensors import MessageSpec, TensorSpec, memory, payload_sum
 from transport.wire import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
-sockets_only = pytest.mark.parametrize("name", list(worlds.SOCKETS))
+SOCKETS = [*worlds.SOCKETS, *worlds.ON_GPU[1:]]
+NAMES = [*worlds.NAMES, *worlds.ON_GPU]
+sockets_only = pytest.mark.parametrize("name", SOCKETS)
 
 
-def seeds(count: int, names: Sequence[str] = worlds.NAMES) -> pytest.MarkDecorator:
-    """Repeat a test with other random numbers; over gloo, where it takes longest, once."""
-    cases = [(name, seed) for name in names for seed in range(1 if name == "gloo" else count)]
+def seeds(count: int, names: Sequence[str] = NAMES) -> pytest.MarkDecorator:
+    """Repeat a test with other random numbers; where it takes longest, once."""
+    once = ("gloo", *worlds.ON_GPU)
+    cases = [(name, seed) for name in names for seed in range(1 if name in once else count)]
     return pytest.mark.parametrize(("name", "seed"), cases)
 
 
-@pytest.fixture(params=worlds.NAMES)
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -343,6 +346,7 @@ def test_bytes_move_while_nobody_waits(pair: list[Any]) -> None:
     work = pair[1].irecv(0, into=target)
     sending = pair[0].isend(torch.ones(32 * MIB, dtype=torch.uint8), 1)
     eventually(lambda: work.is_completed() and sending.is_completed())
+    work.wait(0)
     assert target.sum() == 32 * MIB
 
 
@@ -502,7 +506,7 @@ def test_a_clogged_connection_does_not_keep_a_processor_busy(name: str) -> None:
         eventually(quiet)  # (the memory of what was on its way may have to be freed first)
 
 
-@seeds(2, list(worlds.SOCKETS))
+@seeds(2, SOCKETS)
 def test_tight_bounds_do_not_deadlock_or_reorder(name: str, seed: int) -> None:
     """Everyone floods everyone; reading stops and goes on all the time."""
     with worlds.world(name, 3, unexpected_limit=5000) as ranks:
@@ -683,7 +687,7 @@ def test_a_handler_that_breaks_ends_the_transport_with_a_named_error(
             ranks[0].close(SOON_S)
 
 
-@sockets_only
+@pytest.mark.parametrize("name", list(worlds.SOCKETS))
 def test_no_memory_for_a_message_fails_the_receive_that_it_was_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -882,7 +886,7 @@ def test_simultaneous_first_contact(name: str, seed: int) -> None:
             for rank, got in enumerate(on_all_ranks(ranks, meet)):
                 others = [other for other in range(4) if other != rank]
                 assert got == [[10 * other + i for i in range(3)] for other in others]
-            if name != "inproc":
+            if not name.startswith("inproc"):
                 connected = [
                     (rank.rank, other)
                     for rank in ranks
@@ -931,7 +935,7 @@ def test_all_to_all_with_checksums(name: str, seed: int) -> None:
 # -- a receive that timed out is taken back --------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", worlds.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("given", [False, True], ids=["fresh", "into"])
 def test_a_recv_that_timed_out_leaves_the_message_to_the_next_one(name: str, given: bool) -> None:
     with worlds.world(name, 2) as (one, other):
@@ -946,7 +950,7 @@ def test_a_recv_that_timed_out_leaves_the_message_to_the_next_one(name: str, giv
         assert into.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+@pytest.mark.parametrize("name", SOCKETS)
 @pytest.mark.parametrize("given", [False, True], ids=["fresh", "into"])
 @pytest.mark.parametrize("next_waits", [False, True])
 def test_a_recv_that_timed_out_in_the_midst_of_its_message(
@@ -985,7 +989,7 @@ def test_two_ranks_that_send_more_than_the_bound_before_they_receive_do_not_dead
         assert worlds.on_all_ranks(transports, swap) == [16 * 2**20] * 2
 
 
-@pytest.mark.parametrize("name", list(worlds.SOCKETS))
+@pytest.mark.parametrize("name", SOCKETS)
 def test_a_payload_that_changes_on_its_way_is_an_error_when_sums_are_on(name: str) -> None:
     with worlds.world(name, 2, checksum=True) as (one, other):
         for tensors in (torch.arange(5, dtype=torch.int8), (torch.zeros(9), torch.ones(0))):

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import on_gpu
+from fake_gpu import FakeGpu
+
 from transport.addresses import Address
 from transport.contract import Transport
 from transport.errors import TransportClosed
@@ -25,26 +28,36 @@ SOCKETS: dict[str, type[TcpTransport]] = {
     "gloo": GlooTransport,
 }
 NAMES = ["inproc", *SOCKETS]
+ON_GPU = ["inproc+gpu", "tcp+gpu"]
 SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded
 
 Result = TypeVar("Result")
 
 
 def make(name: str, world_size: int, **options: Any) -> list[Any]:
-    """Return the transports of a world, in rank order; `options` are for sockets alone."""
+    """Return the transports of a world, in rank order; `options` are for sockets alone.
+
+    Those of a name with "+gpu" have a fake GPU each, and bring every tensor there and back.
+    """
     if name == "inproc":
         return list(InprocHub(world_size).transports())
+    if name == "inproc+gpu":
+        hub = InprocHub(world_size)
+        return [on_gpu.InprocOnGpu(hub, rank, gpu=FakeGpu(rank)) for rank in range(world_size)]
     secret = new_secret()
     return make_from_secrets(name, [secret] * world_size, **options)
 
 
 def make_from_secrets(name: str, secrets: list[bytes], **options: Any) -> list[TcpTransport]:
     """Return socket transports of which each has a secret of its own."""
-    cls = SOCKETS[name]
+    cls = on_gpu.SOCKETS.get(name) or SOCKETS[name]
+    gpus = options.pop("gpus", None)
+    if gpus is None:
+        gpus = [FakeGpu(rank) if name in on_gpu.SOCKETS else None for rank in range(len(secrets))]
     listening = [cls.listen() for _ in secrets]
     book: dict[int, Address] = {rank: address for rank, (_, address) in enumerate(listening)}
     return [
-        cls(rank, len(secrets), book, listening[rank][0], secret, **options)
+        cls(rank, len(secrets), book, listening[rank][0], secret, gpu=gpus[rank], **options)
         for rank, secret in enumerate(secrets)
     ]
 
@@ -58,6 +71,8 @@ def world(name: str, world_size: int, **options: Any) -> Iterator[list[Any]]:
     finally:
         for transport in transports:
             transport.abort(TransportClosed("the test is over"))
+            if transport.gpu is not None:
+                transport.gpu.close()
 
 
 def start(function: Callable[[], Result]) -> Future[Result]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transport.contract import Transport
     from transport.errors import (
+        DeviceError,
         Failure,
         InvalidArgument,
         JobFailed,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transport.work import Work
 
 _HOMES = {
+    "DeviceError": "transport.errors",
     "Failure": "transport.errors",
     "InvalidArgument": "transport.errors",
     "JobFailed": "transport.errors",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DeviceError",
     "Failure",
     "InvalidArgument",
     "JobFailed",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import ipaddress
 import os
 import secrets
+import select
 import socket
+import termios
 from pathlib import Path
 from typing import Final
 
@@ -191,6 +194,20 @@ def tune_for(sock: socket.socket, nbytes: int) -> None:
     if _within_host(sock):
         buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else BUFFER_OF_LARGE_NBYTES
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_nbytes)
+
+
+def acknowledged(sock: socket.socket) -> bool:
+    """Whether all that was sent is with the peer's kernel, so that it outlives this side.
+
+    A TCP socket that is closed with bytes left to read resets the connection at once, and what it
+    still had to send is lost. tcp(7): SIOCOUTQ is what the other side has not acknowledged. A Unix
+    stream hands over at once, there is nothing in between.
+    """
+    if sock.family == socket.AF_UNIX or not any(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))):
+        return True
+    poller = select.poll()
+    poller.register(sock, 0)
+    return bool(poller.poll(0))  # a hang-up or an error: nobody is left to acknowledge
 
 
 def _family(host: str, port: int) -> socket.AddressFamily:

@@ -105,6 +105,12 @@ class ApartCarrier(Carrier):
         while self.leaving:
             self.leaving.popleft().fail(error)
 
+    def join(self) -> None:
+        """Wait for the threads of a connection that has ended."""
+        super().join()
+        for lane in (self.outgoing, self.incoming):
+            lane.join()
+
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and its payload by the lane if that is its way."""
         if not self._means.goes_apart(spec, tensors):
@@ -149,7 +155,7 @@ class ApartCarrier(Carrier):
         """Take note that the stream is over, which it is after a goodbye in any case."""
         if self.parting:
             self.close_socket()
-        elif self._means.closing and self.leaving and not self._queue.frames:
+        elif self._means.closing and self.leaving and self._queue.empty:
             self.close_socket()  # (it may have hung up in answer to our goodbye)
             self._part(lambda: Carrier._end(self, error))
         else:
@@ -284,14 +290,6 @@ class ApartTransport(UnixTransport):
     def ready(self) -> object:
         """Return what a group has to await before it touches the tensors that are posted now."""
         return None
-
-    def abort(self, error: TransportError) -> None:
-        """Fail everything that waits, close every socket, end every lane and stop."""
-        super().abort(error)
-        for peer in list(self._peers.values()):
-            assert isinstance(peer.connection, ApartCarrier)
-            for lane in (peer.connection.outgoing, peer.connection.incoming):
-                lane.join()
 
 
 def _brief(error: Exception) -> str:

@@ -7,17 +7,14 @@ calls of `Owner`. Everything here runs under the lock of `Progress`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import select
 import socket
-import termios
 from collections.abc import Callable, Sequence
 from select import EPOLLIN, EPOLLOUT
 from typing import Any, Final, Protocol
 
 import torch
 
-from transport.addresses import tune
+from transport.addresses import acknowledged, tune
 from transport.decoder import Decoder, PayloadDone
 from transport.errors import PeerLost, ProtocolError, TransportError
 from transport.mailbox import Arrival
@@ -25,7 +22,7 @@ from transport.outgoing import Buffer, OutgoingQueue
 from transport.progress import Progress
 from transport.tensors import MessageSpec, fill, memory
 from transport.wire import MESSAGES, Frame, FrameKind, Limits, check_crc, encode, unpack
-from transport.work import Work
+from transport.work import Send, Work
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
 WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise
@@ -73,22 +70,8 @@ class Connection:
 
     @property
     def flushed(self) -> bool:
-        """Whether all that was queued is with the peer's kernel, so that it outlives this side.
-
-        A TCP socket that is closed with bytes left to read resets the connection at once, and what
-        it still had to send is lost. tcp(7): SIOCOUTQ is what the other side has not acknowledged.
-        A Unix stream hands over at once, there is nothing in between.
-        """
-        if self._queue.frames:
-            return False
-        if self.socket is None or self.socket.family == socket.AF_UNIX:
-            return True
-        unacknowledged = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-        if not any(unacknowledged):
-            return True
-        poller = select.poll()
-        poller.register(self.socket, 0)
-        return bool(poller.poll(0))  # a hang-up or an error: nobody is left to acknowledge
+        """Whether all that was queued is with the peer's kernel, so that it outlives this side."""
+        return self._queue.empty and (self.socket is None or acknowledged(self.socket))
 
     @property
     def connected(self) -> bool:
@@ -137,7 +120,7 @@ class Connection:
         )
         self._sequence += 1
         frame: list[Buffer] = [head] if short else [head, *views]
-        first = self.socket is not None and not self._queue.frames
+        first = self.socket is not None and not self._queue.frames and not self._queue.behind
         nbytes = self._offer(frame) if first else 0
         if nbytes == sum(map(len, frame)):  # the usual case
             if work is not None:
@@ -147,6 +130,25 @@ class Connection:
         self._queue.sent(nbytes)
         if first:
             self._flush()
+
+    def take_place(
+        self, spec: MessageSpec, work: Send
+    ) -> Callable[[FrameKind, int, Sequence[torch.Tensor]], None]:
+        """Queue a message whose payload is not in memory yet; later ones stay behind it.
+
+        What is returned is to be called, under the lock, with the frame's kind, word and tensors.
+        """
+        encode(FrameKind.MESSAGE, 0, spec.packed, spec.nbytes, self._limits)  # says so now
+        sequence, place = self._sequence, self._queue.take_place(work)
+        self._sequence += 1
+
+        def fill(kind: FrameKind, word: int, tensors: Sequence[torch.Tensor]) -> None:
+            head = encode(kind, sequence, spec.packed, spec.nbytes, tag=work.tag, word=word)
+            self._queue.fill_place(place, [head, *map(memory, tensors)], tensors)
+            if self.socket is not None:
+                self._flush()
+
+        return fill
 
     def _offer(self, frame: list[Buffer]) -> int:
         """Offer a frame to the kernel; return how many bytes it took."""

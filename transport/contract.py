@@ -118,6 +118,8 @@ class Transport(abc.ABC):
                 raise InvalidArgument(f"`into` is {filled}, `expect` says {expected}")
             expected = filled
         receive = Receive(self, src, tag, into, expected)
+        if self.gpu is not None and into is not None:
+            receive.reserve(self.gpu)
         try:
             self.post_receive(receive)
         except JobFailed as error:

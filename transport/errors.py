@@ -4,6 +4,7 @@ Who broke it decides the class:
 
 1. this rank, by a wrong call           -> `InvalidArgument`, `MessageMismatch`, `TransportClosed`
    this rank, by a bug of the transport -> `InternalError`
+   this rank, by its GPU                -> `DeviceError`
 2. the other side of one connection     -> `PeerLeft` (orderly), `PeerLost` (not), `ProtocolError`
 3. some rank of the job, maybe far away -> `JobFailed`, which carries the first cause as a `Failure`
 4. nobody yet, time has run out         -> `WaitTimeout`
@@ -44,6 +45,10 @@ class TransportClosed(TransportError):
 
 class InternalError(TransportError):
     """The transport broke, or was interrupted, in the midst of its work and cannot go on."""
+
+
+class DeviceError(TransportError):
+    """This rank's GPU refused something, or tells now of an error that it met earlier."""
 
 
 class WaitTimeout(TransportError, TimeoutError):

@@ -3,45 +3,178 @@
 A transport without a `Gpu` moves CPU tensors alone and never comes here. Tests put a fake in its
 place: memory and events that are shared between processes, and streams whose copies come late.
 
+1. Copies run on two streams of the transport's own, `sends` and `receives`, never on the caller's.
+   Events order them with the caller's work (rule 9 of the contract).
+2. No method waits for the GPU. Only a thread that is made for that may call `Event.synchronize`.
+3. Every call may be the one that tells of an earlier error of the device, as a RuntimeError; who
+   calls wraps it in `gate`, which says whose GPU it was and what was being done.
+
 `Cuda` has not yet run on hardware.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 
-from transport.errors import UnknownTransport
+from transport.errors import DeviceError, UnknownTransport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transport.addresses import Address
+    from transport.tensors import TensorSpec
 
 CPU: Final = torch.device("cpu")
+Stream = Any  # what is given to one runs in that order; torch.cuda.Stream, and in tests a thread
+
+
+class Event(Protocol):
+    """A place in a stream; torch.cuda.Event is one."""
+
+    def record(self, stream: Stream) -> None:
+        """Become the place after all that the stream was given so far."""
+
+    def wait(self, stream: Stream) -> None:
+        """Let what the stream is given from now on come after this."""
+
+    def query(self) -> bool:
+        """Whether the device has come here."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the device has come here."""
 
 
 class Gpu(Protocol):
     """One rank's GPU, as its transport sees it."""
 
     device: torch.device
+    sends: Stream
+    receives: Stream
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is this GPU's."""
 
+    def current(self) -> Stream:
+        """Return the calling thread's current stream."""
+
+    def now(self) -> Event:
+        """Return an event of all that the calling thread's current stream was given."""
+
+    def mark(self, stream: Stream) -> Event:
+        """Return an event of all that a stream was given."""
+
+    def fresh(self, spec: TensorSpec) -> torch.Tensor:
+        """Return new memory of this GPU, for `receives` to write first."""
+
+    def pinned(self, spec: TensorSpec) -> torch.Tensor:
+        """Return new memory of the CPU that a copy can run beside the CPU's work from or to."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Give a stream the copy of one contiguous tensor over another of the same spec."""
+
+    def used(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Keep the memory of a tensor, when it is freed, until the stream has come so far."""
+
+
+class Copy(NamedTuple):
+    """A copy that was given to one of the transport's streams, for whoever measures."""
+
+    direction: str  # "send" or "receive"
+    nbytes: int
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+
 
 class Cuda:
-    """A GPU over CUDA. To make one initialises CUDA: never in a process that forks ranks later."""
+    """A GPU over CUDA. To make one initialises CUDA: never in a process that forks ranks later.
+
+    `on_copy`, where it is set, is told of every copy, with two events around it that measure time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
+        self.sends: Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.receives: Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.on_copy: Callable[[Copy], None] | None = None
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is this GPU's."""
         return tensor.device == self.device
+
+    def current(self) -> Stream:
+        """Return the calling thread's current stream."""
+        return torch.cuda.current_stream(self.device)
+
+    def now(self) -> Event:
+        """Return an event of all that the calling thread's current stream was given."""
+        return self.mark(self.current())
+
+    def mark(self, stream: Stream) -> Event:
+        """Return an event of all that a stream was given."""
+        # (A thread that waits for it sleeps, rather than look again and again.)
+        event: Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+    def fresh(self, spec: TensorSpec) -> torch.Tensor:
+        """Return new memory of this GPU, for `receives` to write first."""
+        with torch.cuda.stream(self.receives):
+            return spec.allocate(self.device)
+
+    def pinned(self, spec: TensorSpec) -> torch.Tensor:
+        """Return page-locked memory; torch uses it again once the copies from and to it are over.
+
+        (CUDA Programming Guide, "Page-Locked Host Memory": only with that do copies overlap.)
+        """
+        with torch.inference_mode(mode=False):
+            return torch.empty(spec.shape, dtype=spec.dtype, device=CPU, pin_memory=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Give a stream the copy of one contiguous tensor over another of the same spec."""
+        with torch.cuda.stream(stream), torch.inference_mode(), self._measured(stream, target):
+            target.copy_(source, non_blocking=True)
+
+    def used(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Keep the memory of a tensor, when it is freed, until the stream has come so far."""
+        if tensor.device.type == "cuda":
+            tensor.record_stream(stream)
+
+    @contextlib.contextmanager
+    def _measured(self, stream: Stream, moved: torch.Tensor) -> Iterator[None]:
+        if self.on_copy is None:
+            yield
+            return
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record(stream)
+        yield
+        ended.record(stream)
+        direction = "send" if stream is self.sends else "receive"
+        self.on_copy(Copy(direction, moved.nbytes, began, ended))
+
+
+@contextlib.contextmanager
+def gate(rank: int, doing: str) -> Iterator[None]:
+    """Turn what torch raises for the GPU into one error that names the rank and the action."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.AcceleratorError and torch.OutOfMemoryError are ones
+        text = str(error).strip().partition("\n")[0]
+        late = "" if isinstance(error, torch.OutOfMemoryError) else LATE
+        raise DeviceError(f"rank {rank}'s GPU failed, noticed while {doing}: {text}{late}") from (
+            error.with_traceback(None)
+        )
+
+
+LATE: Final = (
+    " (CUDA tells of errors late: the cause may be anything that this rank gave its GPU before; "
+    "CUDA_LAUNCH_BLOCKING=1 shows what)"
+)
 
 
 def local_gpu(rank: int, addresses: Mapping[int, Address], num_gpus: int) -> int:

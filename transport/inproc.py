@@ -8,7 +8,10 @@ stop, so here the bound on messages that nobody has asked for (rule 5 of the con
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import ClassVar
+
+import torch
 
 from transport.contract import Transport
 from transport.errors import (
@@ -20,9 +23,10 @@ from transport.errors import (
     TransportError,
     fresh,
 )
-from transport.gpu import Gpu
+from transport.gpu import Gpu, Stream, gate
 from transport.mailbox import Arrival, Mailbox
-from transport.tensors import Message, overwrite, prepare
+from transport.staging import GpuMailbox
+from transport.tensors import Message, MessageSpec, overwrite, prepare
 from transport.work import Receive, Send, Work, count, deadline_after, remaining
 
 
@@ -42,6 +46,42 @@ class InprocHub:
         return [InprocTransport(self, rank) for rank in range(self.world_size)]
 
 
+class Handed:
+    """A message from one rank's GPU to another's, which has still to be copied there.
+
+    Its sender's current stream comes after the copy by `wait`, its receiver's by `written`.
+    """
+
+    def __init__(
+        self, mine: Gpu, theirs: Gpu | None, spec: MessageSpec, tensors: Sequence[torch.Tensor]
+    ) -> None:
+        self._mine, self._theirs = mine, theirs
+        self.tensors = [tensor.clone() for tensor in tensors if not mine.holds(tensor)]
+        mine.now().wait(mine.sends)
+        if theirs is not None:  # whose `receives` may have used its fresh memory before
+            theirs.mark(theirs.receives).wait(mine.sends)
+        for i, (tensor, each) in enumerate(zip(tensors, spec.tensors, strict=True)):
+            if each.on_gpu:
+                room = mine.pinned(each) if theirs is None else theirs.fresh(each)
+                mine.copy(room, tensor, mine.sends)
+                mine.used(tensor, mine.sends)
+                self.tensors.insert(i, room)
+        self.written = mine.mark(mine.sends)
+        if theirs is None:  # who has no GPU cannot wait in a stream of it
+            self.written.synchronize()
+        self.used(mine.sends)
+
+    def used(self, stream: Stream) -> None:
+        """Take note that a stream was given work that uses it."""
+        for tensor in self.tensors:
+            if self._theirs is not None and self._theirs.holds(tensor):
+                self._theirs.used(tensor, stream)
+
+    def wait(self) -> None:
+        """Let the sender's current stream come after the copy."""
+        self.written.wait(self._mine.current())
+
+
 class InprocTransport(Transport):
     """One rank of an `InprocHub`."""
 
@@ -50,7 +90,8 @@ class InprocTransport(Transport):
     def __init__(self, hub: InprocHub, rank: int, *, gpu: Gpu | None = None) -> None:
         super().__init__(rank, hub.world_size, gpu)
         self._hub = hub
-        self._mailbox = Mailbox()
+        room = MessageSpec.allocate
+        self._mailbox = Mailbox(room) if gpu is None else GpuMailbox(rank, gpu, room)
         self._ended: TransportError | None = None  # what every later call raises
         with hub.changed:
             if not 0 <= rank < hub.world_size or rank in hub.ranks:
@@ -59,7 +100,7 @@ class InprocTransport(Transport):
 
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Copy the message into the receiver's mailbox; the work is complete at once."""
-        spec, tensors = prepare(message)
+        spec, tensors = prepare(message, self.gpu)
         work = Send(self, dst, tag)
         with self._hub.changed:
             self._raise_if_ended()
@@ -69,9 +110,15 @@ class InprocTransport(Transport):
             if peer is None:
                 raise InvalidArgument(f"rank {dst} has not joined this hub yet")
             arrival = Arrival(self.rank, tag, spec)
-            peer._mailbox.arrive(arrival)
-            for target, tensor in zip(arrival.tensors, tensors, strict=True):
-                overwrite(target, tensor)
+            if self.gpu is not None and spec.on_gpu:
+                with gate(self.rank, work.description):
+                    handed = Handed(self.gpu, peer.gpu, spec, tensors)
+                arrival.tensors, arrival.loan, work.ready = handed.tensors, handed, handed
+                peer._mailbox.arrive(arrival)
+            else:
+                peer._mailbox.arrive(arrival)
+                for target, tensor in zip(arrival.tensors, tensors, strict=True):
+                    overwrite(target, tensor)
             peer._mailbox.complete(arrival)
             count(self.traffic.sent, dst)
             count(peer.traffic.received, self.rank)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +19,25 @@ from transport.errors import MessageMismatch, TransportError
 from transport.tensors import MessageSpec, overwrite
 from transport.work import Receive
 
+if TYPE_CHECKING:
+    from transport.staging import Loan
+
 
 class Arrival:
     """A message on its way in: the header is here, the payload comes or has come."""
 
-    __slots__ = ("borrowed", "error", "here", "receive", "spec", "src", "sum", "tag", "tensors")
+    __slots__ = (
+        "borrowed",
+        "error",
+        "here",
+        "loan",
+        "receive",
+        "spec",
+        "src",
+        "sum",
+        "tag",
+        "tensors",
+    )
 
     def __init__(self, src: int, tag: int, spec: MessageSpec) -> None:
         self.src = src
@@ -30,6 +45,7 @@ class Arrival:
         self.spec = spec
         self.sum: int | None = None  # what the payload's sum was when it was sent
         self.tensors: Sequence[torch.Tensor] = ()
+        self.loan: Loan | None = None  # what a GPU has still to write, where memory of it is lent
         self.receive: Receive | None = None  # who gets it, once that is known
         self.error: MessageMismatch | None = None
         self.here = False  # whether the payload is complete
@@ -93,7 +109,7 @@ class Mailbox:
                 del self._receives[key]
         elif arriving is not None and arriving.receive is receive:
             arriving.receive = arriving.error = None
-            arriving.borrowed = receive.into is not None
+            arriving.borrowed = bool(receive.targets)
             if receives is not None:
                 self._match(arriving, receives.popleft())
                 if not receives:
@@ -121,7 +137,7 @@ class Mailbox:
             del self._receives[key]
         self._match(arrival, receive)
         if not arrival.tensors:
-            into = receive.into is not None and arrival.error is None
+            into = receive.targets and arrival.error is None
             arrival.tensors = receive.targets if into else self._allocate(arrival.spec)
 
     def complete(self, arrival: Arrival) -> Receive | None:

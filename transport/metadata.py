@@ -1,6 +1,8 @@
 """A message's metadata: dtypes and shapes as msgpack, trusting nothing in what comes in.
 
 [is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
+
+The dtype of a tensor that was on a GPU has a mark behind it: "float32@gpu".
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from transport.errors import ProtocolError
 from transport.wire import Packed, pack, unpack
 
-Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"  # of one tensor: its dtype and shape
+# Of one tensor: its dtype, its shape, and whether it was on a GPU.
+Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], bool]"
 
 # What may cross the network; everything else (quantised, sparse, object-like) is refused.
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -35,6 +38,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     )
 }
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+ON_GPU: Final = "@gpu"
 MAX_TENSORS: Final = 256  # in one message
 MAX_DIMS: Final = 64  # more than any layer uses
 _INT64_MAX: Final = 2**63 - 1
@@ -43,8 +47,8 @@ _INT64_MAX: Final = 2**63 - 1
 def write(is_tuple: bool, forms: Iterable[Form]) -> Packed:
     """Return the metadata of a message of tensors of these forms."""
     meta: list[object] = [is_tuple]
-    for dtype, shape in forms:
-        meta += (NAMES[dtype], shape)
+    for dtype, shape, on_gpu in forms:
+        meta += (NAMES[dtype] + ON_GPU if on_gpu else NAMES[dtype], shape)
     return pack(meta)
 
 
@@ -67,7 +71,8 @@ def read(data: bytes) -> tuple[bool, list[Form]]:
 
 
 def _checked(name: object, shape: object) -> Form:
-    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    on_gpu = isinstance(name, str) and name.endswith(ON_GPU)
+    dtype = DTYPES.get(name.removesuffix(ON_GPU)) if isinstance(name, str) else None
     if dtype is None:
         raise ProtocolError(f"dtype {name!r:.100} is not one of {', '.join(DTYPES)}")
     if (
@@ -79,4 +84,4 @@ def _checked(name: object, shape: object) -> Form:
     # torch counts with 64 bits even when one size is 0, so the other sizes have to fit as well.
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
         raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
-    return dtype, tuple(shape)
+    return dtype, tuple(shape), on_gpu

@@ -18,7 +18,7 @@ MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024
 Buffer: TypeAlias = "bytes | memoryview"
 
 
-class _Outgoing:
+class Outgoing:
     """One frame. It keeps the tensors alive whose memory its buffers view."""
 
     __slots__ = ("buffers", "tensors", "work")
@@ -32,16 +32,41 @@ class _Outgoing:
 
 
 class OutgoingQueue:
-    """What one connection still has to send: `frames`, in order."""
+    """What one connection still has to send: `frames`, in order, then `behind`.
+
+    The first of `behind` is a place that is taken: its payload is not in memory yet. All that was
+    queued since waits for it.
+    """
 
     def __init__(self) -> None:
-        self.frames: deque[_Outgoing] = deque()
+        self.frames: deque[Outgoing] = deque()
+        self.behind: deque[Outgoing] = deque()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing left to send, nor will be."""
+        return not self.frames and not self.behind
 
     def append(
         self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
     ) -> None:
         """Queue a frame, header first; `work` is done when the last byte of it is sent."""
-        self.frames.append(_Outgoing(frame, tensors, work))
+        (self.behind or self.frames).append(Outgoing(frame, tensors, work))
+
+    def take_place(self, work: Work) -> Outgoing:
+        """Queue a frame that `fill_place` will give later."""
+        place = Outgoing((), (), work)
+        self.behind.append(place)
+        return place
+
+    def fill_place(
+        self, place: Outgoing, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        """Give the frame for a place; all up to the next empty one may leave now."""
+        place.buffers.extend(memoryview(part) for part in frame)
+        place.tensors = tensors
+        while self.behind and self.behind[0].buffers:
+            self.frames.append(self.behind.popleft())
 
     def gathered(self) -> Iterator[memoryview]:
         """Yield the buffers that are to be sent next, in one call to the kernel."""
@@ -63,7 +88,8 @@ class OutgoingQueue:
 
     def fail(self, error: TransportError) -> None:
         """Fail all that is queued."""
-        while self.frames:
-            work = self.frames.popleft().work
-            if work is not None:
-                work.fail(error)
+        for queued in (self.frames, self.behind):
+            while queued:
+                work = queued.popleft().work
+                if work is not None:
+                    work.fail(error)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
 
-from transport.errors import TransportError
+from transport.errors import DeviceError, TransportError
 from transport.work import Work, deadline_after, remaining
 
 DRIVER_GRACE_S: Final = 0.01  # timers that are due are the driver's while there is one
@@ -40,7 +40,10 @@ Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
 
 
 class Guard:
-    """A `with` block's end by anything but a `TransportError` is reported as a crash."""
+    """A `with` block's end by anything but a `TransportError` is reported as a crash.
+
+    So is a `DeviceError`: after most errors of a GPU its process can use it no more.
+    """
 
     def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
         self._on_crash = on_crash
@@ -54,7 +57,9 @@ class Guard:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None and not isinstance(error, TransportError):
+        if error is not None and (
+            not isinstance(error, TransportError) or isinstance(error, DeviceError)
+        ):
             self._on_crash(error)
 
 

@@ -63,7 +63,8 @@ class LendingCarrier(Carrier):
 
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and its payload through shared memory if that is better."""
-        offset = self._lend(spec, tensors) if spec.nbytes >= LEND_NBYTES else None
+        lends = spec.nbytes >= LEND_NBYTES and not spec.on_gpu
+        offset = self._lend(spec, tensors) if lends else None
         if offset is None:
             super().send(spec, tensors, work)
             return

@@ -16,6 +16,7 @@ from transport.carrier import Carrier
 from transport.connection import Connection
 from transport.contract import DEFAULT_UNEXPECTED_LIMIT, Transport
 from transport.errors import (
+    DeviceError,
     InternalError,
     PeerLeft,
     ProtocolError,
@@ -29,6 +30,7 @@ from transport.mailbox import Arrival, Mailbox
 from transport.peers import Peer, Peers, Place
 from transport.pool import Pool
 from transport.progress import Progress
+from transport.staging import GpuMailbox, Stager
 from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import MESSAGES, Frame, FrameKind, Limits
 from transport.work import Farewell, Receive, Send, Work, count
@@ -74,7 +76,8 @@ class TcpTransport(Transport):
         self._limits = limits or Limits()
         self._checksum = checksum
         self._pool = Pool()
-        self._mailbox = Mailbox(self._pool.allocate)
+        room = self._pool.allocate
+        self._mailbox = Mailbox(room) if gpu is None else GpuMailbox(rank, gpu, room)
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
@@ -98,7 +101,7 @@ class TcpTransport(Transport):
 
     def post_send(self, message: Message, dst: int, tag: int) -> Work:
         """Hand the message to the kernel as far as it takes it now; queue the rest."""
-        spec, tensors = prepare(message)
+        spec, tensors = prepare(message, self.gpu)
         work = Send(self, dst, tag)
         with self._lock, self._guard:
             self._peer(dst).connection.send(spec, tensors, work)
@@ -153,6 +156,8 @@ class TcpTransport(Transport):
         with self._lock, self._guard:
             self._end(error)
         self._progress.stop()
+        for peer in list(self._peers.values()):
+            peer.connection.join()
 
     def _end(self, error: TransportError) -> None:
         if self._ended is not None:
@@ -169,10 +174,11 @@ class TcpTransport(Transport):
 
     def _on_crash(self, error: BaseException) -> None:
         """End, because nobody knows in which state that error has left a stream."""
-        what = f"the transport of rank {self.rank} broke: {type(error).__name__}: {error}"
-        broken = InternalError(what)
+        broken = InternalError(
+            f"rank {self.rank}'s transport broke: {type(error).__name__}: {error}"
+        )
         broken.__cause__ = error
-        self._end(broken)
+        self._end(error if isinstance(error, DeviceError) else broken)
 
     def _peer(self, rank: int) -> Peer:
         """Return a peer that a message can still go to, and connect at first use."""
@@ -206,7 +212,10 @@ class TcpTransport(Transport):
     # -- a peer's beginning and end ---------------------------------------------------------------
 
     def _connect(self, rank: int) -> Carrier:
-        return self.carrier(self._progress, self, rank, self._limits, checksum=self._checksum)
+        made = self.carrier(self._progress, self, rank, self._limits, checksum=self._checksum)
+        if self.gpu is not None:
+            made.stager = Stager(self.gpu, (self.rank, rank), self._progress, self._on_crash)
+        return made
 
     def _lose(self, peer: Peer, error: TransportError) -> None:
         """A peer is gone without a goodbye; leave `abort` a moment to tell why."""

@@ -20,7 +20,7 @@ import torch
 from transport import metadata
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
 from transport.gpu import Gpu
-from transport.metadata import DTYPES, MAX_TENSORS, NAMES
+from transport.metadata import DTYPES, MAX_TENSORS, NAMES, Form
 from transport.wire import Packed, check_crc
 
 Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
@@ -30,10 +30,14 @@ _CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so t
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is without its values: a dtype and a shape."""
+    """What a tensor is without its values: a dtype and a shape.
+
+    `on_gpu` says where its sender had it; who states a spec leaves that open.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    on_gpu: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
@@ -70,12 +74,17 @@ class MessageSpec:
         """Return the spec of `message`."""
         if isinstance(message, torch.Tensor):
             return _single(message.dtype, message.shape)
-        return _tuple(*((tensor.dtype, tensor.shape) for tensor in message))
+        return _tuple(*((tensor.dtype, tensor.shape, False) for tensor in message))
 
     @functools.cached_property
     def nbytes(self) -> int:
         """Length of the message's payload."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @functools.cached_property
+    def on_gpu(self) -> bool:
+        """Whether some of it was on a GPU."""
+        return any(tensor.on_gpu for tensor in self.tensors)
 
     def __str__(self) -> str:
         names = ", ".join(map(str, self.tensors))
@@ -88,7 +97,7 @@ class MessageSpec:
     @functools.cached_property
     def packed(self) -> Packed:
         """The metadata of a message of this spec."""
-        return metadata.write(self.is_tuple, ((t.dtype, t.shape) for t in self.tensors))
+        return metadata.write(self.is_tuple, ((t.dtype, t.shape, t.on_gpu) for t in self.tensors))
 
     @classmethod
     def from_packed(cls, data: bytes, crc: int) -> MessageSpec:
@@ -130,13 +139,14 @@ class MessageSpec:
 # A program sends the same few shapes again and again: describing, packing and checking them once
 # saves a third of the Python between a small message and the kernel.
 @functools.lru_cache(maxsize=1024)
-def _single(dtype: torch.dtype, shape: tuple[int, ...]) -> MessageSpec:
-    return MessageSpec((TensorSpec(dtype, tuple(shape)),), False)
+def _single(dtype: torch.dtype, shape: tuple[int, ...], on_gpu: bool = False) -> MessageSpec:
+    return MessageSpec((TensorSpec(dtype, tuple(shape), on_gpu),), False)
 
 
 @functools.lru_cache(maxsize=1024)
-def _tuple(*tensors: tuple[torch.dtype, tuple[int, ...]]) -> MessageSpec:
-    return MessageSpec(tuple(TensorSpec(dtype, tuple(shape)) for dtype, shape in tensors), True)
+def _tuple(*forms: Form) -> MessageSpec:
+    specs = (TensorSpec(dtype, tuple(shape), on_gpu) for dtype, shape, on_gpu in forms)
+    return MessageSpec(tuple(specs), True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -157,14 +167,17 @@ def prepare(message: Message, gpu: Gpu | None = None) -> tuple[MessageSpec, list
     """
     if isinstance(message, torch.Tensor):
         tensor = _sendable(message, gpu)
-        return _single(tensor.dtype, tensor.shape), [tensor]
+        if gpu is None:
+            return _single(tensor.dtype, tensor.shape), [tensor]
+        return _single(tensor.dtype, tensor.shape, gpu.holds(tensor)), [tensor]
     if not isinstance(message, tuple) or len(message) > MAX_TENSORS:
         raise InvalidArgument(
             f"a message is a torch.Tensor or a tuple of at most {MAX_TENSORS} of them, "
             f"not {type(message).__name__}"
         )
     tensors = [_sendable(tensor, gpu) for tensor in message]
-    return _tuple(*((tensor.dtype, tensor.shape) for tensor in tensors)), tensors
+    forms = ((t.dtype, t.shape, gpu is not None and gpu.holds(t)) for t in tensors)
+    return _tuple(*forms), tensors
 
 
 def _sendable(tensor: object, gpu: Gpu | None) -> torch.Tensor:
@@ -253,15 +266,10 @@ def fill(tensors: Sequence[torch.Tensor], payload: memoryview) -> None:
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy the bytes of one contiguous tensor over another's of the same spec.
+    """Copy the bytes of one contiguous CPU tensor over another's of the same spec.
 
     As when the kernel writes there, neither autograd nor a thread's inference mode has a say.
     """
-    if not (target.is_cpu and source.is_cpu):
-        with torch.inference_mode():
-            target.copy_(source)
-        torch.cuda.synchronize()
-        return
     ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
 
 

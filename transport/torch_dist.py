@@ -28,7 +28,6 @@ import torch.distributed as dist
 from transport.addresses import Address, local_host
 from transport.apart import OPEN_TIMEOUT_S, ApartTransport
 from transport.errors import (
-    InvalidArgument,
     ProtocolError,
     TransportClosed,
     TransportError,
@@ -187,8 +186,8 @@ class GlooTransport(TorchDistTransport):
         return GlooGroup(store, prefix, device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether there is a payload at all."""
-        return spec.nbytes > 0
+        """Whether there is a payload at all that gloo can take from where it is."""
+        return spec.nbytes > 0 and not spec.on_gpu
 
 
 class NcclGroup:
@@ -225,10 +224,7 @@ class NcclGroup:
 
 
 class NcclTransport(TorchDistTransport):
-    """CUDA tensors over NCCL, one GPU a rank; CPU tensors on the stream. Not yet run on hardware.
-
-    A receive is complete when its bytes are there, for whichever stream uses them.
-    """
+    """CUDA tensors over NCCL, one GPU a rank; others on the stream. Not yet run on hardware."""
 
     name: ClassVar[str] = "nccl"
     sums: ClassVar[bool] = False
@@ -259,20 +255,8 @@ class NcclTransport(TorchDistTransport):
         return NcclGroup(store, prefix, self.device, sends=sends)
 
     def goes_apart(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether it is on this rank's GPU.
-
-        Raises:
-            InvalidArgument: a part of it is not, or it is on another GPU.
-        """
-        here = {str(tensor.device) for tensor in tensors}
-        if not here - {"cpu"}:
-            return False
-        if here != {str(self.device)}:
-            raise InvalidArgument(
-                f"a message over NCCL is on {self.device} as a whole, or on the CPU; "
-                f"this one is on {', '.join(sorted(here))}"
-            )
-        return True
+        """Whether all of it is on this rank's GPU; one of both kinds is staged (staging.py)."""
+        return all(each.on_gpu for each in spec.tensors) and spec.nbytes > 0
 
     def ready(self) -> object:
         """Return an event of what this thread has given its GPU to do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
 
@@ -15,13 +15,21 @@ if TYPE_CHECKING:
     import torch
 
     from transport.contract import Transport
+    from transport.gpu import Event, Gpu
     from transport.tensors import Message, MessageSpec
+
+
+class Ready(Protocol):
+    """What a GPU has still to do before a complete message can be used."""
+
+    def wait(self) -> None:
+        """Let what the calling thread gives to its GPU from now on come after that."""
 
 
 class Work(abc.ABC):
     """Something on its way. `wait` ends when it is complete or has failed."""
 
-    __slots__ = ("_error", "_result", "_transport", "done", "peer", "tag")
+    __slots__ = ("_error", "_result", "_transport", "done", "peer", "ready", "tag")
     is_receive = False
 
     def __init__(self, transport: Transport, peer: int, tag: int) -> None:
@@ -30,6 +38,7 @@ class Work(abc.ABC):
         self.tag = tag
         self._result: Message | None = None
         self._error: TransportError | None = None
+        self.ready: Ready | None = None  # stream order (rule 9), for each thread that waits
         self.done = False
 
     @property
@@ -54,6 +63,7 @@ class Work(abc.ABC):
             JobFailed: some rank of the job failed.
             TransportClosed: this rank closed or aborted its transport.
             InternalError: the transport itself broke.
+            DeviceError: this rank's GPU did.
         """
         if not self.done:
             waits, me = self._transport.traffic.waits, threading.get_ident()
@@ -69,6 +79,8 @@ class Work(abc.ABC):
             if isinstance(error, JobFailed):
                 error.doing = error.doing or self.description
             raise error
+        if self.ready is not None:
+            self.ready.wait()
         return self._result
 
     def complete(self, result: Message | None = None) -> None:
@@ -96,10 +108,11 @@ class Send(Work):
 class Receive(Work):
     """A posted receive: the work, and what its receiver has stated about the message.
 
-    `targets` are the tensors of `into`, none where that is None.
+    `targets` are the tensors of `into` if bytes can be put there from a socket: none where that is
+    None, or where a part of it is on a GPU; the GPU is then to fill it after the event `after`.
     """
 
-    __slots__ = ("expected", "into", "targets")
+    __slots__ = ("after", "expected", "into", "targets")
     is_receive = True
 
     def __init__(
@@ -115,7 +128,13 @@ class Receive(Work):
         self.targets: Sequence[torch.Tensor] = ()
         if into is not None:
             self.targets = into if isinstance(into, tuple) else (into,)
+        self.after: Event | None = None
         self.expected = expected
+
+    def reserve(self, gpu: Gpu) -> None:
+        """Take note of parts of `into` that are on a GPU, and of what it was given so far."""
+        if any(gpu.holds(tensor) for tensor in self.targets):
+            self.after, self.targets = gpu.now(), ()
 
     @property
     def description(self) -> str:

@@ -1,0 +1,237 @@
+"""GPU tensors over a stream, by way of page-locked memory; and where each part comes to lie.
+
+    sender                                              receiver
+    isend:   an event of the current stream,            frame: page-locked memory for the payload
+             a place in the queue of frames
+    lane:    copy to page-locked memory behind the      payload: copy to the GPU on `receives`,
+             event, on `sends`; wait for it                      an event; the message is complete
+    lock:    the frame goes to its place ──────────>    wait: the current stream waits for the event
+
+1. The rank's own threads never wait for the GPU: each peer that GPU tensors are sent to has a
+   thread that does (a lane). Frames of later messages stay behind the place that is kept.
+2. `into` decides where a part of a message comes to lie; without it the part lies where its sender
+   had it, on the receiver's GPU if that has one, else on the CPU.
+3. What reads a received tensor waits in its stream (`Landed`). Only what is to lie on the CPU and
+   comes from the GPU is waited for by the thread that waits for the message.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from transport.errors import DeviceError
+from transport.gpu import Event, Gpu, Stream, gate
+from transport.lane import Lane
+from transport.mailbox import Arrival, Mailbox
+from transport.tensors import MessageSpec, TensorSpec, overwrite, tensors_of
+from transport.work import Receive
+
+if TYPE_CHECKING:
+    from transport.progress import Progress
+
+
+class Loan(Protocol):
+    """Memory of the receiver's GPU that the sender writes a message to."""
+
+    written: Event
+
+    def used(self, stream: Stream) -> None:
+        """Take note that a stream was given work that reads it."""
+
+
+class Landed:
+    """What a message that is complete still waits for on the GPU; see `work.Ready`."""
+
+    def __init__(self, gpu: Gpu, rank: int, receive: Receive) -> None:
+        self.after: Event | None = None  # the last copy, or what the sender has written
+        self.loan: Loan | None = None  # where a part is used in place
+        self.fresh: list[torch.Tensor] = []  # what torch may use again once it is freed
+        self.late: list[tuple[torch.Tensor, torch.Tensor]] = []  # on the CPU, and what it gets
+        self._gpu = gpu
+        self._rank = rank
+        self._doing = f"receiving from rank {receive.peer} with tag {receive.tag}"
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Let the calling thread's current stream come after the message."""
+        with gate(self._rank, self._doing):
+            current = self._gpu.current()
+            if self.after is not None:
+                self.after.wait(current)
+            if self.loan is not None:
+                self.loan.used(current)
+            for tensor in self.fresh:
+                self._gpu.used(tensor, current)
+            if self.late:
+                self._fetch_late()
+
+    def _fetch_late(self) -> None:
+        with self._lock:
+            if self.late and self.after is not None:
+                self.after.synchronize()
+            while self.late:
+                overwrite(*self.late.pop())
+
+
+class GpuMailbox(Mailbox):
+    """A mailbox whose messages may lie on a GPU, or go there."""
+
+    def __init__(
+        self, rank: int, gpu: Gpu, allocate: Callable[[MessageSpec], Sequence[torch.Tensor]]
+    ) -> None:
+        super().__init__(self._room)
+        self._rank = rank
+        self._gpu = gpu
+        self._allocate_on_cpu = allocate
+
+    def _room(self, spec: MessageSpec) -> Sequence[torch.Tensor]:
+        """Return memory that a socket can fill; page-locked where a copy to the GPU follows."""
+        if not spec.on_gpu:
+            return self._allocate_on_cpu(spec)
+        with gate(self._rank, f"making room for {spec}"):
+            return [
+                self._gpu.pinned(each) if each.on_gpu else each.allocate() for each in spec.tensors
+            ]
+
+    def _deliver(self, arrival: Arrival) -> None:
+        receive = arrival.receive
+        assert receive is not None
+        if arrival.error is not None or not (arrival.spec.on_gpu or receive.after is not None):
+            super()._deliver(arrival)
+            return
+        try:
+            with gate(self._rank, receive.description):
+                self._land(arrival, receive)
+        except DeviceError as error:
+            receive.fail(error)
+
+    def _land(self, arrival: Arrival, receive: Receive) -> None:
+        """Bring each part to its place, and complete the receive."""
+        gpu, landed, placed, copies = self._gpu, Landed(self._gpu, self._rank, receive), [], []
+        targets = None if receive.into is None else tensors_of(receive.into)
+        for i, (source, spec) in enumerate(zip(arrival.tensors, arrival.spec.tensors, strict=True)):
+            target = self._place(arrival, i, landed) if targets is None else targets[i]
+            placed.append(target)
+            if target is source or not spec.nbytes:
+                continue
+            if gpu.holds(target) or gpu.holds(source):
+                copies.append((target, source, spec))
+            else:
+                overwrite(target, source)
+        if copies:
+            self._copy(copies, arrival, receive, landed)
+        elif arrival.loan is not None:
+            landed.after = arrival.loan.written
+        receive.ready = landed
+        receive.complete(arrival.spec.pack(placed) if receive.into is None else receive.into)
+
+    def _place(self, arrival: Arrival, i: int, landed: Landed) -> torch.Tensor:
+        """Return where a part comes to lie whose receiver has not said that."""
+        source, spec = arrival.tensors[i], arrival.spec.tensors[i]
+        if self._gpu.holds(source):
+            if arrival.loan is None:
+                landed.fresh.append(source)
+            landed.loan = arrival.loan
+            return source
+        if spec.on_gpu:
+            landed.fresh.append(self._gpu.fresh(spec))
+            return landed.fresh[-1]
+        return source.clone() if arrival.borrowed else source
+
+    def _copy(
+        self,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor, TensorSpec]],
+        arrival: Arrival,
+        receive: Receive,
+        landed: Landed,
+    ) -> None:
+        """Give `receives` the copies to a GPU or from it; `landed` comes after them."""
+        gpu = self._gpu
+        if arrival.loan is not None:
+            arrival.loan.written.wait(gpu.receives)
+            arrival.loan.used(gpu.receives)
+        if receive.after is not None:
+            receive.after.wait(gpu.receives)
+        for target, source, spec in copies:
+            if not gpu.holds(target):
+                landed.late.append((target, gpu.pinned(spec)))
+                gpu.copy(landed.late[-1][1], source, gpu.receives)
+            elif gpu.holds(source) or (spec.on_gpu and not arrival.borrowed):
+                gpu.copy(target, source, gpu.receives)
+            else:
+                # Of memory that is not page-locked the copy would begin here and now, and this
+                # thread would wait for all that `receives` has before it.
+                pinned = gpu.pinned(spec)
+                overwrite(pinned, source)
+                gpu.copy(target, pinned, gpu.receives)
+        landed.after = gpu.mark(gpu.receives)
+
+
+class _Leaving(NamedTuple):
+    """What a lane has to await before it copies tensors, and the copies."""
+
+    after: Event
+    copies: list[torch.Tensor]
+
+
+class Stager:
+    """The way of GPU tensors to one peer: copies them to where a socket can take them from."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        ranks: tuple[int, int],
+        progress: Progress,
+        on_break: Callable[[Exception], None],
+    ) -> None:
+        self._gpu = gpu
+        self._rank, self._peer = ranks
+        name = f"barepp-staging-{self._rank}-{self._peer}"
+        self._lane = Lane(name, progress, on_break)
+        self._started = False
+
+    def post(
+        self,
+        spec: MessageSpec,
+        tensors: Sequence[torch.Tensor],
+        fill: Callable[[Sequence[torch.Tensor]], None],
+    ) -> None:
+        """Copy the parts that are on the GPU, then call `fill`, under the lock, with all parts."""
+        with gate(self._rank, f"sending to rank {self._peer}"):
+            leaving = _Leaving(self._gpu.now(), [])
+        leaves = [each.on_gpu and each.nbytes > 0 for each in spec.tensors]
+
+        def done() -> None:
+            copies = iter(leaving.copies)
+            fill([next(copies) if leaves[i] else tensors[i] for i in range(len(tensors))])
+
+        if not self._started:
+            self._started = True
+            self._lane.start(self)
+        self._lane.post([t for i, t in enumerate(tensors) if leaves[i]], done, leaving)
+
+    def move(self, tensor: torch.Tensor, ready: object) -> None:
+        """Copy a tensor to page-locked memory, and wait for it; called by the lane's thread."""
+        assert isinstance(ready, _Leaving)
+        gpu = self._gpu
+        with gate(self._rank, f"sending {TensorSpec.of(tensor)} to rank {self._peer}"):
+            ready.after.wait(gpu.sends)
+            ready.copies.append(gpu.pinned(TensorSpec.of(tensor)))
+            gpu.copy(ready.copies[-1], tensor, gpu.sends)
+            gpu.mark(gpu.sends).synchronize()
+
+    def abort(self) -> None:
+        """Do nothing: the GPU comes to the copy in any case, or has failed."""
+
+    def end(self) -> None:
+        """Copy nothing any more."""
+        self._lane.end()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, unless it is in the midst of a copy."""
+        if self._started:
+            self._lane.join()
