@@ -1,4 +1,4 @@
-"""The kernel's buffers of a data socket: ours within a host, its own between hosts."""
+"""Where bytes wait: in the kernel's buffers, then in the memory that their receiver names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import socket
 import pytest
 import torch
 import transport_worlds as worlds
-from transport_worlds import SOON_S
+from transport_worlds import SOON_S, start
 
+from transport import mailbox, progress, tensors
 from transport.addresses import (
     BUFFER_NBYTES,
     BUFFER_OF_LARGE_NBYTES,
@@ -16,6 +17,7 @@ from transport.addresses import (
     tune,
     tune_for,
 )
+from transport.errors import WaitTimeout
 
 
 def set_to(nbytes: int) -> int:
@@ -44,6 +46,40 @@ def test_a_large_message_narrows_the_buffer_and_the_next_small_one_widens_it(nam
             if name != "shm" or message is small:  # (its first large one was lent)
                 found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
                 assert found == set_to(nbytes)
+
+
+@pytest.mark.parametrize("name", ["tcp", "unix"])
+def test_a_burst_is_received_into_the_memory_that_is_named_for_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not ahead of that: what is read before its receiver names memory has to be copied there."""
+    copied = []
+
+    def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+        copied.append(target)
+        tensors.overwrite(target, source)
+
+    monkeypatch.setattr(mailbox, "overwrite", overwrite)
+    monkeypatch.setattr(progress, "RETURN_S", 0.5)  # (both ranks share an interpreter, and a core)
+    number, nbytes = 32, 1024 * 1024
+    into = torch.zeros(nbytes, dtype=torch.uint8)
+    with worlds.world(name, 2) as (one, other):
+
+        def send_all() -> None:
+            for i in range(number):
+                one.send(torch.full((nbytes,), i, dtype=torch.uint8), 1, timeout=SOON_S)
+
+        with pytest.raises(WaitTimeout):
+            other.recv(0, 1, timeout=0.01)  # so that the background thread has seen it wait
+        receive = other.irecv(0, into=into)
+        sending = start(send_all)
+        for i in range(number):
+            receive.wait(SOON_S)
+            assert (into == i).all()
+            if i + 1 < number:
+                receive = other.irecv(0, into=into)
+        sending.result(SOON_S)
+    assert not copied
 
 
 def test_between_hosts_the_kernel_keeps_its_own() -> None:

@@ -16,6 +16,7 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, start
 
+from transport import progress
 from transport.errors import InternalError, PeerLost, TransportError
 from transport.mailbox import Mailbox
 from transport.progress import Progress
@@ -92,6 +93,19 @@ def test_the_background_thread_handles_the_rest(loop: Loop) -> None:
         loop.write(i)
         eventually(lambda i=i: loop.works[i].done)  # type: ignore[misc]
     assert set(loop.threads) == {"progress-under-test"}
+
+
+def test_the_background_thread_leaves_what_comes_to_a_driver_that_comes_back(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "RETURN_S", 0.5)
+    assert not loop.progress.run_until(loop.works[0], 0.01)  # somebody has been driving
+    loop.write(1)
+    time.sleep(0.05)  # no event says that a thread that was woken leaves it at that
+    assert loop.progress.run_until(loop.works[1], SOON_S)
+    loop.write(2)
+    eventually(lambda: loop.works[2].done)
+    assert loop.threads == [threading.current_thread().name, "progress-under-test"]
 
 
 def test_followers_are_told_and_one_of_them_takes_over(loop: Loop) -> None:

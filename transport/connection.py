@@ -230,7 +230,7 @@ class Connection:
         decoder, budget = self._decoder, READ_BUDGET_NBYTES
         try:
             while budget > 0:
-                room = decoder.buffer()
+                room, arriving = decoder.buffer(), self.arriving
                 nbytes = self.socket.recv_into(room)
                 if nbytes == 0:
                     self._end(None)
@@ -238,6 +238,10 @@ class Connection:
                 decoder.received(nbytes)
                 # (Less than there was room for was all: asking again would cost a system call.)
                 if not self._drain() or nbytes < len(room):
+                    return
+                # Whoever waits for a large message may name the memory for the next one now. What
+                # is read before that has to be copied there.
+                if arriving is not None and self.arriving is not arriving:
                     return
                 budget -= nbytes
         except BlockingIOError:

@@ -10,7 +10,9 @@
    in its own thread, without a hand-off: a hand-off between two threads costs tens of microseconds.
 3. When it is done it arms the outer epoll again, under the lock that it handled the last events
    with. The background thread wakes only when bytes arrive while nobody waits, that is while the
-   rank computes.
+   rank computes; and it leaves them to a driver that comes back within `RETURN_S`. (Most do: it
+   would take the interpreter's lock from a thread that computes, only to do what that one does
+   anyway; or begin to receive a message before its receiver has named the memory for it.)
 4. A second thread that waits meanwhile is a follower: the driver notifies it after each round.
 5. Nothing that goes wrong is lost in a thread: an exception that a handler does not expect, or an
    interrupt in the midst of one, leaves a half-done state, so `on_crash` is told and ends it all.
@@ -35,6 +37,8 @@ from transport.errors import DeviceError, TransportError
 from transport.work import Work, deadline_after, remaining
 
 DRIVER_GRACE_S: Final = 0.01  # timers that are due are the driver's while there is one
+
+RETURN_S: Final = 0.005  # for a driver to come back: short beside the time that many bytes take
 
 Handler = Callable[[int], None]  # is given the epoll event mask, under the lock
 
@@ -84,6 +88,7 @@ class Progress:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
         self._driver: int | None = None  # the thread that polls for itself now
+        self._drives = 0  # how often some thread became the driver
         self._followers = 0
         self._sleeps_until = math.inf  # when the background thread, if asleep, wakes by itself
         self._stopped = False
@@ -181,6 +186,7 @@ class Progress:
                     self._followers -= 1
                 return False
             self._driver = me
+            self._drives += 1
             self._outer.modify(self._inner, 0)
             self._on_drive()
         return True
@@ -224,6 +230,7 @@ class Progress:
             raise
 
     def _background(self) -> None:
+        drives = 0
         while True:
             with self.lock:
                 if self._stopped:
@@ -234,6 +241,10 @@ class Progress:
                 self._sleeps_until = max(due, now + grace)
                 timeout = max(0.0, self._sleeps_until - now)
             self._outer.poll(None if math.isinf(timeout) else timeout)
+            if drives != self._drives and not self._stopped:
+                drives = self._drives
+                time.sleep(RETURN_S)
+                continue
             with self.lock:
                 if self._driver is None and not self._stopped:
                     self._handle(self._inner.poll(0))
