@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from barepp.pipeline import Pipeline
     from barepp.profiling import profile
     from barepp.run import run
+    from barepp.scaler import LossScaler
     from barepp.schedules import Schedule, make_schedule, schedule_names
     from barepp.stage import Stage
     from barepp.summary import Summary, summarise
@@ -37,6 +38,7 @@ _HOMES = {
     "JobFailed": "transport.errors",
     "Kind": "barepp.actions",
     "LayerCost": "barepp.layer_costs",
+    "LossScaler": "barepp.scaler",
     "PartitionError": "barepp.errors",
     "Pipeline": "barepp.pipeline",
     "Schedule": "barepp.schedules",
@@ -65,6 +67,7 @@ __all__ = [
     "JobFailed",
     "Kind",
     "LayerCost",
+    "LossScaler",
     "PartitionError",
     "Pipeline",
     "Schedule",

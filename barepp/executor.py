@@ -14,7 +14,6 @@ The only file in which a stage's work meets a transport's messages.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -23,6 +22,7 @@ from typing import TypeAlias
 import torch
 
 from barepp.actions import Action, Kind
+from barepp.batches import Batch
 from barepp.boundary import Value, tensors
 from barepp.lowering import Step, activation_tag, gradient_tag
 from barepp.parcels import (
@@ -42,16 +42,6 @@ from transport.work import Receive, Work
 
 # The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
 _FIRST_TAG = -16
-
-
-@dataclasses.dataclass
-class Batch:
-    """What one step works on, cut into microbatches; each part only on the rank that needs it."""
-
-    step: int
-    weights: Sequence[float]  # rows of the microbatch / rows of the batch
-    inputs: Sequence[Value] | None  # on the rank of the first stage
-    targets: Sequence[Value] | None  # on the rank of the last stage
 
 
 Result: TypeAlias = "Message | None"
@@ -202,6 +192,7 @@ class Executor:
             step=batch.step,
             target=target,
             loss_weight=batch.weights[microbatch],
+            loss_scale=batch.loss_scale,
             input_requires_grad=wanted,
             split=(stage, microbatch) in self._split,
             recompute=is_recomputed(self._recompute[stage], microbatch, len(batch.weights)),

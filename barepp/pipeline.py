@@ -16,19 +16,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from barepp.actions import Kind
+from barepp.batches import Batch, check_targets, rows_of_inputs
 from barepp.boundary import Value
 from barepp.errors import UsageError
-from barepp.executor import Batch, Executor
+from barepp.executor import Executor
 from barepp.hashing import hash_parameters
 from barepp.holding import Holding
 from barepp.layers import LossFunction
-from barepp.lowering import Program, Step, lower, placement
-from barepp.microbatch import join, microbatch_sizes, num_rows, split
+from barepp.lowering import placement
+from barepp.microbatch import join, microbatch_sizes, split
 from barepp.models import LayerBuilder
 from barepp.partition import check_counts
 from barepp.partition import partition as cut
+from barepp.precision import autocast_for, check_autocast
 from barepp.profiling import balanced_sizes
+from barepp.programs import Programs
 from barepp.recompute import recompute_of_stages
 from barepp.recorder import LOSS, NUM_ROWS, Recorder
 from barepp.schedules import Schedule, make_schedule, usual_stages
@@ -59,6 +61,8 @@ class Pipeline(Holding):
         seed: decides all initial weights and dropout masks, whatever the number of ranks.
         recompute: which microbatches keep only their stage's input and run its forward once more in
             backward: "off", "all" or "all_but_last"; or one of these for each stage.
+        autocast: torch.bfloat16 or torch.float16: run forwards and losses under torch.autocast
+            (precision.py); float16 wants a `barepp.LossScaler` as well.
         sample: a batch (inputs, targets), such as the first one: with "balanced" the rank of the
             first stage needs it, to measure what the layers cost. The others wait meanwhile, some
             seconds for some dozens of layers. It changes no bit of the training.
@@ -66,6 +70,7 @@ class Pipeline(Holding):
 
     Attributes:
         partition: how many layers each stage has.
+        loss_scale: what the next step's backward starts from: 1, or what a `LossScaler` says.
 
     Raises:
         ScheduleError, PartitionError, UsageError: before anything is built or sent. (What is wrong
@@ -84,6 +89,7 @@ class Pipeline(Holding):
         partition: str | Sequence[int] = "uniform",
         seed: int = 0,
         recompute: str | Sequence[str] = "off",
+        autocast: torch.dtype | None = None,
         sample: tuple[Value, Value] | None = None,
         memory_limit: int | None = None,
     ) -> None:
@@ -94,9 +100,12 @@ class Pipeline(Holding):
             schedule, num_stages, num_microbatches, world.world_size
         )
         recomputed = recompute_of_stages(recompute, num_stages)
+        check_autocast(autocast, torch.device("cpu"))
+        self._autocast = autocast_for(None, autocast)
         self._holder = placement(self.schedule.order)
         self._last = num_stages - 1
         self._loss_fn = loss_fn
+        self.loss_scale = 1.0
         self.recorder = Recorder()
         if partition == "balanced":
             check_counts(len(layers), num_stages)
@@ -110,6 +119,7 @@ class Pipeline(Holding):
                     memory_limit=memory_limit,
                     seed=seed,
                     lock=world.random_lock,
+                    autocast=autocast,
                 )
             )
         elif memory_limit is not None:
@@ -125,6 +135,7 @@ class Pipeline(Holding):
                 loss_fn,
                 seed=seed,
                 lock=world.random_lock,
+                autocast=autocast,
             )
             for index in range(num_stages)
             if self._holder[index] == world.rank
@@ -133,7 +144,7 @@ class Pipeline(Holding):
         self._steps = 0
         self._broken = False
         self._executor = Executor(world, self.stages, num_stages, recomputed)
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._programs = Programs(self.schedule, world.rank)
 
     def _balanced(self, sizes: Callable[[], list[int]]) -> list[int]:
         """Let the rank of the first stage, which has the data, find the sizes and tell them."""
@@ -167,7 +178,7 @@ class Pipeline(Holding):
         self.recorder.begin_step(self._steps)
         try:
             batch = self._batch(inputs, targets, with_targets=True)
-            program = self._program(len(batch.weights), training=True)
+            program = self._programs.of(len(batch.weights), training=True)
             self._executor.train(program, batch, self.recorder)
             loss = self._total_loss()
         except BaseException:
@@ -193,7 +204,7 @@ class Pipeline(Holding):
         return self._output(self._batch(inputs, None, with_targets=False))
 
     def _output(self, batch: Batch) -> Value | None:
-        self._executor.infer(self._program(len(batch.weights), training=False), batch)
+        self._executor.infer(self._programs.of(len(batch.weights), training=False), batch)
         parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
         return join(parts) if parts else None
 
@@ -211,40 +222,25 @@ class Pipeline(Holding):
                 module.training = mode
         loss = None
         if self._last in self.stages:
-            with torch.no_grad():
+            outer = torch.no_grad()
+            with outer if self._autocast is None else self._autocast.within(outer):
                 loss = self._loss_fn(output, targets).detach().reshape(())
         return self._from_rank(loss, self._holder[self._last], LOSS)
 
     def _batch(self, inputs: Value | None, targets: Value | None, *, with_targets: bool) -> Batch:
         """Agree on the number of rows (the first rank's word) and cut this rank's data."""
-        rows = None
-        if 0 in self.stages:
-            given = 0 if inputs is None else num_rows(inputs)
-            if not given:
-                raise UsageError("the rank of the first stage needs inputs with at least one row")
-            rows = torch.tensor([given])
+        rows = torch.tensor([rows_of_inputs(inputs)]) if 0 in self.stages else None
         count = int(self._from_rank(rows, self._holder[0], NUM_ROWS))
         sizes = microbatch_sizes(count, self.schedule.num_microbatches)
         if self._last in self.stages and with_targets:
-            _check_targets(targets, count)
+            check_targets(targets, count)
         return Batch(
             self._steps,
             [size / count for size in sizes],
             split(inputs, sizes) if 0 in self.stages and inputs is not None else None,
             split(targets, sizes) if self._last in self.stages and targets is not None else None,
+            self.loss_scale,
         )
-
-    def _program(self, num_microbatches: int, *, training: bool) -> Sequence[Step]:
-        key = (num_microbatches, training)
-        if key not in self._programs:
-            schedule = self.schedule
-            order = make_schedule(
-                schedule.name, schedule.num_stages, num_microbatches, schedule.num_ranks
-            ).order
-            if not training:
-                order = [[action for action in row if action.kind is Kind.F] for row in order]
-            self._programs[key] = lower(order, schedule.num_stages)
-        return self._programs[key][self.world.rank]
 
     def _total_loss(self) -> torch.Tensor:
         """Add the microbatches' weighted losses up, in microbatch order, and tell every rank."""
@@ -291,9 +287,3 @@ class Pipeline(Holding):
         digest = hash_parameters(self.world, self._holder, self.stages)
         packed = None if digest is None else torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         return bytes(self._from_rank(packed, 0, "the parameters' hash").tolist()).hex()
-
-
-def _check_targets(targets: Value | None, rows: int) -> None:
-    if targets is None or num_rows(targets) != rows:
-        found = "no targets" if targets is None else f"{num_rows(targets)} targets"
-        raise UsageError(f"the batch has {rows} inputs, but the last stage got {found}")

@@ -56,16 +56,20 @@ def profile(
     seed: int = 0,
     budget_s: float = 10.0,
     lock: threading.Lock | None = None,
+    autocast: torch.dtype | None = None,
 ) -> list[LayerCost]:
     """Return what each layer costs for one microbatch, which is `inputs` and `targets`.
 
     Blocks for some runs of the whole model, one layer at a time, with one compute thread. `seed` is
-    the pipeline's; `lock` is held around whatever draws random numbers, where ranks are threads.
+    the pipeline's, and so is `autocast`; `lock` is held around whatever draws random numbers, where
+    ranks are threads.
     """
 
     def stage_of(index: int, builders: Sequence[LayerBuilder]) -> Stage:
         alone = range(index, index + 1)
-        return Stage(index, alone, len(builders), builders, loss, seed=seed, lock=lock)
+        return Stage(
+            index, alone, len(builders), builders, loss, seed=seed, lock=lock, autocast=autocast
+        )
 
     builders = [partial(_own_copy, builder) for builder in layers]
     # It may have parameters of its own, or count: it is the training's, like the layers.
@@ -112,6 +116,7 @@ def balanced_sizes(
     memory_limit: int | None = None,
     seed: int = 0,
     lock: threading.Lock | None = None,
+    autocast: torch.dtype | None = None,
 ) -> list[int]:
     """Profile the layers on the first microbatch of a sample batch, and `balance` them."""
     if sample is None:
@@ -121,7 +126,7 @@ def balanced_sizes(
         )
     sizes = microbatch_sizes(num_rows(sample[0]), schedule.num_microbatches)
     inputs, targets = (split(part, sizes)[0] for part in sample)
-    costs = profile(layers, loss_fn, inputs, targets, seed=seed, lock=lock)
+    costs = profile(layers, loss_fn, inputs, targets, seed=seed, lock=lock, autocast=autocast)
     limit = math.inf if memory_limit is None else memory_limit
     return balance(costs, schedule, recomputed=recomputed, memory_limit=limit)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -29,34 +28,12 @@ from barepp import boundary
 from barepp.backward import Backward, Graph, InPlaceWrites
 from barepp.boundary import Gradient, Value, tensors
 from barepp.errors import ScheduleError
+from barepp.in_flight import InFlight, Recipe
 from barepp.layers import Layers, LossFunction, Turn, add_note
 from barepp.models import LayerBuilder
+from barepp.precision import autocast_for, scaled_start
 from barepp.recompute import Buffers, copy_of, forgetting
 from barepp.seeding import LayerRandomness
-
-
-@dataclass(slots=True)
-class _Recipe:
-    """What it takes to run a forward again."""
-
-    value: Value
-    wanted: Sequence[bool]
-    turn: Turn
-    split: bool
-    buffers: Buffers
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A microbatch between its forward and the end of its backward."""
-
-    kept: Backward | _Recipe
-    input_is_tensor: bool
-    output_requires_grad: tuple[bool, ...]
-    start: Tensor | None  # on the last stage: d loss / d loss
-    step: int
-    inputs_done: bool = False
-
 
 _NO_TURN: Final = contextlib.nullcontext()
 
@@ -75,6 +52,7 @@ class Stage:
         seed: int,
         lock: threading.Lock | None = None,
         device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.index = index
         self.layer_range = layer_range
@@ -82,7 +60,9 @@ class Stage:
         self.is_last = index == num_stages - 1
         self.peak_in_flight = 0
         self._randomness = LayerRandomness(seed, lock, device)
-        self._in_flight: dict[int, _InFlight] = {}
+        self._autocast = autocast_for(device, autocast)
+        self._takes_turns = autocast is not None and lock is not None  # precision.py, rule 3
+        self._in_flight: dict[int, InFlight] = {}
         loss = loss_fn if self.is_last else None
         self._layers = Layers(
             index, layer_range, builders, loss, randomness=self._randomness, device=device
@@ -97,6 +77,7 @@ class Stage:
         step: int,
         target: Any = None,
         loss_weight: float = 1.0,
+        loss_scale: float = 1.0,
         input_requires_grad: Sequence[bool] | None = None,
         split: bool = False,
         recompute: bool = False,
@@ -105,7 +86,8 @@ class Stage:
 
         Returns the output, cut off its graph; the last stage returns the loss times `loss_weight`.
         With rows of the microbatch / rows of the batch as the weight, the losses of a batch, and
-        the gradients with them, add up to those of the mean over the whole batch.
+        the gradients with them, add up to those of the mean over the whole batch. Its backward
+        starts from `loss_scale`; the loss itself is as it is.
 
         `input_requires_grad` is what `output_requires_grad` was on the stage before. Without it
         all gradients are computed: also right, but behind a frozen stage it is work for nothing,
@@ -127,12 +109,17 @@ class Stage:
             wanted = input_requires_grad or [True] * len(tensors(x))
         turn = Turn(microbatch, step, target, loss_weight)
         run = self._run_and_forget if recompute else self._run
-        with self._turn(step):
+        turn_at = self._turn(step)
+        with turn_at if self._autocast is None else self._autocast.within(turn_at):
             kept, output = run(x, wanted, turn, split)
         needed = tuple([tensor.requires_grad for tensor in tensors(output)])
-        # (`loss.backward()` makes the same tensor.)
-        start = torch.ones_like(tensors(output)[0]) if self.is_last else None  # []
-        self._in_flight[microbatch] = _InFlight(kept, isinstance(x, Tensor), needed, start, step)
+        start = None
+        if self.is_last:
+            loss = tensors(output)[0]
+            # (`loss.backward()` makes the same tensor.)
+            plain = loss_scale == 1.0
+            start = torch.ones_like(loss) if plain else scaled_start(loss, loss_scale)  # []
+        self._in_flight[microbatch] = InFlight(kept, isinstance(x, Tensor), needed, start, step)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
         return boundary.leave(output)
 
@@ -186,7 +173,9 @@ class Stage:
 
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
-        with torch.no_grad(), self._randomness:
+        turn_at = self._randomness
+        under = turn_at if self._autocast is None else self._autocast.within(turn_at)
+        with torch.no_grad(), under:
             value = boundary.enter(x, [False] * len(tensors(x))).value
             return self._layers.run(self._layers.without_loss, value, Turn(microbatch, step))
 
@@ -240,7 +229,7 @@ class Stage:
         graphs: list[Graph] = []
         writes = InPlaceWrites()
         # (Of the layers behind a cut within the stage nothing is asked: they may write.)
-        first_writes = self._layers.care(turn.step).writes
+        first_writes = self._layers.care(turn.step).writes or self._autocast is not None
         for links, has_weights in groups:
             entered = boundary.enter(value, wanted, first_writes or bool(graphs))
             output = self._layers.run(links, entered.value, turn)
@@ -252,31 +241,32 @@ class Stage:
 
     def _run_and_forget(
         self, value: Value, wanted: Sequence[bool], turn: Turn, split: bool
-    ) -> tuple[_Recipe, Value]:
+    ) -> tuple[Recipe, Value]:
         """Run the layers as `_run` does; return what it takes to run them again, and the output."""
         buffers = Buffers(self.layers)
         with forgetting():
             _, output = self._run(copy_of(value), wanted, turn, split=False)
         buffers.keep_changed()
-        return _Recipe(value, wanted, turn, split, buffers), output
+        return Recipe(value, wanted, turn, split, buffers), output
 
-    def _revived(self, flight: _InFlight) -> Backward:
+    def _revived(self, flight: InFlight) -> Backward:
         """Return the graphs of a microbatch, which a recipe makes now."""
         kept = flight.kept
         if isinstance(kept, Backward):
             return kept
-        with torch.enable_grad(), kept.buffers.as_they_were():
+        then: contextlib.AbstractContextManager[object] = kept.buffers.as_they_were()
+        with torch.enable_grad(), then if self._autocast is None else self._autocast.within(then):
             return self._run(kept.value, kept.wanted, kept.turn, kept.split)[0]
 
     def _weights(self, step: int) -> Sequence[nn.Parameter]:
         """Return the weights to be trained, which only a backward in two parts asks for."""
         return self._layers.cut(step).weights
 
-    def _given(self, flight: _InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
+    def _given(self, flight: InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
         start = flight.start if self.is_last else gradient
         return boundary.gradients_for(len(flight.output_requires_grad), start)
 
-    def _flight(self, microbatch: int, what: str) -> _InFlight:
+    def _flight(self, microbatch: int, what: str) -> InFlight:
         flight = self._in_flight.get(microbatch)
         if flight is None or flight.inputs_done:
             raise ScheduleError(
@@ -286,12 +276,13 @@ class Stage:
         return flight
 
     def _turn(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """The turn at the random generators, if any layer may draw.
+        """The turn at what is the process's, its random generators, if any layer may draw.
 
         In a backward too: a layer under torch.utils.checkpoint runs its forward again there, and so
         does a microbatch that is recomputed.
         """
-        return self._randomness if self._layers.care(step).draws else _NO_TURN
+        alone = not self._takes_turns and not self._layers.care(step).draws
+        return _NO_TURN if alone else self._randomness
 
     def _note(self, error: Exception, what: str, microbatch: int) -> None:
         add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")

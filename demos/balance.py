@@ -49,7 +49,8 @@ HEAVY = 2  # which layer
 TIMES = 4  # how much wider it is within
 SCHEDULE = "1f1b"
 TURN = 10  # steps
-WITHOUT = ("stages", "partition", "recompute")  # flags of the other steps that are settled here
+# Flags of the other steps that are settled here.
+WITHOUT = ("stages", "partition", "recompute", "autocast")
 
 
 class Block(nn.Module):

@@ -58,6 +58,7 @@ class Flags:
     stages: int = 0
     partition: str = "uniform"
     recompute: str = "off"
+    autocast: str = "off"
     blocks: int = 4
     width: int = 128
     heads: int = 4
@@ -165,6 +166,7 @@ def train(world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Fla
     """Train the pipeline; return the loss of each step, in bits a byte."""
     optimizer = torch.optim.AdamW(pipe.parameters(), lr=flags.lr, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, flags))
+    take_step = training.step_of(pipe, optimizer, flags.autocast)
     every = max(1, flags.steps // training.NUM_PROGRESS_LINES)
     losses = []
     for step in range(flags.steps):
@@ -172,8 +174,8 @@ def train(world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Fla
         text, following = excerpts(learnt, flags.batch, flags.context, seed)
         pipe.zero_grad()
         losses.append(bits(pipe.step(text, following)))
-        optimizer.step()
-        rate.step()
+        if take_step():
+            rate.step()
         if world.rank == 0 and ((step + 1) % every == 0 or step + 1 == flags.steps):
             print(f"step {step + 1:4d}/{flags.steps}   {losses[-1]:.3f} bits a byte")
     return losses
@@ -224,6 +226,7 @@ def run(world: barepp.World, flags: Flags) -> Results:
         partition=training.partition_of(flags.partition),
         seed=flags.seed,
         recompute=flags.recompute,
+        autocast=training.precision_of(flags.autocast),
         sample=excerpts(learnt, flags.batch, flags.context, seed=0),
     )
     if flags.trace is not None:

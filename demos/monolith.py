@@ -143,4 +143,4 @@ def parameters_sha256(model: nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    training.main(train, __doc__, without=("stages", "partition", "recompute"))
+    training.main(train, __doc__, without=("stages", "partition", "recompute", "autocast"))

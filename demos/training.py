@@ -8,6 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import digits
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 import barepp
 from barepp.breakdown import RankTimes, own_time, table
+from barepp.precision import HALVES
 from barepp.simulate import Costs, simulate
 from transport.collectives import broadcast
 
@@ -33,6 +35,7 @@ class Flags:
     stages: int = 0
     partition: str = "uniform"
     recompute: str = "off"
+    autocast: str = "off"
     layers: int = 16
     hidden: int = 128
     seed: int = 0
@@ -48,6 +51,7 @@ HELP = {
     "stages": "slices of the model; 0 for what is usual: one a rank, or what the schedule needs",
     "partition": "uniform, balanced, or how many layers each stage gets: 5,4,4,4",
     "recompute": "which microbatches run their forward again in backward, to save memory",
+    "autocast": "off, bf16 or fp16: matrix products in half precision",
     "layers": "hidden layers (Linear + ReLU); the head is one more",
     "hidden": "width of a hidden layer",
     "seed": "decides the initial weights and the order of the data",
@@ -93,6 +97,7 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
         partition=partition_of(flags.partition),
         seed=flags.seed,
         recompute=flags.recompute,
+        autocast=precision_of(flags.autocast),
         sample=digits.batch(training_set, 0, flags.batch, flags.seed),
     )
     if flags.trace is not None:
@@ -101,14 +106,15 @@ def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
     # has to be agreed on.
     optimizer = torch.optim.Adam(pipe.parameters(), lr=flags.lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
+    take_step = step_of(pipe, optimizer, flags.autocast)
     progress = Progress(flags.steps, silent=world.rank != 0)
     losses = []
     for step in range(flags.steps):
         images, labels = digits.batch(training_set, step, flags.batch, flags.seed)
         pipe.zero_grad()
         loss = pipe.step(images, labels)  # []
-        optimizer.step()
-        decay.step()
+        if take_step():
+            decay.step()
         losses.append(loss.item())
         progress.tell(step, losses[-1], len(labels))
     summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
@@ -157,6 +163,27 @@ def partition_of(text: str) -> str | list[int]:
         raise barepp.UsageError(
             f"--partition is uniform, balanced, or a number of layers for each stage, not {text}"
         ) from None
+
+
+def precision_of(autocast: str) -> torch.dtype | None:
+    """Return what a flag --autocast means."""
+    if autocast not in ("off", *HALVES):
+        raise barepp.UsageError(f"--autocast is off, {' or '.join(HALVES)}, not {autocast}")
+    return HALVES.get(autocast)
+
+
+def step_of(
+    pipe: barepp.Pipeline, optimizer: torch.optim.Optimizer, autocast: str
+) -> Callable[[], bool]:
+    """Return what lets the optimizer step, and tells whether it did: with float16 not always."""
+    if autocast == "fp16":
+        return partial(barepp.LossScaler(pipe).step, optimizer)
+
+    def step() -> bool:
+        optimizer.step()
+        return True
+
+    return step
 
 
 def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Flags) -> float:

@@ -228,6 +228,19 @@ def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: C
     assert (found["world_size"], found["stages"]) == (1, 3)
 
 
+def test_half_precision_is_a_flag(monolith: dict, tmp_path: Path, alone: Callable) -> None:
+    found = {}
+    for autocast in ("off", "bf16", "fp16"):
+        path = tmp_path / f"{autocast}.json"
+        assert alone("gpipe", *ODD, "--autocast", autocast, "--json", path)[0] == 0
+        found[autocast] = results(path)["parameters_sha256"]
+    assert found["off"] == monolith["parameters_sha256"]
+    assert len(set(found.values())) == 3
+    path = tmp_path / "two.json"
+    assert launch(2, "demos/gpipe.py", *ODD, "--autocast", "fp16", "--json", path).returncode == 0
+    assert results(path)["parameters_sha256"] == found["fp16"]
+
+
 @pytest.mark.parametrize("partition", ["balanced", "6,5,6"])
 def test_a_partition_is_a_flag(
     partition: str, monolith: dict, tmp_path: Path, alone: Callable
@@ -332,6 +345,7 @@ def test_the_picture_in_the_manual_is_what_plan_draws(
             ["--recompute", "some"],
             "unknown recompute 'some'; there is: off, all, all_but_last",
         ),
+        (["--autocast", "fp8"], "--autocast is off, bf16 or fp16, not fp8"),
         (
             ["--partition", "5,x"],
             "--partition is uniform, balanced, or a number of layers for each stage, not 5,x",
@@ -349,7 +363,7 @@ def test_wrong_input_gets_one_sentence(flags: list[str], sentence: str, alone: C
 
 
 @pytest.mark.parametrize("demo", ["monolith", "balance"])
-@pytest.mark.parametrize("flag", ["stages", "partition", "recompute"])
+@pytest.mark.parametrize("flag", ["stages", "partition", "recompute", "autocast"])
 def test_a_flag_that_would_change_nothing_is_not_there(
     demo: str, flag: str, alone: Callable
 ) -> None:

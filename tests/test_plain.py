@@ -37,15 +37,17 @@ def test_every_plain_type_is_tested_here():
     assert all(is_plain(build()) for build in BUILDERS.values())
 
 
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (7,), (3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("kind", BUILDERS, ids=lambda kind: kind.__name__)
-def test_a_plain_layer_keeps_its_word(kind, rows, training):
+def test_a_plain_layer_keeps_its_word(kind, rows, training, half):
     layer = BUILDERS[kind]()
     layer.train(training)
     value = torch.randn(*rows, SIZE).requires_grad_()
     before, version, state = value.detach().clone(), value._version, torch.get_rng_state()
-    output = layer(value)
+    with torch.autocast("cpu", half, enabled=half is not None):
+        output = layer(value)
     assert type(output) is torch.Tensor and canonical(output) is output
     assert output.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
