@@ -77,7 +77,7 @@ def test_a_waiting_thread_handles_what_it_waits_for_itself(loop: Loop) -> None:
     """No hand-off between threads: that is what makes a small message fast."""
 
     def write_while_one_waits(i: int) -> None:
-        eventually(lambda: loop.progress._driver is not None)
+        eventually(lambda: loop.progress.driver is not None)
         loop.write(i)
 
     for i in range(8):
@@ -163,7 +163,7 @@ def test_a_timer_set_while_one_drives_is_kept_when_that_one_leaves(loop: Loop) -
         loop.works[0].complete()
 
     driver = start(lambda: loop.progress.run_until(loop.works[0], SOON_S))
-    eventually(lambda: loop.progress._driver is not None)
+    eventually(lambda: loop.progress.driver is not None)
     time.sleep(0.01)
     with loop.progress.lock, loop.progress.guard:
         loop.progress.call_at(0.0, on_first)
@@ -213,7 +213,7 @@ def test_stop_while_a_driver_sleeps() -> None:
             for work in loop.works[: rng.randrange(1, 4)]
         ]
         if rng.random() < 0.8:
-            eventually(lambda: loop.progress._driver is not None)  # noqa: B023
+            eventually(lambda: loop.progress.driver is not None)  # noqa: B023
         if rng.random() < 0.5:
             time.sleep(rng.random() * 0.002)
         closing = start(loop.close)
@@ -232,7 +232,7 @@ def test_a_handler_that_raises_is_reported_and_kills_no_thread(loop: Loop) -> No
     loop.write(0)
     eventually(lambda: len(loop.crashes) == 1)
     waiting = start(lambda: loop.progress.run_until(loop.works[1], SOON_S))
-    eventually(lambda: loop.progress._driver is not None)
+    eventually(lambda: loop.progress.driver is not None)
     loop.write(0)
     eventually(lambda: len(loop.crashes) == 2)
     loop.write(1)
@@ -282,13 +282,13 @@ def test_an_interrupted_wait_leaves_everything_in_order(loop: Loop, driving: boo
     other = None
     if not driving:
         other = start(lambda: loop.progress.run_until(loop.works[7], SOON_S))
-        eventually(lambda: loop.progress._driver is not None)
+        eventually(lambda: loop.progress.driver is not None)
     for i in range(20):
         with pytest.raises(Interrupt):
             threading.Timer(0.002 + 0.0002 * i, os.kill, (os.getpid(), signal.SIGUSR1)).start()
             loop.progress.run_until(loop.works[0], SOON_S)
         assert loop.progress._followers == 0
-        assert (loop.progress._driver is None) is driving
+        assert (loop.progress.driver is None) is driving
     loop.write(0)
     assert loop.progress.run_until(loop.works[0], SOON_S)
     if other is not None:

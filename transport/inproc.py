@@ -27,7 +27,7 @@ from transport.gpu import Gpu, Stream, gate
 from transport.mailbox import Arrival, Mailbox
 from transport.staging import GpuMailbox
 from transport.tensors import Message, MessageSpec, overwrite, prepare
-from transport.work import Receive, Send, Work, count, deadline_after, remaining
+from transport.work import Receive, Send, Work, deadline_after, remaining
 
 
 class InprocHub:
@@ -120,8 +120,8 @@ class InprocTransport(Transport):
                 for target, tensor in zip(arrival.tensors, tensors, strict=True):
                     overwrite(target, tensor)
             peer._mailbox.complete(arrival)
-            count(self.traffic.sent, dst)
-            count(peer.traffic.received, self.rank)
+            self.traffic.sent[dst] += 1
+            peer.traffic.received[self.rank] += 1
             self.traffic.sent_nbytes += spec.nbytes
             peer.traffic.received_nbytes += spec.nbytes
             self._hub.changed.notify_all()

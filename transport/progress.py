@@ -87,7 +87,7 @@ class Progress:
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
-        self._driver: int | None = None  # the thread that polls for itself now
+        self.driver: int | None = None  # the thread that polls for itself now
         self._drives = 0  # how often some thread became the driver
         self._followers = 0
         self._sleeps_until = math.inf  # when the background thread, if asleep, wakes by itself
@@ -100,11 +100,6 @@ class Progress:
         self.register(self._wakeup, select.EPOLLIN, self._on_wakeup)
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    def driven(self) -> bool:
-        """Whether some thread waits, and so polls for itself."""
-        return self._driver is not None
 
     def register(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` under the lock whenever one of the epoll `events` is there."""
@@ -149,7 +144,7 @@ class Progress:
                 if self._begins_to_drive(me, work, deadline):
                     self._drive(work, deadline)
             finally:
-                if self._driver == me:  # an interrupt ended it
+                if self.driver == me:  # an interrupt ended it
                     self._leave()
         return True
 
@@ -163,7 +158,7 @@ class Progress:
             self.wake()
         self._thread.join()
         with self.lock:
-            while self._driver is not None:  # it was woken, and leaves because its work is done
+            while self.driver is not None:  # it was woken, and leaves because its work is done
                 self._changed.wait()
             if not self._inner.closed:
                 self._outer.close()
@@ -178,14 +173,14 @@ class Progress:
             self._fail_if_ended(work)
             if work.done:  # since it was looked at without the lock; all may be closed by now
                 return False
-            if self._driver is not None:
+            if self.driver is not None:
                 self._followers += 1
                 try:
                     self._changed.wait(remaining(deadline))
                 finally:
                     self._followers -= 1
                 return False
-            self._driver = me
+            self.driver = me
             self._drives += 1
             self._outer.modify(self._inner, 0)
             self._on_drive()
@@ -218,7 +213,7 @@ class Progress:
             self.wake()
         if self._followers or self._stopped:
             self._changed.notify_all()  # a follower takes over; `stop` goes on
-        self._driver = None
+        self.driver = None
 
     def _leave(self) -> None:
         """Give up driving, whatever strikes meanwhile: nobody else could drive any more."""
@@ -237,7 +232,7 @@ class Progress:
                     return
                 now = time.monotonic()
                 due = self._timers[0][0] if self._timers else math.inf
-                grace = 0.0 if self._driver is None else DRIVER_GRACE_S
+                grace = 0.0 if self.driver is None else DRIVER_GRACE_S
                 self._sleeps_until = max(due, now + grace)
                 timeout = max(0.0, self._sleeps_until - now)
             self._outer.poll(None if math.isinf(timeout) else timeout)
@@ -246,7 +241,7 @@ class Progress:
                 time.sleep(RETURN_S)
                 continue
             with self.lock:
-                if self._driver is None and not self._stopped:
+                if self.driver is None and not self._stopped:
                     self._handle(self._inner.poll(0))
 
     def _handle(self, events: Sequence[tuple[int, int]]) -> None:

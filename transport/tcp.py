@@ -33,7 +33,7 @@ from transport.progress import Progress
 from transport.staging import GpuMailbox, Stager
 from transport.tensors import Message, MessageSpec, prepare, unsupported_host
 from transport.wire import MESSAGES, Frame, FrameKind, Limits
-from transport.work import Farewell, Receive, Send, Work, count
+from transport.work import Farewell, Receive, Send, Work
 
 CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
@@ -105,7 +105,7 @@ class TcpTransport(Transport):
         work = Send(self, dst, tag)
         with self._lock, self._guard:
             self._peer(dst).connection.send(spec, tensors, work)
-            count(self.traffic.sent, dst)
+            self.traffic.sent[dst] += 1
             self.traffic.sent_nbytes += spec.nbytes
         return work
 
@@ -252,7 +252,7 @@ class TcpTransport(Transport):
         spec: MessageSpec = frame.meta
         if spec.nbytes != frame.payload_nbytes:
             spec.fit(frame.payload_nbytes)  # says so
-        waiting = self._progress.driven and self._farewell is None
+        waiting = self._progress.driver is not None and self._farewell is None
         if not waiting and not connection.ending and not self._mailbox.wanted(src, tag):
             held = self._mailbox.held_nbytes(src)
             if held + spec.nbytes > self._unexpected_limit:
@@ -271,7 +271,7 @@ class TcpTransport(Transport):
         src = connection.peer
         self._peers[src].connection.finish(arrival)
         connection.arriving = None
-        count(self.traffic.received, src)
+        self.traffic.received[src] += 1
         self.traffic.received_nbytes += arrival.spec.nbytes
         self._mailbox.complete(arrival)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import threading
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Protocol
 
 from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
@@ -165,16 +166,11 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.sent: dict[int, int] = {}
-        self.received: dict[int, int] = {}
+        self.sent: defaultdict[int, int] = defaultdict(int)
+        self.received: defaultdict[int, int] = defaultdict(int)
         self.sent_nbytes = 0
         self.received_nbytes = 0
         self.waits: dict[int, Work | None] = {}
-
-
-def count(counter: dict[int, int], rank: int) -> None:
-    """Add one to a rank's count."""
-    counter[rank] = counter.get(rank, 0) + 1
 
 
 def deadline_after(timeout: float | None) -> float | None:
