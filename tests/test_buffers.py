@@ -14,6 +14,7 @@ from transport.addresses import (
     BUFFER_NBYTES,
     BUFFER_OF_LARGE_NBYTES,
     LARGE_NBYTES,
+    TCP_BUFFER_OF_LARGE_NBYTES,
     tune,
     tune_for,
 )
@@ -32,11 +33,12 @@ def set_to(nbytes: int) -> int:
 def test_a_large_message_narrows_the_buffer_and_the_next_small_one_widens_it(name: str) -> None:
     small, large = torch.ones(3), torch.ones(LARGE_NBYTES, dtype=torch.uint8)
     into = torch.zeros_like(large)
+    for_large = TCP_BUFFER_OF_LARGE_NBYTES if name == "tcp" else BUFFER_OF_LARGE_NBYTES
     with worlds.world(name, 2) as (one, other):
         for message, nbytes in (
             (small, BUFFER_NBYTES),
-            (large, BUFFER_OF_LARGE_NBYTES),
-            (large, BUFFER_OF_LARGE_NBYTES),
+            (large, for_large),
+            (large, for_large),
             (small, BUFFER_NBYTES),
         ):
             receive = other.irecv(0, into=into if message is large else None)

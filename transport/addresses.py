@@ -24,6 +24,7 @@ from transport.errors import ProtocolError, RendezvousError
 # more than it saves. (The kernel cuts them down to net.core.wmem_max and rmem_max.)
 BUFFER_NBYTES: Final = 1024 * 1024
 BUFFER_OF_LARGE_NBYTES: Final = 256 * 1024
+TCP_BUFFER_OF_LARGE_NBYTES: Final = 384 * 1024  # a part of it waits to be acknowledged
 LARGE_NBYTES: Final = 16 * 1024 * 1024
 BACKLOG: Final = 1024
 _OWN_NAME: Final = secrets.token_hex(16)
@@ -192,7 +193,9 @@ def tune(sock: socket.socket) -> None:
 def tune_for(sock: socket.socket, nbytes: int) -> None:
     """Set how much the kernel takes at once of a message of `nbytes`, within a host."""
     if _within_host(sock):
-        buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else BUFFER_OF_LARGE_NBYTES
+        unix = sock.family == socket.AF_UNIX
+        large = BUFFER_OF_LARGE_NBYTES if unix else TCP_BUFFER_OF_LARGE_NBYTES
+        buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else large
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_nbytes)
 
 
