@@ -236,12 +236,9 @@ class Connection:
                     self._end(None)
                     return
                 decoder.received(nbytes)
-                # (Less than there was room for was all: asking again would cost a system call.)
-                if not self._drain() or nbytes < len(room):
-                    return
-                # Whoever waits for a large message may name the memory for the next one now. What
-                # is read before that has to be copied there.
-                if arriving is not None and self.arriving is not arriving:
+                # (Less than there was room for was all. And whoever got a large message may name
+                # memory for the next one now: what is read before that has to be copied there.)
+                if not self._drain() or nbytes < len(room) or arriving not in (None, self.arriving):
                     return
                 budget -= nbytes
         except BlockingIOError:

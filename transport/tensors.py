@@ -92,8 +92,6 @@ class MessageSpec:
 
     def allocate(self, device: torch.device | str = "cpu") -> list[torch.Tensor]:
         """Return fresh tensors for the message, not initialised and 64-byte aligned by torch."""
-        if not self.is_tuple:
-            return [self.tensors[0].allocate(device)]
         return [spec.allocate(device) for spec in self.tensors]
 
     @functools.cached_property
