@@ -75,6 +75,7 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
         or address_beside(started.host, here=started.rank == 0),
         silence_s=options.heartbeat_s,
         local_rank=started.local_rank,
+        device=options.device,
     )
     control = ControlClient(
         membership.rendezvous,

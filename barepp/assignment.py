@@ -23,6 +23,7 @@ class Membership:
         spread: whether the ranks are on several hosts: then they listen beyond loopback.
         address: where the other hosts reach this one; "" is where it reaches the rendezvous from.
         local_rank: its number among the ranks of its host.
+        device: "cpu", "cuda" or "auto", see devices.py.
         silence_s: how long a host may give no sign of life; 0 for ever.
         alone_s: how long a worker process goes on when its control connection has ended.
     """
@@ -37,6 +38,7 @@ class Membership:
     address: str = ""
     silence_s: float = 0.0
     local_rank: int = 0
+    device: str = "cpu"
     alone_s: float = 0.0
 
 

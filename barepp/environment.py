@@ -25,9 +25,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from barepp.devices import chosen_device
 from barepp.errors import UsageError
 from barepp.member import MAX_SECONDS, Options
-from transport.registry import check_name
 
 TORCHRUN: Final = "torchrun"
 SRUN: Final = "srun"
@@ -172,17 +172,19 @@ _SECONDS: Final = {
 
 
 def options_from(world_size: int, environ: Mapping[str, str]) -> Options:
-    """Return what BAREPP_TRANSPORT, _CHECKSUM, _HEARTBEAT, _TIMEOUT, _GRACE, _JOIN_TIMEOUT say.
+    """Return what BAREPP_TRANSPORT, _DEVICE, _CHECKSUM, and of the limits _HEARTBEAT and so on say.
 
     They mean what the launcher's flags of those names do, and must be the same on all ranks.
 
     Raises:
-        UsageError: a limit is not a number of seconds.
+        UsageError: a limit is not a number of seconds, or transport and device contradict.
         UnknownTransport: there is no such transport.
     """
+    transport = environ.get("BAREPP_TRANSPORT", "auto")
     options = Options(
         world_size,
-        check_name(environ.get("BAREPP_TRANSPORT", "auto")),
+        transport,
+        device=chosen_device(environ.get("BAREPP_DEVICE"), transport),
         checksum=environ.get("BAREPP_CHECKSUM", "0") not in ("", "0"),
     )
     limits: dict[str, Any] = {

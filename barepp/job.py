@@ -16,6 +16,7 @@ from typing import Final
 
 from barepp.assignment import Assignment, Call, Membership, PickledCall, Pipes, Task, be_rank
 from barepp.deputy import Deputy
+from barepp.devices import check_forking
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.foresight import preloads
@@ -59,6 +60,8 @@ class Job:
         fork: bool = False,
         nodes: Nodes | None = None,
     ) -> None:
+        if fork:
+            check_forking(options.device)
         self._preloads = [] if fork else preloads(task)
         if isinstance(task, Call) and not fork:
             task = PickledCall(pickle.dumps(task), task.name)
@@ -166,6 +169,7 @@ class Job:
             silence_s=options.heartbeat_s,
             alone_s=self._alone_s(),
             local_rank=number - self._share().start,
+            device=options.device,
         )
         assignment = Assignment(membership, self._task, nursery.parent_pid, options.rehearsal)
         process = nursery.context.Process(

@@ -16,6 +16,7 @@ import torch
 import barepp
 from barepp.assignment import Membership
 from barepp.cores import compute_in_turns
+from barepp.devices import chosen_device, num_gpus, on_gpus, own_gpu
 from barepp.environment import started_by_others
 from barepp.errors import UsageError
 from barepp.warm import keep_freed_memory
@@ -29,6 +30,7 @@ from transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from barepp.probe import Probe
+    from transport.contract import Transport
 
 LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
 
@@ -44,25 +46,31 @@ def connect(membership: Membership) -> ControlClient:
 
 def _join(membership: Membership, control: ControlClient, probe: Probe | None) -> World:
     """Open the listening sockets, meet the others and return the world."""
-    chosen = transport_class(membership.transport)
+    device, local_rank = membership.device, membership.local_rank
+    found = num_gpus(device, control.rank)
+    chosen = transport_class(membership.transport, gpu=on_gpus(device, [found]))
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
-        alone = World(InprocTransport(InprocHub(1), 0), control, probe=probe)
-        alone.local_rank = membership.local_rank
-        _beat(control, alone)
-        return alone
-    if not issubclass(chosen, TcpTransport):
-        raise UsageError(f"transport {membership.transport!r} does not connect processes")
-    sockets, address = _listen(chosen, membership, control)
+        world = _alone(device, control, probe, local_rank)
+        _beat(control, world)
+        return world
+    sockets, address = _listen(_connecting(chosen), membership, control)
+    address = dataclasses.replace(address, num_gpus=found)
+    versions = _versions(device)
     try:
-        addresses = control.join(membership.world_size, address, versions=_versions())
+        addresses = control.join(membership.world_size, address, versions=versions)
+        gpu = None
+        if on_gpus(device, [each.num_gpus for each in addresses.values()]):
+            gpu = own_gpu(local_rank, found)
+        elif found:  # another rank finds none. (Every transport listens where this one does.)
+            chosen = transport_class(membership.transport)
     except BaseException:
         for sock in sockets:
             sock.close()
         raise
     # Before the transport starts its thread, which is to be scheduled as this one.
     compute_in_turns(sum(each.host == address.host for each in addresses.values()))
-    transport = chosen(
+    transport = _connecting(chosen)(
         control.rank,
         membership.world_size,
         addresses,
@@ -70,9 +78,10 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         membership.secret,
         lost_grace_s=LOST_GRACE_S,
         checksum=membership.checksum,
+        gpu=gpu,
     )
     world = World(transport, control, probe=probe)
-    world.local_rank = membership.local_rank
+    world.local_rank = local_rank
     _beat(control, world)
 
     def on_failure(failure: Failure) -> None:
@@ -83,6 +92,26 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
 
     control.on_failure(on_failure)
     return world
+
+
+def _alone(
+    device: str,
+    control: ControlClient | None = None,
+    probe: Probe | None = None,
+    local_rank: int = 0,
+) -> World:
+    """Return a world of one."""
+    found = num_gpus(device, 0)
+    gpu = own_gpu(local_rank, found) if on_gpus(device, [found]) else None
+    world = World(InprocTransport(InprocHub(1), 0, gpu=gpu), control, probe=probe)
+    world.local_rank = local_rank
+    return world
+
+
+def _connecting(chosen: type[Transport]) -> type[TcpTransport]:
+    if not issubclass(chosen, TcpTransport):
+        raise UsageError(f"transport {chosen.name!r} does not connect processes")
+    return chosen
 
 
 def _listen(
@@ -101,9 +130,10 @@ def _listen(
         raise UsageError(text) from error
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: str) -> dict[str, str]:
     """Return what must be the same on all ranks for their results to fit together."""
-    return {"barepp": barepp.__version__, "torch": str(torch.__version__)}
+    versions = {"barepp": barepp.__version__, "torch": str(torch.__version__)}
+    return {**versions, "on device": device}  # ("it runs on device cpu, but rank 0 …")
 
 
 def _beat(control: ControlClient, world: World) -> None:
@@ -155,7 +185,7 @@ def one_compute_thread() -> None:
     torch.set_num_threads(torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1)
 
 
-def init() -> World:
+def init(device: str | None = None) -> World:
     """Join the world that this process was started in; blocks until all ranks have come.
 
     Started by `python -m barepp.launch`, by torchrun or by Slurm's srun the process is one rank of
@@ -165,8 +195,12 @@ def init() -> World:
     Memory that is freed stays in the process (see warm.py); ranks that share cores are scheduled as
     a batch (see cores.py).
 
+    `device` ("cpu", "cuda" or "auto") is for a process that is started by itself, which also asks
+    BAREPP_DEVICE; a launcher has one for all ranks (devices.py). `World.device` is what came of it.
+
     Raises:
-        UsageError: this process is in a world already, or the environment makes no sense.
+        UsageError: this process is in a world already, the environment makes no sense, or there is
+            no such device, or the launcher has said another one.
         RendezvousError: another world size, or a rank that did not come in time.
         JobFailed: another rank failed meanwhile.
     """
@@ -181,7 +215,14 @@ def init() -> World:
 
             _process.membership, _process.control = adopt(started, os.environ)
     if _process.membership is None or _process.control is None:
-        _process.world = World(InprocTransport(InprocHub(1), 0))
+        named = os.environ.get("BAREPP_DEVICE") if device is None else device
+        _process.world = _alone(chosen_device(named, "auto"))
     else:
+        started_with = _process.membership.device
+        if device is not None and chosen_device(device, "auto") != started_with:
+            raise UsageError(
+                f"this rank was started with device {started_with}, not {device}: tell the "
+                f"launcher (--device {device}, or BAREPP_DEVICE={device} where it is not ours)"
+            )
         _process.world = _join(_process.membership, _process.control, _process.probe)
     return _process.world

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from barepp.assignment import Script
+from barepp.devices import DEVICES, chosen_device
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.job import Job
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.heartbeat,
         parsed.timeout,
         parsed.checksum,
+        device=chosen_device(parsed.device, parsed.transport),
         stacks_on_quit=True,
     )
     task = Script(parsed.script, tuple(parsed.args))
@@ -115,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how tensors travel: {', '.join(transport_names())} (default: auto)",
     )
     parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"where the ranks compute: {', '.join(DEVICES)}; auto is cuda if all find a GPU "
+        "(default: cpu, and cuda where the transport is for that)",
+    )
+    parser.add_argument(
         "--checksum",
         action="store_true",
         help="let each payload that crosses a socket carry a sum, which its receiver checks",
@@ -162,6 +170,7 @@ def _check(parsed: argparse.Namespace) -> None:
             "--transport inproc is for ranks that are threads of one process (barepp.run); "
             "the launcher starts processes"
         )
+    chosen_device(parsed.device, parsed.transport)
     for flag, _, _ in _LIMITS:
         value = getattr(parsed, flag.lstrip("-").replace("-", "_"))
         if not 0 <= value <= MAX_SECONDS:

@@ -73,6 +73,7 @@ class Options:
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
     checksum: bool = False  # whether payloads carry a sum
     rehearsal: Rehearsal | None = None  # a test's wish: see testing.py
+    device: str = "cpu"  # "cpu", "cuda" or "auto": see devices.py
     stacks_on_quit: bool = False  # whether SIGQUIT prints every rank's stack; for a launcher's own
 
 

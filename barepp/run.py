@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 from barepp.assignment import Call, reaches_elsewhere
+from barepp.devices import chosen_device
 from barepp.errors import BareppError, UsageError
 from barepp.job import Job
 from barepp.member import Options, Rank
 from barepp.output import Output
 from transport.errors import JobFailed
-from transport.registry import check_name
 
 
 def run(
@@ -28,6 +28,7 @@ def run(
     world_size: int,
     *args: Any,
     transport: str = "auto",
+    device: str | None = None,
     grace: float = 0.5,
     join_timeout: float = 60.0,
     heartbeat: float = 10.0,
@@ -43,8 +44,9 @@ def run(
     notebook's function) is run in forked processes. Blocks until all ranks have ended; a thread
     that a failure finds elsewhere than in barepp cannot be ended, and is left behind after `grace`
     seconds. The limits are the launcher's flags of the same names, in seconds; threads have only
-    `grace` and `timeout`. With `checksum` each payload that crosses a socket carries a sum, and a
-    changed bit is an error instead of a wrong number; threads have no use for it.
+    `grace` and `timeout`. `device` is "cpu", "cuda" or "auto", as the launcher's. With `checksum`
+    each payload that crosses a socket carries a sum, and a changed bit is an error instead of a
+    wrong number; threads have no use for it.
 
     Raises:
         JobFailed: a rank failed; the first cause, with the failing rank's traceback.
@@ -52,8 +54,9 @@ def run(
     """
     if type(world_size) is not int or world_size < 1:
         raise UsageError(f"a world has at least one rank, not {world_size!r}")
-    check_name(transport)
-    options = Options(world_size, transport, grace, join_timeout, heartbeat, timeout, checksum)
+    limits = grace, join_timeout, heartbeat, timeout
+    device = chosen_device(device, transport)
+    options = Options(world_size, transport, *limits, checksum, device=device)
     call = Call(function, args)
     if transport == "inproc":
         from barepp.threads import run_threads

@@ -26,6 +26,7 @@ from typing import Any, Final
 from barepp.actions import Action
 from barepp.assignment import Call, Rehearsal, Script, reaches_elsewhere
 from barepp.census import Census
+from barepp.devices import chosen_device
 from barepp.errors import UsageError
 from barepp.faults import Expected, Fault, deed_of
 from barepp.job import Job
@@ -158,6 +159,7 @@ def run_with_fault(
     step: int = 0,
     args: Sequence[Any] = (),
     transport: str = "auto",
+    device: str | None = None,
     grace: float = 0.5,
     heartbeat: float = 10.0,
     timeout: float = 300.0,
@@ -169,8 +171,8 @@ def run_with_fault(
     Args:
         target: a script, which gets `args` on its command line; or a function, which is called as
             `barepp.run` would, with the world and `args`.
-        world, transport, grace, heartbeat, timeout, join_timeout: as the launcher's flags, times in
-            seconds. To test "SIGSTOP" or "hang", a shorter heartbeat or timeout saves time.
+        world, transport, device, grace, heartbeat, timeout, join_timeout: the launcher's flags,
+            in seconds. To test "SIGSTOP" or "hang", a shorter heartbeat or timeout saves time.
         rank: who fails.
         at: the action at which it fails, as `python -m barepp.plan` prints it: "2F3" is stage 2,
             forward, microbatch 3.
@@ -188,17 +190,16 @@ def run_with_fault(
     """
     planned = Fault(rank, Action.parse(at), when, fault, step)
     _check(planned, world, transport)
-    task = _task(target, args)
+    task, limits = _task(target, args), (grace, join_timeout, heartbeat, timeout)
+    options = Options(world, transport, *limits, device=chosen_device(device, transport))
     with tempfile.TemporaryDirectory(prefix="barepp-testing-") as folder:
-        limits = grace, join_timeout, heartbeat, timeout
-        options = Options(world, transport, *limits, rehearsal=Rehearsal(planned, folder))
+        options = dataclasses.replace(options, rehearsal=Rehearsal(planned, folder))
         census, began = Census(), time.monotonic()
         ended, output = _run(task, options, fork=fork)
         over = time.monotonic()
         leftovers = census.leftovers([found.pid for found in ended.ranks])
         notes = {number: _notes(Path(folder) / f"rank{number}.jsonl") for number in range(world)}
-    happened_at = _happened_at(notes[rank])
-    failure = ended.failure
+    happened_at, failure = _happened_at(notes[rank]), ended.failure
     return FaultOutcome(
         fault=planned,
         happened=happened_at is not None,
@@ -261,9 +262,7 @@ def _run_threads(call: Call, options: Options) -> Outcome:
     return Outcome(failure, [])
 
 
-# -- what the ranks have noted --------------------------------------------------------------------
-
-_Note = dict[str, Any]
+_Note = dict[str, Any]  # what a rank has written down
 
 
 def _notes(path: Path) -> dict[str, _Note]:

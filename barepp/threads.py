@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from barepp.assignment import Call
 from barepp.beats import script_threads
+from barepp.devices import num_gpus, on_gpus, own_gpu
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
 from barepp.member import Options
@@ -18,14 +21,19 @@ from barepp.watch import Watch
 from barepp.world import World
 from transport.control import BEAT_S
 from transport.errors import Failure, JobFailed, WaitTimeout
-from transport.inproc import InprocHub
+from transport.inproc import InprocHub, InprocTransport
 
 
 class Crew:
     """What the launcher is to processes: ends barriers, hears the first failure, tells everyone."""
 
-    def __init__(self, world_size: int) -> None:
-        self.transports = InprocHub(world_size).transports()
+    def __init__(self, world_size: int, device: str = "cpu") -> None:
+        hub, found = InprocHub(world_size), num_gpus(device, 0)
+        use = on_gpus(device, [found])
+        self.transports = [
+            InprocTransport(hub, rank, gpu=own_gpu(rank, found) if use else None)
+            for rank in range(world_size)
+        ]
         self.worlds: list[World] = []
         self.changed = threading.Condition()
         self.failure: Failure | None = None
@@ -97,7 +105,7 @@ class ThreadControl:
 
 def run_threads(call: Call, options: Options) -> list[Any]:
     """Make the call in a thread a rank; see `run.run`. Of the options threads need only some."""
-    crew = Crew(options.world_size)
+    crew = Crew(options.world_size, options.device)
     results: list[Any] = [None] * options.world_size
     crew.worlds = [
         World(transport, ThreadControl(crew, rank), PROCESS_LOCK)
@@ -106,6 +114,8 @@ def run_threads(call: Call, options: Options) -> list[Any]:
 
     def be_rank(world: World) -> None:
         one_compute_thread()
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)  # of this thread
         notes, world.probe = rehearse(world.rank, options.rehearsal)
         try:
             with world:

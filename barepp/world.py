@@ -118,6 +118,16 @@ class World:
         return " ".join(map(str, self.activity))
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.transport.device
+
+    def synchronize(self) -> None:
+        """Block until the device has done all that it was given; on the CPU it always has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
     def left(self) -> bool:
         """Whether this rank has left in order, so that its process may join the next world."""
         return self._left

@@ -27,6 +27,7 @@ BUFFER_OF_LARGE_NBYTES: Final = 256 * 1024
 TCP_BUFFER_OF_LARGE_NBYTES: Final = 384 * 1024  # a part of it waits to be acknowledged
 LARGE_NBYTES: Final = 16 * 1024 * 1024
 BACKLOG: Final = 1024
+MAX_GPUS: Final = 4096  # of a rank
 _OWN_NAME: Final = secrets.token_hex(16)
 
 
@@ -34,16 +35,18 @@ _OWN_NAME: Final = secrets.token_hex(16)
 class Address:
     """How to reach one rank. `host` compares equal on one host; `unix` may be empty.
 
-    The name in `tcp` is "" on a host that does not know by which name others reach it.
+    The name in `tcp` is "" on a host that does not know by which name others reach it. `num_gpus`
+    is how many GPUs the rank finds, so that all can agree on whether to use them.
     """
 
     host: str
     unix: str
     tcp: tuple[str, int]
+    num_gpus: int = 0
 
     def to_record(self) -> list[object]:
         """Return the address as msgpack takes it."""
-        return [self.host, self.unix, *self.tcp]
+        return [self.host, self.unix, *self.tcp, self.num_gpus]
 
     def at(self, name: str) -> Address:
         """Return the address with `name` for a host that has not said its own."""
@@ -57,8 +60,10 @@ class Address:
             ProtocolError: it is not one.
         """
         match record:
-            case [str(host), str(unix), str(name), int(port)] if 0 <= port < 65536:
-                return cls(host, unix, (name, port))
+            case [str(host), str(unix), str(name), int(port), int(num_gpus)] if (
+                0 <= port < 65536 and 0 <= num_gpus <= MAX_GPUS
+            ):
+                return cls(host, unix, (name, port), num_gpus)
         raise ProtocolError(f"not an address: {record!r:.200}")
 
 
