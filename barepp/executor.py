@@ -24,6 +24,7 @@ import torch
 from barepp.actions import Action, Kind
 from barepp.batches import Batch
 from barepp.boundary import Value, tensors
+from barepp.late import device_error, is_from_cuda
 from barepp.lowering import Step, activation_tag, gradient_tag
 from barepp.parcels import (
     copied,
@@ -110,7 +111,8 @@ class Executor:
         methods: Mapping[Kind, Callable[[Action, Result], Result]],
         recorder: Recorder,
     ) -> None:
-        world, now = self._world, time.perf_counter_ns
+        world, mark, last = self._world, recorder.clock.mark, recorder.clock.last
+        timed = recorder.tracing and recorder.times_arrivals
         self._batch = batch
         self._local.clear()
         for stage in self._stages.values():
@@ -122,32 +124,36 @@ class Executor:
         share = len(batch.weights) / max(1, len(program))  # of a microbatch, that an action is
         world.activity = ("posting its receives",)
         try:
-            receives = [self._post(step, timed=recorder.tracing) for step in program]
+            receives = [self._post(step, timed=timed) for step in program]
             for step, receive in zip(program, receives, strict=True):
                 action = step.action
                 world.activity = ("waiting for the input of", action)
-                asked = now()
+                asked = last()
                 taken = receive.wait() if receive is not None else self._take(action)
                 world.activity = ("computing", action)
-                started = now()
+                started = mark()
                 made = methods[action.kind](action, taken)
-                ended = now()
+                ended = mark()
                 world.microbatches += share
                 if made is not None:
                     self._give(step, made, sends)
                 if world.probe is not None:
                     world.probe.after(action)
-                times.append((asked, started, ended, now()))
+                times.append((asked, started, ended, last()))
             world.activity = ("waiting for its sends",)
-            asked = now()
+            asked = last()
             for send in sends:
                 send.wait()
-            recorder.add_flush("waiting for its sends", asked, now())
+            recorder.add_flush("waiting for its sends", asked, mark())
         except JobFailed as error:
             raise JobFailed(error.failure, world.position()) from None
+        except RuntimeError as error:
+            if is_from_cuda(error):
+                raise device_error(error, world.rank, world.position()) from error
+            raise
         world.activity = ()
-        timed = receives if recorder.tracing else ()
-        arrivals = [r.arrived_ns if isinstance(r, _TimedReceive) else 0 for r in timed]
+        received = receives if timed else ()
+        arrivals = [r.arrived_ns if isinstance(r, _TimedReceive) else 0 for r in received]
         recorder.add_actions(program, times, arrivals)
 
     # -- messages ---------------------------------------------------------------------------------

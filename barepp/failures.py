@@ -18,6 +18,7 @@ from typing import Final
 
 import transport
 from barepp.errors import BareppError, DataError, UsageError
+from barepp.late import LATE, is_late
 from transport.errors import (
     Failure,
     InvalidArgument,
@@ -55,6 +56,8 @@ def failure_of(rank: int, error: BaseException, doing: str = "") -> Failure:
         code = 2 if isinstance(error, (UsageError, DataError, InvalidArgument)) else 1
         return Failure(rank, cause, text + _place(error), exit_code=code, doing=doing)
     message = type(error).__name__ + (f": {text}" if text else "")
+    if is_late(error):  # it showed in the script, in a call of torch's
+        message += f"\n({LATE})"
     return Failure(rank, cause, message, exit_code=1, traceback=formatted(error), doing=doing)
 
 

@@ -210,6 +210,31 @@ def transfers(trace: Trace) -> Transfers:
     return Transfers(count, total, hidden, awaited)
 
 
+class Copies(NamedTuple):
+    """What the transport copied on GPUs, and how much of that time the same rank computed."""
+
+    copies: int
+    nbytes: int
+    total_ns: int
+    hidden_ns: int
+
+
+def copies(trace: Trace) -> Copies:
+    """Return the sums over all copies of the steps that count."""
+    steps = set(counted_steps(trace))
+    found: list[tuple[int, int, int]] = []
+    for rank in trace.ranks:
+        within = [(step.start, step.end) for step in rank.steps if step.number in steps]
+        computing = _Computing(rank)
+        found += [
+            (copy.nbytes, copy.end - copy.start, computing.within(copy.start, copy.end))
+            for copy in rank.copies
+            if any(start <= copy.start < end for start, end in within)
+        ]
+    nbytes, total, hidden = (sum(one[part] for one in found) for part in range(3))
+    return Copies(len(found), nbytes, total, hidden)
+
+
 class _Computing:
     """When one rank computed; its actions do not overlap."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from barepp.recorder import Note, Recorder
+from barepp.recorder import Recorder
 
 
 def watch_optimizers(recorder: Recorder, parameters: Iterable[torch.Tensor]) -> None:
@@ -28,7 +27,9 @@ def watch_optimizers(recorder: Recorder, parameters: Iterable[torch.Tensor]) -> 
     started: dict[int, int] = {}
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        started[id(optimizer)] = time.perf_counter_ns()
+        to = keeper()
+        if to is not None and to.tracing:
+            started[id(optimizer)] = to.clock.mark()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         start, to = started.pop(id(optimizer), None), keeper()
@@ -36,8 +37,7 @@ def watch_optimizers(recorder: Recorder, parameters: Iterable[torch.Tensor]) -> 
             return
         # Ranks that are threads have their optimizers in one process.
         if any(id(one) in mine for group in optimizer.param_groups for one in group["params"]):
-            name = f"optimizer ({type(optimizer).__name__})"
-            to.outside.append(Note(name, None, start, time.perf_counter_ns()))
+            to.add_outside(f"optimizer ({type(optimizer).__name__})", start, to.clock.mark())
 
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     for handle in handles:

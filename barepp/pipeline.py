@@ -11,13 +11,14 @@ with barepp.init() as world:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
-from barepp.batches import Batch, check_targets, rows_of_inputs
+from barepp.batches import Batch, check_targets, moved, rows_of_inputs
 from barepp.boundary import Value
+from barepp.device_recorder import recorder_for
 from barepp.errors import UsageError
 from barepp.executor import Executor
 from barepp.hashing import hash_parameters
@@ -32,14 +33,14 @@ from barepp.precision import autocast_for, check_autocast
 from barepp.profiling import balanced_sizes
 from barepp.programs import Programs
 from barepp.recompute import recompute_of_stages
-from barepp.recorder import LOSS, NUM_ROWS, Recorder
+from barepp.recorder import LOSS, NUM_ROWS
 from barepp.schedules import Schedule, make_schedule, usual_stages
 from barepp.seeding import LayerRandomness
 from barepp.sharing import check_no_sharing
 from barepp.stage import Stage
+from barepp.telling import from_rank
 from barepp.trace import start_trace
 from barepp.world import World
-from transport.collectives import broadcast
 
 
 class Pipeline(Holding):
@@ -100,13 +101,15 @@ class Pipeline(Holding):
             schedule, num_stages, num_microbatches, world.world_size
         )
         recomputed = recompute_of_stages(recompute, num_stages)
-        check_autocast(autocast, torch.device("cpu"))
-        self._autocast = autocast_for(None, autocast)
+        # (Without one all is as on any CPU: nothing is moved, no other generator seeded.)
+        device = None if world.device.type == "cpu" else world.device
+        check_autocast(autocast, world.device)
+        self._autocast = autocast_for(device, autocast)
         self._holder = placement(self.schedule.order)
         self._last = num_stages - 1
         self._loss_fn = loss_fn
         self.loss_scale = 1.0
-        self.recorder = Recorder()
+        self.recorder = recorder_for(world)
         if partition == "balanced":
             check_counts(len(layers), num_stages)
             partition = self._balanced(
@@ -119,6 +122,7 @@ class Pipeline(Holding):
                     memory_limit=memory_limit,
                     seed=seed,
                     lock=world.random_lock,
+                    device=device,
                     autocast=autocast,
                 )
             )
@@ -135,11 +139,14 @@ class Pipeline(Holding):
                 loss_fn,
                 seed=seed,
                 lock=world.random_lock,
+                device=device,
                 autocast=autocast,
             )
             for index in range(num_stages)
             if self._holder[index] == world.rank
         }
+        if device is not None and self._last in self.stages and isinstance(loss_fn, nn.Module):
+            loss_fn.to(device)
         check_no_sharing(self.stages, ranges, layers, LayerRandomness(seed, world.random_lock))
         self._steps = 0
         self._broken = False
@@ -186,6 +193,7 @@ class Pipeline(Holding):
                 stage.clear()
             raise
         self.recorder.end_step()
+        batch.let_go()
         self._broken = False
         self._steps += 1
         self.world.steps += 1
@@ -205,6 +213,7 @@ class Pipeline(Holding):
 
     def _output(self, batch: Batch) -> Value | None:
         self._executor.infer(self._programs.of(len(batch.weights), training=False), batch)
+        batch.let_go()
         parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
         return join(parts) if parts else None
 
@@ -224,7 +233,8 @@ class Pipeline(Holding):
         if self._last in self.stages:
             outer = torch.no_grad()
             with outer if self._autocast is None else self._autocast.within(outer):
-                loss = self._loss_fn(output, targets).detach().reshape(())
+                assert batch.targets is not None
+                loss = self._loss_fn(output, join(batch.targets)).detach().reshape(())
         return self._from_rank(loss, self._holder[self._last], LOSS)
 
     def _batch(self, inputs: Value | None, targets: Value | None, *, with_targets: bool) -> Batch:
@@ -234,12 +244,20 @@ class Pipeline(Holding):
         sizes = microbatch_sizes(count, self.schedule.num_microbatches)
         if self._last in self.stages and with_targets:
             check_targets(targets, count)
+        copied: list[torch.cuda.Event] = []
+
+        def cut_up(value: Value | None, stage: int) -> Sequence[Value] | None:
+            if value is None or stage not in self.stages:
+                return None
+            return split(moved(value, self.world.device, copied), sizes)
+
         return Batch(
             self._steps,
             [size / count for size in sizes],
-            split(inputs, sizes) if 0 in self.stages and inputs is not None else None,
-            split(targets, sizes) if self._last in self.stages and targets is not None else None,
+            cut_up(inputs, 0),
+            cut_up(targets, self._last),
             self.loss_scale,
+            copied,
         )
 
     def _total_loss(self) -> torch.Tensor:
@@ -251,21 +269,7 @@ class Pipeline(Holding):
         return self._from_rank(total, self._holder[self._last], LOSS)
 
     def _from_rank(self, tensor: torch.Tensor | None, root: int, what: str) -> torch.Tensor:
-        """Return the root's tensor on every rank; the others wait for `what`."""
-        if self.world.world_size == 1:
-            assert tensor is not None
-            return tensor
-        self.world.activity = ("sharing" if tensor is not None else "waiting for", what)
-        asked = time.perf_counter_ns()
-        shared = broadcast(self.world.transport, tensor, root)
-        ended = time.perf_counter_ns()
-        self.world.activity = ()
-        if root == self.world.rank:
-            self.recorder.add_flush(f"sharing {what}", asked, ended)
-        else:
-            self.recorder.add_wait(what, root, asked, ended)
-        assert isinstance(shared, torch.Tensor)
-        return shared
+        return from_rank(self.world, self.recorder, tensor, root, what)
 
     # -- the model --------------------------------------------------------------------------------
 

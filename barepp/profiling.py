@@ -10,7 +10,7 @@
    a machine does can only make a run longer.
 3. What is measured is a copy of what the builder returns, under the layer's own seed, and of a loss
    that is a module; torch's generator is put back: neither parameters nor random numbers of the
-   training are touched.
+   training are touched. On a GPU the times are the device's (device_clock.py).
 4. Bounded: every layer runs forwards and backwards three times or more, up to `MOST_RUNS` while its
    share of `budget_s` lasts.
 """
@@ -23,7 +23,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -31,7 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from barepp.balancing import balance
+from barepp.batches import moved
 from barepp.boundary import Gradient, Value, gradient_of, tensors
+from barepp.device_clock import Clock, clock_of, took_s
 from barepp.errors import UsageError
 from barepp.layer_costs import LayerCost
 from barepp.layers import LossFunction, add_note
@@ -56,33 +58,42 @@ def profile(
     seed: int = 0,
     budget_s: float = 10.0,
     lock: threading.Lock | None = None,
+    device: torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[LayerCost]:
     """Return what each layer costs for one microbatch, which is `inputs` and `targets`.
 
     Blocks for some runs of the whole model, one layer at a time, with one compute thread. `seed` is
-    the pipeline's, and so is `autocast`; `lock` is held around whatever draws random numbers, where
-    ranks are threads.
+    the pipeline's, and so are `device`, by default the CPU, and `autocast`; `lock` is held around
+    whatever draws random numbers, where ranks are threads.
     """
 
     def stage_of(index: int, builders: Sequence[LayerBuilder]) -> Stage:
         alone = range(index, index + 1)
-        return Stage(
-            index, alone, len(builders), builders, loss, seed=seed, lock=lock, autocast=autocast
-        )
+        more: dict[str, Any] = {"lock": lock, "device": device, "autocast": autocast}
+        return Stage(index, alone, len(builders), builders, loss, seed=seed, **more)
+
+    def run_of(stage: Stage, value: Value, wanted: Sequence[bool], target: Any) -> _Run:
+        return _Run(stage, value, wanted, target, clock)
 
     builders = [partial(_own_copy, builder) for builder in layers]
     # It may have parameters of its own, or count: it is the training's, like the layers.
     loss = _own_copy(lambda: loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+    clock = clock_of(device)
+    if device is not None:
+        inputs, targets = moved(inputs, device, []), moved(targets, device, [])
+        if isinstance(loss, nn.Module):
+            loss.to(device)
     value = copy_of(inputs)
     wanted: Sequence[bool] = [False] * len(tensors(value))
     kept = _storages(tensors(value))  # a batch is there anyway
     costs = []
     with _one_thread(), torch.enable_grad():
-        besides = _Run(stage_of(1, [_Scale] * 3), torch.ones(1), [True], None).least_times(0.1)
+        one = torch.ones(1, device=device)
+        besides = run_of(stage_of(1, [_Scale] * 3), one, [True], None).least_times(0.1)
         for index in range(len(layers)):
             try:
-                run = _Run(stage_of(index, builders), value, wanted, targets)
+                run = run_of(stage_of(index, builders), value, wanted, targets)
                 took = run.least_times(budget_s / len(layers))
                 kept, kept_nbytes = run.look(kept)
             except Exception as error:
@@ -116,6 +127,7 @@ def balanced_sizes(
     memory_limit: int | None = None,
     seed: int = 0,
     lock: threading.Lock | None = None,
+    device: torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[int]:
     """Profile the layers on the first microbatch of a sample batch, and `balance` them."""
@@ -126,7 +138,16 @@ def balanced_sizes(
         )
     sizes = microbatch_sizes(num_rows(sample[0]), schedule.num_microbatches)
     inputs, targets = (split(part, sizes)[0] for part in sample)
-    costs = profile(layers, loss_fn, inputs, targets, seed=seed, lock=lock, autocast=autocast)
+    costs = profile(
+        layers,
+        loss_fn,
+        inputs,
+        targets,
+        seed=seed,
+        lock=lock,
+        device=device,
+        autocast=autocast,
+    )
     limit = math.inf if memory_limit is None else memory_limit
     return balance(costs, schedule, recomputed=recomputed, memory_limit=limit)
 
@@ -157,11 +178,14 @@ class _Scale(nn.Module):
 class _Run:
     """The forwards and backwards of one microbatch through a stage of one layer."""
 
-    def __init__(self, stage: Stage, value: Value, wanted: Sequence[bool], target: Any) -> None:
+    def __init__(
+        self, stage: Stage, value: Value, wanted: Sequence[bool], target: Any, clock: Clock
+    ) -> None:
         self._stage = stage
         self._value = value
         self._wanted = wanted
         self._target = target
+        self._clock = clock
         self.output: Value = ()
         self.output_wanted: Sequence[bool] = ()  # which gradients of it have a use
 
@@ -205,25 +229,26 @@ class _Run:
     def _whole(self) -> tuple[float, float]:
         forward_s = self._forward(copy_of(self._value), split=False)
         gradient = self._gradient()
-        return forward_s, _timed(lambda: self._stage.backward(0, gradient))
+        return forward_s, took_s(self._clock, lambda: self._stage.backward(0, gradient))
 
     def _in_two_parts(self) -> tuple[float, float]:
         self._forward(copy_of(self._value), split=True)
         gradient = self._gradient()
-        inputs_s = _timed(lambda: self._stage.backward_inputs(0, gradient))
-        return inputs_s, _timed(lambda: self._stage.backward_weights(0))
+        inputs_s = took_s(self._clock, lambda: self._stage.backward_inputs(0, gradient))
+        return inputs_s, took_s(self._clock, lambda: self._stage.backward_weights(0))
 
     def _forward(self, value: Value, *, split: bool) -> float:
-        began = time.perf_counter()
-        self.output = self._stage.forward(
-            0,
-            value,
-            step=0,
-            target=self._target,
-            input_requires_grad=self._wanted,
-            split=split,
-        )
-        took = time.perf_counter() - began
+        def forward() -> None:
+            self.output = self._stage.forward(
+                0,
+                value,
+                step=0,
+                target=self._target,
+                input_requires_grad=self._wanted,
+                split=split,
+            )
+
+        took = took_s(self._clock, forward)
         self.output_wanted = self._stage.output_requires_grad(0)
         return took
 
@@ -251,9 +276,3 @@ def _own_copy(builder: LayerBuilder) -> nn.Module:
 def _storages(of: Iterable[Tensor]) -> Storages:
     storages = (tensor.untyped_storage() for tensor in of)
     return {storage.data_ptr(): storage for storage in storages}
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -12,6 +12,10 @@ flight then costs its input instead of all activations, and its backward one for
 3. The second forward's changes to buffers are thrown away: each microbatch counts once.
 
 What a layer changes besides its buffers, a plain attribute say, is changed twice: make it a buffer.
+
+On a GPU every buffer counts as changed, and is kept with each microbatch in flight: to compare
+would make the host wait for the device. (autograd's count of writes does not tell: BatchNorm's
+averages change without it.)
 """
 
 from __future__ import annotations
@@ -83,7 +87,9 @@ class Buffers:
         self._saved = [
             (module, name, buffer, then)
             for module, name, buffer, then in self._saved
-            if module._buffers[name] is not buffer or not torch.equal(buffer, then)
+            if module._buffers[name] is not buffer
+            or not buffer.is_cpu
+            or not torch.equal(buffer, then)
         ]
 
     @contextlib.contextmanager

@@ -8,19 +8,20 @@ A step's time on one rank is split where it happens, so that waiting never count
     own         the rest: posting receives, splitting, bookkeeping
 
 An action costs four readings of the clock and a tuple, with and without tracing; tracing keeps the
-tuples, which otherwise go at the step's end, and asks when each message arrived.
+tuples, which otherwise go at the step's end, and asks when each message arrived. On a GPU the clock
+is the device's, and what it says is known later (device_recorder.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeAlias
 
 from barepp.actions import Kind
+from barepp.device_clock import HOST_CLOCK, Clock
 from barepp.lowering import Step
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from barepp.schedules import Schedule
 
 KEPT_STEPS: Final = 1000  # older ones are forgotten, so that a long run stays small
+KEPT_COPIES: Final = 64 * KEPT_STEPS
 
 # What a rank waits for; the first two are the pipeline's own messages, the others go once a step.
 ACTIVATIONS: Final = "activations"
@@ -37,8 +39,11 @@ LOSS: Final = "the loss"
 AWAITED: Final = (ACTIVATIONS, GRADIENTS, NUM_ROWS, LOSS)
 
 # When an action's input was asked for, when the action started and ended, and when its result had
-# been handed on: nanoseconds of `time.perf_counter_ns`.
+# been handed on: nanoseconds of `time.perf_counter_ns`, or moments of another clock.
 Times: TypeAlias = tuple[int, int, int, int]
+
+# A copy of the transport's on a GPU: "send" or "receive", bytes, start and end.
+CopyTimes: TypeAlias = tuple[str, int, int, int]
 
 
 class StepTimes(NamedTuple):
@@ -76,11 +81,14 @@ class TracedStep:
 
 @dataclasses.dataclass
 class Recorder:
-    """Collects one rank's times, in nanoseconds of `time.perf_counter_ns`.
+    """Collects one rank's times, in nanoseconds of its clock, here `time.perf_counter_ns`.
 
     `steps`, and when tracing `traced`, are the last `KEPT_STEPS` steps; `outside` are the spans
-    between steps, such as the optimizer's. `Pipeline.trace` turns tracing on.
+    between steps, such as the optimizer's. `Pipeline.trace` turns tracing on. What a device has
+    not come to yet is missing there until `settle`.
     """
+
+    times_arrivals: ClassVar[bool] = True  # whether it wants to know when each message was here
 
     tracing: bool = False
     schedule: Schedule | None = None  # what the traced steps run
@@ -88,6 +96,9 @@ class Recorder:
     steps: deque[StepTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     traced: deque[TracedStep] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     outside: deque[Note] = dataclasses.field(default_factory=lambda: deque(maxlen=4 * KEPT_STEPS))
+    clock: Clock = HOST_CLOCK
+    copies: deque[CopyTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_COPIES))
+    device_readings: list[Reading] = dataclasses.field(default_factory=list)  # beside the host's
     _now: TracedStep | None = None  # None between steps
     _compute: int = 0
     _send: int = 0
@@ -95,9 +106,9 @@ class Recorder:
     _actions: int = 0
     _waits: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
 
-    def begin_step(self, number: int = 0) -> None:
-        """Start a step's clock."""
-        self._now = TracedStep(number, time.perf_counter_ns())
+    def begin_step(self, number: int = 0, at: int | None = None) -> None:
+        """Start a step's clock, now unless it is said when."""
+        self._now = TracedStep(number, self.clock.mark() if at is None else at)
         self._compute = self._send = self._flush = self._actions = 0
         self._waits = {}
 
@@ -136,11 +147,11 @@ class Recorder:
         self._flush += ended - asked
         self._note(name, None, asked, ended)
 
-    def end_step(self) -> None:
+    def end_step(self, at: int | None = None) -> None:
         """Stop the clock and take the step's sums."""
         now = self._now
         assert now is not None, "no step has begun"
-        now.end = time.perf_counter_ns()
+        now.end = self.clock.mark() if at is None else at
         sums = (self._compute, self._waits, self._send, self._flush, self._actions)
         self.steps.append(StepTimes(now.end - now.start, *sums))
         if self.tracing:
@@ -151,12 +162,25 @@ class Recorder:
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Record the block's time under a name of your own, if tracing is on: outside of steps."""
-        start = time.perf_counter_ns()
+        if not self.tracing:
+            yield
+            return
+        start = self.clock.mark()
         try:
             yield
         finally:
-            if self.tracing:
-                self.outside.append(Note(name, None, start, time.perf_counter_ns()))
+            self.add_outside(name, start, self.clock.mark())
+
+    def add_outside(self, name: str, start: int, end: int) -> None:
+        """Keep a span between steps."""
+        self.outside.append(Note(name, None, start, end))
+
+    def settle(self) -> None:
+        """Block until all that was recorded is known: here it is at once."""
+
+    def compare_device(self) -> list[Reading]:
+        """Return how far the clock is ahead of the host's; nothing where it is the host's."""
+        return []
 
     def _note(self, name: str, peer: int | None, start: int, end: int) -> None:
         if self.tracing and self._now is not None:

@@ -22,6 +22,7 @@ from barepp.draw import draw_to_scale
 from barepp.errors import BareppError
 from barepp.measured import (
     Measured,
+    copies,
     counted_steps,
     measured,
     outside_ms,
@@ -35,7 +36,8 @@ from barepp.palette import MEANING, wants_colours
 from barepp.plan import headline
 from barepp.plot import CHARACTERS, check_path, plot
 from barepp.timeline import Timeline
-from barepp.tracefile import Trace, read_trace
+from barepp.tracefile import Trace
+from barepp.tracereader import read_trace
 
 _BESIDE: Final = Path()  # --plot without a path
 
@@ -128,6 +130,8 @@ def _legend(trace: Trace) -> str:
 
 
 def _messages(trace: Trace, num_steps: int) -> list[str]:
+    if any(rank.copies for rank in trace.ranks):
+        return _copies(trace, num_steps)
     found = transfers(trace)
     if not found.messages:
         return []
@@ -137,6 +141,19 @@ def _messages(trace: Trace, num_steps: int) -> list[str]:
         f"{found.total_ns / found.messages / 1e3:.0f} µs in the mean, from isend to arrival: in "
         f"{found.hidden_ns / total:.0%} of that their receiver computed, in "
         f"{found.awaited_ns / total:.0%} it waited for them"
+    ]
+
+
+def _copies(trace: Trace, num_steps: int) -> list[str]:
+    """Return what is known of messages on GPUs, where only a copy's own time says anything."""
+    found = copies(trace)
+    total = max(1, found.total_ns)
+    return [
+        f"copies          {found.copies / num_steps:.0f} a step on GPUs, of "
+        f"{found.nbytes / max(1, found.copies) / 2**20:.2f} MiB and "
+        f"{found.total_ns / max(1, found.copies) / 1e3:.0f} µs in the mean, "
+        f"{found.nbytes / total:.1f} GB/s: in {found.hidden_ns / total:.0%} of that their rank "
+        "computed"
     ]
 
 

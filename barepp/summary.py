@@ -50,12 +50,14 @@ class Summary:
         return [rank.peak_in_flight for rank in self.ranks]
 
 
-def peak_memory_nbytes() -> int:
+def peak_memory_nbytes(device: torch.device) -> int:
     """Return the most memory that this process had in use: its peak resident set.
 
     It includes what it shares with the other ranks of its host, torch's code above all; and where
-    ranks are threads, it is that of all of them.
+    ranks are threads, it is that of all of them. On a GPU it is what its tensors took there.
     """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # getrusage(2): in KiB
 
 
@@ -63,7 +65,7 @@ def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
     """Put all ranks' sums together; collective, the same result on every rank."""
     size = world.world_size
     mine = torch.zeros(size, 9 + size * len(AWAITED), dtype=torch.float64)
-    mine[world.rank] = torch.tensor(_sums(recorder, peak_in_flight, size), dtype=torch.float64)
+    mine[world.rank] = torch.tensor(_sums(world, recorder, peak_in_flight), dtype=torch.float64)
     rows = (all_reduce(world.transport, mine) if size > 1 else mine).tolist()
     longest = size * max(row[1] for row in rows)
     return Summary(
@@ -73,8 +75,10 @@ def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
     )
 
 
-def _sums(recorder: Recorder, peak_in_flight: int, size: int) -> list[float]:
+def _sums(world: World, recorder: Recorder, peak_in_flight: int) -> list[float]:
     """Return this rank's row: nine numbers, then what it waited, for each rank for each thing."""
+    size = world.world_size
+    recorder.settle()
     # The first step warms up. (When some were forgotten, one more does not matter.)
     steps = list(recorder.steps)[1:] or list(recorder.steps)
     took = [times.step for times in steps]
@@ -91,7 +95,7 @@ def _sums(recorder: Recorder, peak_in_flight: int, size: int) -> list[float]:
         sum(times.actions for times in steps),
         max(1, len(steps)),
         peak_in_flight,
-        peak_memory_nbytes(),
+        peak_memory_nbytes(world.device),
         *waits.values(),
     ]
 

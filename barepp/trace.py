@@ -11,11 +11,13 @@ import torch
 
 from barepp.actions import Action, Kind
 from barepp.clocks import Reading, compare_clocks, on_rank_0s_clock
+from barepp.device_recorder import DeviceRecorder
 from barepp.errors import UsageError
 from barepp.optimizers import watch_optimizers
 from barepp.recorder import Recorder
 from barepp.summary import peak_memory_nbytes
-from barepp.tracefile import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace, to_events
+from barepp.tracefile import ActionSpan, CopySpan, NoteSpan, RankTrace, StepSpan, Trace, to_events
+from transport.gpu import Cuda
 from transport.tensors import copied_bytes
 
 if TYPE_CHECKING:
@@ -29,8 +31,11 @@ def start_trace(world: World, recorder: Recorder, parameters: Iterable[torch.Ten
 
     Steps of torch's optimizers on these parameters are recorded too; anything else between steps
     is by name: `with recorder.span("my data"):`. Blocks until the ranks' clocks are compared: 32
-    round trips for each rank of another host.
+    round trips for each rank of another host; and on a GPU until that has nothing to do.
     """
+    recorder.device_readings += recorder.compare_device()
+    if isinstance(recorder, DeviceRecorder) and isinstance(world.transport.gpu, Cuda):
+        world.transport.gpu.on_copy = recorder.add_copy
     recorder.readings.append(compare_clocks(world.transport))
     if not recorder.tracing:
         watch_optimizers(recorder, parameters)
@@ -48,10 +53,11 @@ def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
         UsageError: this rank has recorded no step; call `Pipeline.trace` before the steps.
         OSError: rank 0 cannot write the file.
     """
+    recorder.device_readings += recorder.compare_device()
     if recorder.schedule is None or not recorder.traced:
         raise UsageError("no step was traced: call Pipeline.trace() before the steps of interest")
     recorder.readings.append(compare_clocks(world.transport))
-    mine = _packed(recorder)
+    mine = _packed(world, recorder)
     if world.rank != 0:
         world.transport.send(mine, 0, _SPAN_TAG)
         return
@@ -59,40 +65,53 @@ def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
     for rank in range(world.world_size):
         message = mine if rank == 0 else world.transport.recv(rank, _SPAN_TAG)
         readings = [of_all[rank] for of_all in recorder.readings]
-        ranks.append(_unpacked(message, readings))
-        errors.append(max(reading.error for reading in readings))
+        recorded, device_error = _unpacked(message, readings)
+        ranks.append(recorded)
+        errors.append(max(reading.error for reading in readings) + device_error)
     trace = Trace(recorder.schedule, ranks, errors)
     Path(path).write_text(json.dumps(to_events(trace), separators=(",", ":")))
 
 
-def _packed(recorder: Recorder) -> torch.Tensor:
-    """Return what this rank has recorded as JSON in UTF-8; times on its own clock."""
+def _packed(world: World, recorder: Recorder) -> torch.Tensor:
+    """Return what this rank has recorded as JSON in UTF-8; times on its host's clock."""
+    readings = recorder.device_readings
+
+    def at(*times: int) -> list[int]:
+        return [on_rank_0s_clock(one, readings) for one in times] if readings else list(times)
+
     record = {
-        "steps": [(step.number, step.start, step.end) for step in recorder.traced],
+        "steps": [(step.number, *at(step.start, step.end)) for step in recorder.traced],
         "actions": [
             (
-                step.number, *action, source, to, asked, arrived or asked, started, ended, gave
+                step.number, *action, source, to, *at(asked, arrived or asked, started, ended, gave)
             )
             for step in recorder.traced
             for (action, source, to), arrived, (asked, started, ended, gave) in zip(
                 step.program, step.arrivals, step.times, strict=True
             )
         ],
-        "notes": [(step.number, *note) for step in recorder.traced for note in step.notes]
-        + [(None, *note) for note in recorder.outside],
-        "peak_memory_nbytes": peak_memory_nbytes(),
+        "notes": [
+            (number, name, peer, *at(start, end))
+            for number, notes in (
+                *((step.number, step.notes) for step in recorder.traced), (None, recorder.outside)
+            )
+            for name, peer, start, end in notes
+        ],
+        "copies": [(direction, n, *at(start, end)) for direction, n, start, end in recorder.copies],
+        "device_error_ns": max((reading.error for reading in readings), default=0),
+        "peak_memory_nbytes": peak_memory_nbytes(world.device),
     }  # fmt: skip
     return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
 
 
-def _unpacked(message: torch.Tensor, readings: list[Reading]) -> RankTrace:
-    """Undo `_packed`, and put the times on rank 0's clock."""
+def _unpacked(message: torch.Tensor, readings: list[Reading]) -> tuple[RankTrace, int]:
+    """Undo `_packed`, and put the times on rank 0's clock; also say how wrong the device's are."""
     record: dict[str, Any] = json.loads(copied_bytes(message))
 
     def at(time_ns: int) -> int:
         return on_rank_0s_clock(time_ns, readings)
 
-    return RankTrace(
+    trace = RankTrace(
         [StepSpan(number, at(start), at(end)) for number, start, end in record["steps"]],
         [
             ActionSpan(step, Action(stage, Kind(kind), microbatch), source, to, *map(at, times))
@@ -103,4 +122,6 @@ def _unpacked(message: torch.Tensor, readings: list[Reading]) -> RankTrace:
             for step, name, peer, start, end in record["notes"]
         ],
         record["peak_memory_nbytes"],
+        [CopySpan(way, nbytes, at(start), at(end)) for way, nbytes, start, end in record["copies"]],
     )
+    return trace, int(record["device_error_ns"])

@@ -18,7 +18,7 @@ from barepp import make_schedule
 from barepp.plan import main as plan
 from barepp.show import main as show
 from barepp.simulate import Costs, simulate
-from barepp.tracefile import read_trace
+from barepp.tracereader import read_trace
 
 DEMOS = ROOT / "demos"
 PIPELINES = {

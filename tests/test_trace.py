@@ -22,7 +22,8 @@ from barepp.lowering import lower
 from barepp.measured import rank_times, transfers
 from barepp.recorder import ACTIVATIONS, GRADIENTS, KEPT_STEPS, LOSS, NUM_ROWS, Recorder
 from barepp.summary import summarise
-from barepp.tracefile import messages, read_trace
+from barepp.tracefile import messages
+from barepp.tracereader import read_trace
 from barepp.world import World
 from transport.inproc import InprocHub, InprocTransport
 

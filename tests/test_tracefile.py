@@ -9,7 +9,8 @@ from traces import check_format, made
 
 from barepp.actions import order_text
 from barepp.errors import DataError
-from barepp.tracefile import messages, read_trace, to_events
+from barepp.tracefile import messages, to_events
+from barepp.tracereader import read_trace
 
 SHAPES = [
     ("naive", 3, 2, None),
