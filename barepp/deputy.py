@@ -17,11 +17,12 @@ from barepp.member import Member, Options
 from barepp.nodes import Link, Nodes
 from barepp.referee import LAST_WORDS_S, Hooks
 from barepp.watch import Watch
-from transport.errors import Failure, ProtocolError, printable
+from transport.errors import Failure, ProtocolError, TransportError, printable
 from transport.happenings import EventKind
 from transport.knock import knock
 
 VERDICT_S: Final = 1.0  # how long node 0 has to answer what we have told it
+TELL_S: Final = 5.0  # how long node 0 is looked for that is to be told why this node does not come
 HEARD_S: Final = 2 * LAST_WORDS_S  # how long it may wait for what a rank had still to say
 
 
@@ -155,3 +156,24 @@ class Deputy:
             member.doing = member.doing or printable(text, 200)
         elif kind == EventKind.REPORTED.name and member.reported is None:
             member.reported = Failure.from_record(record.get("failure"))
+
+
+def tell_refusal(nodes: Nodes, world_size: int, why: str) -> None:
+    """Tell node 0 that this node starts nothing, and why; if it is not there, nobody is told."""
+    deadline = time.monotonic() + TELL_S
+    where = nodes.host, nodes.port
+    try:
+        link = Link(knock(where, nodes.secret, nodes.number(), deadline, patient=True), 0.0)
+    except TransportError:
+        return
+    message = f"node {nodes.node} starts nothing: {why}"
+    failure = Failure(-1, "rendezvous", message, exit_code=2)
+    link.send({"record": "node", "nodes": nodes.count, "world_size": world_size})
+    link.send({"record": "failed", "failure": failure.to_record()})
+    link.send({"record": "bye"})
+    poll = select.poll()
+    poll.register(link.fileno(), select.POLLIN)
+    # (A connection that is closed while bytes are unread is reset, and our words could be lost.)
+    while not link.ended and poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+        link.receive()
+    link.close()

@@ -24,6 +24,7 @@ from transport.happenings import Event, EventKind
 from transport.rendezvous import DOING_LIMIT, RendezvousServer
 
 LAST_REPORTS_S: Final = 2.0  # after the grace, for other launchers to say how their ranks ended
+STAY_S: Final = 2.0  # after a failure, for launchers that are still on their way: they are told
 ASK_S: Final = 0.5  # for other launchers to ask their ranks for their stacks
 FAREWELL_S: Final = 1.0  # for other launchers to hang up at the end
 _FORWARDED: Final = (
@@ -53,6 +54,7 @@ class HeadReferee(Referee):
         self._asked: set[int] = set()  # nodes that have asked their ranks for their stacks
         self._done: set[int] = set()  # nodes that have hung up, in order or not
         self._give_up_at: float | None = None
+        self._stay_until: float | None = None
         self._epoll = select.epoll()
         self._epoll.register(server.fileno(), select.EPOLLIN)
 
@@ -69,6 +71,7 @@ class HeadReferee(Referee):
     def next_deadline(self) -> float | None:
         """Return the `time.monotonic()` at which `poll` should be called at the latest."""
         deadlines = [super().next_deadline(), self._give_up_at, self._come_by()]
+        deadlines.append(self._stay_until if self._stays() else None)
         deadlines += [link.beat_at for node, link in self._links.items() if node not in self._done]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -84,8 +87,8 @@ class HeadReferee(Referee):
         if self._give_up_at is not None and time.monotonic() >= self._give_up_at:
             return True
         gone = set(self._done)
-        if self.failure is not None:  # who has not come has nothing to tell
-            gone |= self._absent()
+        if self.failure is not None and not self._stays():
+            gone |= self._absent()  # who has not come has nothing to tell
         return all(
             member.exit_code is not None or self._node_of(rank) in gone
             for rank, member in self._members.items()
@@ -119,6 +122,11 @@ class HeadReferee(Referee):
 
     def _absent(self) -> set[int]:
         return set(range(1, self._nodes.count)) - self._links.keys()
+
+    def _stays(self) -> bool:
+        """Whether absent launchers are waited for that shall be told of a failure."""
+        until = self._stay_until
+        return until is not None and time.monotonic() < until and bool(self._absent())
 
     def _come_by(self) -> float | None:
         """Return until when absent launchers are waited for; None while a rank may wait for them.
@@ -250,7 +258,10 @@ class HeadReferee(Referee):
 
     def _tell_nodes(self, failure: Failure, local: Callable[[Failure], None]) -> None:
         grace_s = self._options.grace_s
-        self._give_up_at = time.monotonic() + grace_s + LAST_REPORTS_S
+        now = time.monotonic()
+        self._give_up_at = now + grace_s + LAST_REPORTS_S
+        interrupted = failure.rank < 0 and failure.cause == "signal"  # Ctrl-C waits for nobody
+        self._stay_until = now if interrupted else now + STAY_S
         for node, link in self._links.items():
             if node not in self._done:
                 link.send({"record": "failure", "failure": failure.to_record()})

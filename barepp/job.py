@@ -137,9 +137,9 @@ class Job:
     # -- starting ---------------------------------------------------------------------------------
 
     def _start_all(self, stack: contextlib.ExitStack) -> None:
-        self._nursery = Nursery(self._preloads, fork=self._fork)
-        stack.callback(self._nursery.end)
         try:
+            self._nursery = Nursery(self._preloads, fork=self._fork)
+            stack.callback(self._nursery.end)
             self._starting = True
             for rank in self._share() if self._signal is None else ():
                 self._start(rank)
@@ -148,8 +148,11 @@ class Job:
             pass
         except OSError as error:
             number = self._share()[len(self._ranks)]
-            text = f"rank {number} cannot be started: {error.strerror or error}"
-            raise UsageError(f"{text}; a smaller world may work") from error
+            where = f" on node {self._nodes.node}" if self._nodes is not None else ""
+            text = f"rank {number} cannot be started{where}: {error.strerror or error}"
+            if self._nodes is None:
+                raise UsageError(f"{text}; a smaller world may work") from error
+            self._referee.fail(Failure(-1, "rendezvous", text, exit_code=2))  # all nodes are told
         finally:
             self._starting = False
         self._fail_by_signal()

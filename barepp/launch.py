@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from barepp.assignment import Script
+from barepp.deputy import tell_refusal
 from barepp.devices import DEVICES, chosen_device
 from barepp.errors import UsageError
 from barepp.events import EventLog
@@ -48,15 +49,19 @@ _LIMITS: Final = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parsed = _parser().parse_args(arguments)
+    nodes = None
     try:
         _check(parsed)
         nodes = _nodes(parsed)
+        _check_script(parsed)
         log_dir = _prepared(parsed.log_dir)
         events = EventLog(log_dir / "events.jsonl" if log_dir is not None else None)
     except OSError as error:
-        return _refuse(f"the events cannot be written: {error}")
+        return _refuse(f"the events cannot be written: {error}", nodes, parsed.world)
     except (UsageError, TransportError) as error:
-        return _refuse(error)
+        return _refuse(error, nodes, parsed.world)
+    if nodes is not None and nodes.node == 0 and not is_loopback(nodes.host):
+        print(NO_TLS, file=sys.stderr)
     options = Options(
         parsed.world,
         parsed.transport,
@@ -92,8 +97,11 @@ def _watching(output: Output, interval_s: float) -> AbstractContextManager[None]
     return watching(output, interval_s)
 
 
-def _refuse(why: object) -> int:
+def _refuse(why: object, nodes: Nodes | None = None, world_size: int = 0) -> int:
+    """Say why nothing is started here; to node 0 as well, which would wait for this node."""
     print(f"barepp.launch: {why}", file=sys.stderr)
+    if nodes is not None and nodes.node != 0:
+        tell_refusal(nodes, world_size, str(why))
     return 2
 
 
@@ -175,6 +183,10 @@ def _check(parsed: argparse.Namespace) -> None:
         value = getattr(parsed, flag.lstrip("-").replace("-", "_"))
         if not 0 <= value <= MAX_SECONDS:
             raise UsageError(f"{flag} is in seconds, from 0 to {MAX_SECONDS:g}, not {value}")
+
+
+def _check_script(parsed: argparse.Namespace) -> None:
+    """Find a script that no rank could run; on this host, it may be another one elsewhere."""
     script = Path(parsed.script)
     if not script.is_file():
         what = "is a directory" if script.is_dir() else "does not exist"
@@ -215,10 +227,7 @@ def _nodes(parsed: argparse.Namespace) -> Nodes | None:
             "several nodes need a secret that they share: set BAREPP_SECRET_FILE to a file that "
             "only you can read (mode 0600), with the same content on all nodes, or BAREPP_SECRET"
         )
-    host = match[1] or match[2]
-    if node == 0 and not is_loopback(host):
-        print(NO_TLS, file=sys.stderr)
-    return Nodes(node, count, host, int(match[3]), secret, parsed.address)
+    return Nodes(node, count, match[1] or match[2], int(match[3]), secret, parsed.address)
 
 
 def _prepared(log_dir: Path | None) -> Path | None:

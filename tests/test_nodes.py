@@ -67,12 +67,15 @@ class Cluster:
         """Start the launchers of two nodes, or of those in `only`."""
         self._folder.mkdir(exist_ok=True)
         script = write_script(self._folder, text)
-        launch = write_script(self._folder, LAUNCH, "launch.py")
+        launch = write_script(
+            self._folder, options.get("prelude", "") + LAUNCH, f"launch{len(self.launchers)}.py"
+        )
         name = options.get("name", self._name)
         for node in options.get("only", (0, 1)):
             arguments = ["--world", str(world), "--nodes", "2", "--node-rank", str(node)]
             arguments += ["--rendezvous", f"{name}:{self.port}", *flags]
-            arguments += ["--log-dir", str(self.log_dir(len(self.launchers))), str(script)]
+            arguments += ["--log-dir", str(self.log_dir(len(self.launchers)))]
+            arguments += [options.get("script", str(script))]
             net = self._hosts.nets[node] if self._hosts is not None else ""
             environ: Mapping[str, str] = options.get("environ", SECRET)
             self.launchers.append(self._starter.start(launch, environ, arguments, net))
@@ -89,7 +92,8 @@ class Cluster:
         """Wait for all launchers; none of their ranks lives on."""
         ended = [launcher.wait() for launcher in self.launchers]
         numbers = range(len(self.launchers))
-        pids = [e["pid"] for n in numbers for e in self.events(n) if e["event"] == "started"]
+        events = [e for n in numbers if self.log_dir(n).exists() for e in self.events(n)]
+        pids = [e["pid"] for e in events if e["event"] == "started"]
         eventually(lambda: not any(map(psutil.pid_exists, pids)))
         return ended
 
@@ -317,6 +321,52 @@ def test_a_node_that_never_comes_is_not_waited_for_without_a_world(cluster: Clus
     assert end.code == 1
     assert "have ended, and nobody else has come within 1 s (node 1 has not come)" in end.err
     assert end.err.count(" had ended well") == 2
+
+
+@pytest.mark.parametrize("script", ["nowhere.py", "broken.py"])
+def test_a_node_that_starts_nothing_says_why(script: str, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def")
+    cluster.start(HEALTHY, only=[0]).start(HEALTHY, only=[1], script=str(tmp_path / script))
+    first, second = cluster.wait()
+    what = "does not exist" if script == "nowhere.py" else "is not valid Python: "
+    why = f"the script {tmp_path / script} {what}"
+    assert (first.code, second.code) == (2, 2)
+    assert f"the job failed: node 1 starts nothing: {why}" in first.err
+    assert f"barepp.launch: {why}" in second.err and second.err.count("\n") == 1
+    assert re.search(
+        "rank 0 was told while waiting for all ranks to join|rank 0 .*ended", first.err
+    )
+
+
+def test_a_node_that_comes_after_the_failure_is_told(cluster: Cluster) -> None:
+    stay = "import barepp.head as head; head.STAY_S = head.LAST_REPORTS_S = 30.0\n"
+    cluster.start("raise ImportError('no such module')", only=[0], prelude=stay)
+    history = cluster.log_dir(0) / "events.jsonl"
+    eventually(lambda: history.exists() and "failed" in history.read_text())
+    cluster.start("import time; time.sleep(60)", only=[1])
+    for end in cluster.wait():
+        assert end.code == 1
+        assert "failed: ImportError: no such module" in end.err
+
+
+NO_FORK = """
+import errno, os
+import barepp.job
+def start(self, process):
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+barepp.job.Nursery.start = start
+"""
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_rank_that_cannot_be_started_is_told_on_all_nodes(node: int, cluster: Cluster) -> None:
+    cluster.start(HEALTHY, only=[0], prelude=NO_FORK if node == 0 else "")
+    cluster.start(HEALTHY, only=[1], prelude=NO_FORK if node == 1 else "")
+    rank = 2 if node else 0
+    for end in cluster.wait():
+        assert end.code == 2
+        says = f"the job failed: rank {rank} cannot be started on node {node}: Resource temporarily"
+        assert says in end.err and "Traceback" not in end.err
 
 
 def test_a_second_node_1_is_refused(cluster: Cluster) -> None:
