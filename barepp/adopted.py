@@ -36,7 +36,7 @@ from barepp.secret import NO_TLS, SharedSecret, given_secret
 from barepp.serving import serve_beside
 from transport.addresses import address_beside, serve, serve_at
 from transport.control import ControlClient
-from transport.errors import Failure, JobFailed, RendezvousError, printable
+from transport.errors import Failure, JobFailed, RendezvousError, TransportError, printable
 
 _RANK_0: Final = ("rank 0", 0)
 _BESIDE_RANK_0: Final = ("the process beside rank 0", 0)
@@ -47,7 +47,7 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
 
     Raises:
         UsageError: the secret is missing or not safe.
-        RendezvousError: rank 0 cannot listen, or does not answer.
+        RendezvousError: rank 0 cannot listen, does not answer, or is dead.
         AuthenticationError: another job answers.
     """
     options = options_from(started.world_size, environ)
@@ -58,11 +58,14 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
             "ranks on several hosts need a secret that they share: set BAREPP_SECRET_FILE to a "
             "file that all of them can read and only you (mode 0600), or BAREPP_SECRET"
         )
-    where = started.host, started.port
+    where, alive = (started.host, started.port), True
     if started.rank == 0:
         secret, where = _serve(started, options, given)
+    elif given is not None:
+        secret = given
     else:
-        secret = given or _shared(started).read(deadline - time.monotonic())
+        found = _shared(started).read(deadline - time.monotonic())
+        secret, alive = found.secret, found.alive
     membership = Membership(
         started.rank,
         started.world_size,
@@ -77,15 +80,21 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
         local_rank=started.local_rank,
         device=options.device,
     )
-    control = ControlClient(
-        membership.rendezvous,
-        secret,
-        started.rank,
-        timeout=max(1.0, deadline - time.monotonic()),
-        patient=True,
-        server=_RANK_0 if started.rank else _BESIDE_RANK_0,
-        silence_s=membership.silence_s if membership.spread else 0.0,
-    )
+    try:
+        control = ControlClient(
+            membership.rendezvous,
+            secret,
+            started.rank,
+            timeout=max(1.0, deadline - time.monotonic()),
+            patient=alive,
+            server=_RANK_0 if started.rank else _BESIDE_RANK_0,
+            silence_s=membership.silence_s if membership.spread else 0.0,
+        )
+    except TransportError as error:
+        if alive:
+            raise
+        gone = "rank 0, which served the rendezvous, died before this rank had come"
+        raise RendezvousError(gone) from error
     _Ending(started.rank, control, options.grace_s).arrange()
     return membership, control
 
@@ -111,7 +120,8 @@ def _serve(
 
 
 def _shared(started: Started) -> SharedSecret:
-    return SharedSecret(f"{_user()}-{started.run}-{started.port}")
+    name = f"{_user()}-{started.run}-{started.port}"
+    return SharedSecret(name, launched=started.launched)
 
 
 def _user() -> str:

@@ -49,6 +49,8 @@ class Started:
         host, port: where rank 0 serves the rendezvous.
         one_host: whether all ranks are on one host. The rendezvous is at its loopback then.
         run: tells this run from others of the same user on one host.
+        launched: whether the launcher itself says that it has started this process; the variables
+            for a rank, RANK and so on, anybody may set.
     """
 
     by: str
@@ -59,6 +61,7 @@ class Started:
     port: int
     one_host: bool
     run: str
+    launched: bool
 
 
 def started_by_others(environ: Mapping[str, str]) -> Started | None:
@@ -107,6 +110,7 @@ def _by_torchrun(environ: Mapping[str, str]) -> Started:
         _port(environ, 0),
         one_host,
         f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}.{restart}",
+        "TORCHELASTIC_RUN_ID" in environ,
     )
     return _checked(started, "RANK")
 
@@ -130,6 +134,7 @@ def _by_srun(environ: Mapping[str, str]) -> Started:
         _port(environ, 20000 + (numbers[0] + 1009 * numbers[1]) % 12000),
         one_host,
         f"{job}.{step}",
+        "SLURM_STEP_ID" in environ,
     )
     return _checked(started, "SLURM_PROCID")
 

@@ -7,12 +7,15 @@
 1. That file lies in a folder of this user's own, mode 0700: nobody else can put a file or a
    symbolic link there. What somebody else has put in the folder's place is refused.
 2. It appears under its name whole (link(2)), mode 0600, and disappears once all have read it.
-3. It says which process wrote it. What a dead process has left is not believed, and removed.
+3. It says which process wrote it, and who had started that. What a dead process has left is
+   removed, and not believed but by who has the same parent, a launcher: then rank 0 of this very
+   job is dead, and nobody needs to wait for it. (The process beside it may still say how it died.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -70,13 +73,31 @@ def _checked(secret: bytes, where: str) -> bytes:
     return secret
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a file of ours says.
+
+    Attributes:
+        secret: the job's.
+        alive: whether the process that wrote it lives.
+        launch: which process had started that one; "" when it was no launcher.
+    """
+
+    secret: bytes
+    alive: bool
+    launch: str
+
+
 class SharedSecret:
     """The file through which rank 0 gives its secret to the other ranks of this host.
 
-    `name` tells this run from all others of the user on this host.
+    `name` tells this run from all others of the user on this host. With `launched` the parent of
+    this process is a launcher, which has started all ranks of this host, and of this run alone.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, launched: bool = False) -> None:
+        parent = os.getppid()
+        self._launch = f"{parent} {_started(parent)}" if launched else ""
         self._folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
         self.path = self._folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}.secret"
 
@@ -96,7 +117,8 @@ class SharedSecret:
     def _publish(self) -> bytes:
         self._remove_stale()
         secret, pid = new_secret(), os.getpid()
-        content = json.dumps({"pid": pid, "started": _started(pid), "secret": secret.hex()})
+        who = {"pid": pid, "started": _started(pid), "launch": self._launch}
+        content = json.dumps({**who, "secret": secret.hex()})
         draft = Path(f"{self.path}.{pid}")
         draft.unlink(missing_ok=True)  # of a dead process that had the same number
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -115,20 +137,26 @@ class SharedSecret:
 
     def _remove_stale(self) -> None:
         for left in self._folder.glob("*.secret"):
-            if _written(left) is None:
+            found = _written(left)
+            if found is None or not found.alive:
                 left.unlink(missing_ok=True)
         for draft in self._folder.glob("*.secret.*"):  # one that lives may be writing it
             if not Path(f"/proc/{draft.suffix[1:]}").exists():
                 draft.unlink(missing_ok=True)
 
-    def read(self, timeout: float) -> bytes:
+    def read(self, timeout: float) -> Written:
         """Block until rank 0 has published the secret; `timeout` is in seconds.
+
+        What it returns may be of a rank 0 that has died since; then it is of this very job.
 
         Raises:
             UsageError: it has not, or its folder is somebody else's.
         """
         deadline = time.monotonic() + timeout
-        while (secret := _written(self.path)) is None:
+        while True:
+            found = _written(self.path)
+            if found is not None and (found.alive or self._is_ours(found)):
+                return found
             self._check_folder()
             if time.monotonic() >= deadline:
                 text = f"rank 0 has not left the job's secret in {self.path} within {timeout:g} s"
@@ -137,7 +165,9 @@ class SharedSecret:
                     "set for all ranks, does without the file"
                 )
             time.sleep(_RETRY_S)
-        return secret
+
+    def _is_ours(self, found: Written) -> bool:
+        return self._launch != "" and found.launch == self._launch
 
     def remove(self) -> None:
         """Remove the file; nothing happens when it is gone already."""
@@ -173,26 +203,25 @@ def remove_secret(path: Path) -> None:
         path.parent.rmdir()
 
 
-def _written(path: Path) -> bytes | None:
-    """Return the secret in a file of ours if the process that wrote it lives, else None."""
+def _written(path: Path) -> Written | None:
+    """Return what a file of ours says; None when it is none, or makes no sense."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
             status = os.fstat(file.fileno())  # of what was opened, whatever has the name by now
             if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
                 return None
             content = json.load(file)
-        if content["started"] == _started(content["pid"]):
-            return bytes.fromhex(content["secret"])
+        alive = content["started"] == _started(content["pid"]) != ""
+        return Written(bytes.fromhex(content["secret"]), alive, str(content["launch"]))
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        return None
 
 
 def _started(pid: int) -> str:
-    """Return when a process began, in the kernel's ticks (proc_pid_stat(5)).
-
-    Raises:
-        OSError: there is no such process.
-    """
-    text = Path(f"/proc/{int(pid)}/stat").read_text()
-    return text.rpartition(")")[2].split()[19]  # field 22; pid and (name) are the first two
+    """Return when a process began, in the kernel's ticks; "" if there is none, or it has ended."""
+    try:
+        text = Path(f"/proc/{int(pid)}/stat").read_text()
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()  # proc_pid_stat(5); pid and (name) are the first two
+    return "" if fields[0] in "ZX" else fields[19]  # fields 3 and 22

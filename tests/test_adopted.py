@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -270,6 +271,43 @@ def test_who_comes_after_the_death_of_rank_0_is_told(starter: Starter, tmp_path:
         ended = job.wait()
     assert ended[1].code == 1
     assert "rank 0 failed: rank 0, which served the rendezvous, is gone" in ended[1].err
+
+
+@pytest.mark.parametrize("helper_lives", [True, False])
+def test_who_comes_after_the_death_of_rank_0_does_not_wait_for_its_secret(
+    helper_lives: bool, starter: Starter, tmp_path: Path
+) -> None:
+    text = """
+        import barepp, os, pathlib, signal, time
+        pid, late = pathlib.Path("FOLDER/pid"), pathlib.Path("FOLDER/late")
+        if os.environ["RANK"] == "0":
+            from barepp import joining
+            def stay(*_, **__):   # (it is in, and has not joined)
+                pid.write_text(str(os.getpid()))
+                time.sleep(60)
+            joining.transport_class = stay
+        else:
+            while not late.exists():
+                time.sleep(0.01)
+            os.kill(int(pid.read_text()), signal.SIGKILL)   # the helper stays for 2 s from now on
+            while ") Z " not in pathlib.Path("/proc", pid.read_text(), "stat").read_text():
+                time.sleep(0.001)
+        barepp.init()
+    """
+    text = text.replace("FOLDER", str(tmp_path))
+    with crew(starter, tmp_path, text, 2, extra={"BAREPP_JOIN_TIMEOUT": "1000"}) as job:
+        eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        if not helper_lives:
+            job.helper().kill()
+        (tmp_path / "late").touch()
+        end = job.ranks[1].wait()
+        if not helper_lives:  # nobody is left who would do that
+            shutil.rmtree(next(job.temporary.iterdir()))
+        job.wait()
+    assert end.code == 1
+    words = "rank 0 failed: " if helper_lives else "RendezvousError: "
+    gone = "is gone" if helper_lives else "died before this rank had come"
+    assert f"{words}rank 0, which served the rendezvous, {gone}" in end.err
 
 
 def test_the_death_of_rank_0_and_of_its_helper(starter: Starter, tmp_path: Path) -> None:

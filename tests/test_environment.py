@@ -35,11 +35,11 @@ SRUN = {
 def test_torchruns_variables() -> None:
     run = "job 5/a.2"
     assert started_by_others(TORCHRUN) == Started(
-        "torchrun", 3, 4, 1, "node07", 29501, one_host=False, run=run
+        "torchrun", 3, 4, 1, "node07", 29501, one_host=False, run=run, launched=True
     )
     here = {**TORCHRUN, "LOCAL_WORLD_SIZE": "4", "BAREPP_PORT": "4711"}
     assert started_by_others(here) == Started(
-        "torchrun", 3, 4, 1, "127.0.0.1", 4711, one_host=True, run=run
+        "torchrun", 3, 4, 1, "127.0.0.1", 4711, one_host=True, run=run, launched=True
     )
 
 
@@ -51,12 +51,13 @@ def test_four_variables_are_enough(address: str, one_host: bool) -> None:
     started = started_by_others(given)
     assert started is not None
     assert (started.one_host, started.port, started.rank) == (one_host, 1001, 1)
+    assert not started.launched  # somebody may have set them in a shell
 
 
 def test_slurms_variables() -> None:
     port = 20000 + (1234 + 3 * 1009) % 12000
     assert started_by_others(SRUN) == Started(
-        "srun", 5, 8, 1, "node09", port, one_host=False, run="1234.3"
+        "srun", 5, 8, 1, "node09", port, one_host=False, run="1234.3", launched=True
     )
     one = started_by_others({**SRUN, "SLURM_STEP_NODELIST": "node09"})
     assert one is not None and (one.host, one.one_host) == ("127.0.0.1", True)

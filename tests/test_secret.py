@@ -14,7 +14,7 @@ from jobs import ROOT
 from transport_worlds import SOON_S, start
 
 from barepp.errors import UsageError
-from barepp.secret import SharedSecret, given_secret
+from barepp.secret import SharedSecret, _started, given_secret
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_the_others_wait_for_it_and_only_we_can_read_it(temporary_folder: Path) 
     published = SharedSecret("user-run/1-29501")
     secret = published.publish()
     assert len(secret) == 32
-    assert reading.result(SOON_S) == secret
+    assert reading.result(SOON_S).secret == secret
     folder = own(temporary_folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [path.name for path in folder.iterdir()] == ["user-run_1-29501.secret"]
@@ -96,8 +96,45 @@ os.link(shared.path, str(shared.path) + f".{{os.getpid()}}")   # as if it died i
     with pytest.raises(UsageError, match="has not left"):
         shared.read(0.05)
     secret = shared.publish()
-    assert shared.read(1.0) == secret
+    assert shared.read(1.0).secret == secret
     assert list(own(temporary_folder).iterdir()) == [shared.path]
+
+
+def test_a_dead_process_of_the_same_launcher_was_rank_0_of_this_very_job(
+    temporary_folder: Path,
+) -> None:
+    """One of another launcher may be of an earlier run; one without a launcher, of any."""
+    published = f"""
+import sys, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
+from barepp.secret import SharedSecret
+SharedSecret("x", launched=bool(int(sys.argv[1]))).publish()
+"""
+    reading = f"""
+import sys, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
+from barepp.secret import SharedSecret
+print(SharedSecret("x", launched=bool(int(sys.argv[1]))).read(0.05).alive)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def read_after(wrote: str, reads: str, *shell: str) -> str:
+        for code, how in ((published, wrote), (reading, reads)):
+            command = [*(shell if code is published else ()), sys.executable, "-c", code, how]
+            ended = subprocess.run(
+                command, env=environ, capture_output=True, text=True, timeout=60, check=False
+            )
+        return (ended.stdout + ended.stderr).strip().splitlines()[-1]
+
+    assert read_after("1", "1") == "False"
+    assert "has not left" in read_after("0", "0")
+    assert "has not left" in read_after("1", "0")
+    assert "has not left" in read_after("1", "1", "sh", "-c", '"$@"; true', "sh")
+
+
+def test_a_process_that_has_ended_and_was_not_collected_is_dead() -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert Path(f"/proc/{process.pid}/stat").exists() and _started(process.pid) == ""
+    assert _started(os.getpid()) != ""
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pid": 1}', '{"pid": "x"}'])
@@ -117,7 +154,7 @@ def test_a_file_that_is_not_ours_alone_is_no_secret() -> None:
     with pytest.raises(UsageError, match="has not left"):
         shared.read(0.02)
     shared.path.chmod(0o600)
-    assert shared.read(0.02) == secret
+    assert shared.read(0.02).secret == secret
     elsewhere = shared.path.rename(shared.path.with_suffix(".elsewhere"))
     shared.path.symlink_to(elsewhere)
     with pytest.raises(UsageError, match="has not left"):
