@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs import LIMIT_S, MARK, ROOT, listening_at, marked, write_script
+from ports import free_port
 from starter import Ended, Started, Starter, eventually
 
 GONE_S = 5.0  # what is told at once, on a machine that is loaded
@@ -30,11 +31,6 @@ GONE_S = 5.0  # what is told at once, on a machine that is loaded
 def starter() -> Iterator[Starter]:
     with Starter() as made:
         yield made
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def torchruns(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -516,7 +512,7 @@ def torchrun(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     return subprocess.run(
-        [*command, "--master-port", str(free_port()), str(script)],
+        [*command, "--master-port", str(free_port() - 1), str(script)],
         env=environ,
         capture_output=True,
         text=True,

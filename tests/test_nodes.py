@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from hosts import IPV4, IPV6, Hosts
 from jobs import listening_at, write_script
+from ports import free_port
 from starter import Ended, Started, Starter, eventually
 
 from barepp.beats import Beat
@@ -45,11 +45,6 @@ def hosts() -> Iterator[Hosts]:
         if made.why_not:
             pytest.skip(made.why_not)
         yield made
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 class Cluster:
