@@ -75,14 +75,16 @@ def _rounded(nbytes: int) -> int:
 class Lender:
     """An arena of this rank, from which it lends blocks to one peer.
 
+    The first `reserved_nbytes` are never lent, so there is room for what else the two have to say.
     `fd` is for showing it; the map has a descriptor of its own (Python before 3.13 duplicates it).
 
     Raises:
         OSError: the system gives no such memory.
     """
 
-    def __init__(self, nbytes: int = ARENA_NBYTES) -> None:
+    def __init__(self, nbytes: int = ARENA_NBYTES, reserved_nbytes: int = 0) -> None:
         self.nbytes = nbytes
+        self._reserved_nbytes = reserved_nbytes
         self.fd = os.memfd_create("barepp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, nbytes)
@@ -94,7 +96,9 @@ class Lender:
         self._states = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._blocks: dict[int, list[int]] = {}  # offsets by size
-        self._gaps = [(0, nbytes)]  # from where to where nothing has been cut into blocks
+        self._gaps = [
+            (reserved_nbytes, nbytes)
+        ]  # from where to where nothing has been cut into blocks
         self._last = 0  # the block that was lent last
 
     def close(self) -> None:
@@ -161,7 +165,7 @@ class Lender:
             for offset in offsets
             if self._states[offset] == _LENT
         )
-        self._blocks, self._gaps, self._last, end = {}, [], 0, 0
+        self._blocks, self._gaps, self._last, end = {}, [], 0, self._reserved_nbytes
         for offset, size in lent:
             self._blocks.setdefault(size, []).append(offset)
             self._gaps.append((end, offset))

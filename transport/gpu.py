@@ -15,11 +15,14 @@ place: memory and events that are shared between processes, and streams whose co
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 
+from transport import driver
+from transport.dlpack import DeviceType, tensor_at
 from transport.errors import DeviceError, UnknownTransport
 
 if TYPE_CHECKING:
@@ -30,6 +33,16 @@ if TYPE_CHECKING:
 
 CPU: Final = torch.device("cpu")
 Stream = Any  # what is given to one runs in that order; torch.cuda.Stream, and in tests a thread
+
+
+class Memory(Protocol):
+    """Memory of a GPU that processes share."""
+
+    address: int
+    handle: bytes
+
+    def close(self) -> None:
+        """Give it back, or let go of a peer's; nothing may use it any more."""
 
 
 class Event(Protocol):
@@ -78,6 +91,26 @@ class Gpu(Protocol):
 
     def used(self, tensor: torch.Tensor, stream: Stream) -> None:
         """Keep the memory of a tensor, when it is freed, until the stream has come so far."""
+
+    # What follows is for memory and events that processes of one host share (cuda_ipc.py).
+
+    def share(self, nbytes: int) -> Memory:
+        """Return new memory of this GPU that other processes can open by its handle."""
+
+    def open(self, handle: bytes, nbytes: int) -> Memory:
+        """Return a peer's memory that this GPU can write to; RuntimeError: it cannot."""
+
+    def write(self, address: int, tensor: torch.Tensor, stream: Stream) -> None:
+        """Give a stream the copy of a contiguous tensor of this GPU to an address."""
+
+    def over(self, address: int, spec: TensorSpec, release: Callable[[], None]) -> torch.Tensor:
+        """Return a tensor over memory of this GPU; `release` is called when that is freed."""
+
+    def share_event(self) -> tuple[Event, bytes]:
+        """Return an event that other processes can open, and its handle."""
+
+    def open_event(self, handle: bytes) -> Event:
+        """Return a peer's event; RuntimeError: it cannot be opened here."""
 
 
 class Copy(NamedTuple):
@@ -145,6 +178,41 @@ class Cuda:
         if tensor.device.type == "cuda":
             tensor.record_stream(stream)
 
+    def share(self, nbytes: int) -> Memory:
+        """Return new memory of this GPU that other processes can open by its handle."""
+        return driver.allocate(self.device.index, nbytes)
+
+    def open(self, handle: bytes, nbytes: int) -> Memory:
+        """Return a peer's memory that this GPU can write to; RuntimeError: it cannot."""
+        return driver.open_memory(self.device.index, handle)
+
+    def write(self, address: int, tensor: torch.Tensor, stream: Stream) -> None:
+        """Give a stream the copy of a contiguous tensor of this GPU to an address."""
+        with self._measured(stream, tensor):
+            source, nbytes = tensor.data_ptr(), tensor.nbytes
+            driver.copy(self.device.index, address, source, nbytes, stream.cuda_stream)
+
+    def over(self, address: int, spec: TensorSpec, release: Callable[[], None]) -> torch.Tensor:
+        """Return a tensor over memory of this GPU; `release` is called when that is freed."""
+        at = (DeviceType.CUDA, self.device.index)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            flat = tensor_at(address, spec.nbytes, at, release)
+            return flat.view(spec.dtype).view(spec.shape).detach()
+
+    def share_event(self) -> tuple[Event, bytes]:
+        """Return an event that other processes can open, and its handle."""
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+            handle: bytes = event.ipc_handle()  # type: ignore[no-untyped-call]
+        _events[handle] = event
+        return event, handle
+
+    def open_event(self, handle: bytes) -> Event:
+        """Return a peer's event; RuntimeError: it cannot be opened here."""
+        mine = _events.get(handle)  # (CUDA refuses to open what this very process has made)
+        opened: Event = mine or torch.cuda.Event.from_ipc_handle(self.device, handle)  # type: ignore[no-untyped-call]
+        return opened
+
     @contextlib.contextmanager
     def _measured(self, stream: Stream, moved: torch.Tensor) -> Iterator[None]:
         if self.on_copy is None:
@@ -170,6 +238,8 @@ def gate(rank: int, doing: str) -> Iterator[None]:
             error.with_traceback(None)
         )
 
+
+_events: Final[weakref.WeakValueDictionary[bytes, Any]] = weakref.WeakValueDictionary()
 
 LATE: Final = (
     " (CUDA tells of errors late: the cause may be anything that this rank gave its GPU before; "
