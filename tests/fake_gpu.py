@@ -2,8 +2,8 @@
 
 What a program gets wrong about the order of streams shows as wrong numbers:
 
-1. A stream does one thing after the other, each after a pause that a seed decides. A copy reads and
-   writes when its turn comes, not when it is asked for.
+1. A stream does one thing after the other, each copy after a pause that a seed decides. It reads
+   and writes when its turn comes, not when it is asked for.
 2. As on a GPU, a copy keeps no tensor of the device alive. Memory that is freed is overwritten, in
    the order of the stream that it was made for; only `used` makes that wait for another stream.
 3. Memory and events can be shared: a handle names a descriptor of this process, which another
@@ -14,6 +14,7 @@ What a program gets wrong about the order of streams shows as wrong numbers:
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import queue
@@ -49,8 +50,8 @@ class FakeStream:
         self._thread = threading.Thread(target=self._run, name=f"fake-{name}", daemon=True)
         self._thread.start()
 
-    def give(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
+    def give(self, job: Callable[[], None], *, late: bool = False) -> None:
+        self._jobs.put(functools.partial(self._late, job) if late else job)
 
     def hold(self) -> Callable[[], None]:
         """Do nothing further until what is returned is called."""
@@ -66,10 +67,13 @@ class FakeStream:
         self._jobs.put(None)
         self._thread.join()
 
+    def _late(self, job: Callable[[], None]) -> None:
+        if self.late_s and not self.stopping:
+            time.sleep(self._rng.random() * self.late_s)
+        job()
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if self.late_s and not self.stopping:
-                time.sleep(self._rng.random() * self.late_s)
             job()
             del job
 
@@ -114,8 +118,12 @@ class FakeMemory:
         self.nbytes = nbytes
         self.handle = b""
 
+        self.closed = False
+
     def close(self) -> None:
-        """Nothing: the last tensor over it, or the last copy to it, lets go of the map."""
+        """Only say so: the map goes with the last tensor over it."""
+        assert not self.closed
+        self.closed = True
 
 
 class FakeGpu:
@@ -123,7 +131,7 @@ class FakeGpu:
 
     device = CPU
 
-    def __init__(self, seed: int = 0, late_s: float = 0.001, *, sealed: bool = False) -> None:
+    def __init__(self, seed: int = 0, late_s: float = 0.0005, *, sealed: bool = False) -> None:
         self.sealed = sealed  # nobody's handles can be opened
         self.broken = ""  # what every call raises from now on, as after an error of the device
         self.copies: list[str] = []  # on which stream each copy was
@@ -138,12 +146,16 @@ class FakeGpu:
         self._readers: dict[int, list[FakeStream]] = {}  # other streams, by offset
         self._ranges = [(self._base, self._base + MEMORY_NBYTES)]
         self._fds: list[int] = []
+        self._kept: list[FakeMemory] = []  # late copies may still write there
         self._events: FakeMemory | None = None  # the counters of those that are shared
+        self._events_fd = -1
         self._events_made = 0
 
     def close(self) -> None:
         for stream in self._streams:
             stream.stop()
+        self._kept.clear()
+        self._events = None
         while self._fds:
             os.close(self._fds.pop())
 
@@ -183,12 +195,56 @@ class FakeGpu:
             ctypes.memmove(to, start, nbytes)
             kept.clear()
 
-        stream.give(move)
+        stream.give(move, late=True)
 
     def used(self, tensor: torch.Tensor, stream: FakeStream) -> None:
         offset = tensor.untyped_storage().data_ptr() - self._base
         if offset in self._readers:
             self._readers[offset].append(stream)
+
+    def share(self, nbytes: int) -> FakeMemory:
+        self._check()
+        fd = self._file(nbytes)
+        memory = self._reach(FakeMemory(fd, nbytes))
+        memory.handle = f"{os.getpid()} {fd} {nbytes} 0".encode().ljust(64)
+        return memory
+
+    def open(self, handle: bytes, nbytes: int) -> FakeMemory:
+        self._check()
+        memory, _ = self._opened(handle)
+        assert memory.nbytes == nbytes
+        self._kept.append(memory)
+        return memory
+
+    def write(self, address: int, tensor: torch.Tensor, stream: FakeStream) -> None:
+        self._check()
+        assert self.holds(tensor)
+        self.copies.append(self._name(stream))
+        start, nbytes = tensor.data_ptr(), tensor.nbytes
+        stream.give(lambda: ctypes.memmove(address, start, nbytes) and None, late=True)
+
+    def over(self, address: int, spec: TensorSpec, release: Callable[[], None]) -> torch.Tensor:
+        self._check()
+        [memory] = [m for m in self._kept if m.address <= address < m.address + m.nbytes]
+        array = bytes_type(spec.nbytes).from_buffer(memory.map, address - memory.address)
+        weakref.finalize(array, release).atexit = False
+        return tensor_over(array, 0, spec)
+
+    def share_event(self) -> tuple[FakeEvent, bytes]:
+        self._check()
+        if self._events is None:
+            self._events_fd = self._file(MAX_EVENTS * 16)
+            self._events = FakeMemory(self._events_fd, MAX_EVENTS * 16)
+        start, self._events_made = self._events_made * 16, self._events_made + 1
+        event = FakeEvent((ctypes.c_uint64 * 2).from_buffer(self._events.map, start))
+        return event, f"{os.getpid()} {self._events_fd} {MAX_EVENTS * 16} {start}".encode().ljust(
+            64
+        )
+
+    def open_event(self, handle: bytes) -> FakeEvent:
+        self._check()
+        memory, start = self._opened(handle)
+        return FakeEvent((ctypes.c_uint64 * 2).from_buffer(memory.map, start))
 
     # -- what a test asks for ---------------------------------------------------------------------
 
@@ -244,6 +300,23 @@ class FakeGpu:
         address = self._base + offset
         stream.give(lambda: ctypes.memset(address, POISON, size) and None)
         self._free[stream, size].append(offset)
+
+    def _reach(self, memory: FakeMemory) -> FakeMemory:
+        self._kept.append(memory)
+        self._ranges.append((memory.address, memory.address + memory.nbytes))
+        return memory
+
+    def _opened(self, handle: bytes) -> tuple[FakeMemory, int]:
+        if self.sealed:
+            raise RuntimeError(
+                "CUDA error: invalid device context (cuIpcOpenMemHandle_v2 gave 201)"
+            )
+        pid, number, nbytes, start = map(int, handle.split())
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return FakeMemory(fd, nbytes), start
+        finally:
+            os.close(fd)
 
     def _file(self, nbytes: int) -> int:
         fd = os.memfd_create("fake-gpu", os.MFD_CLOEXEC)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from transport.cuda_ipc import CudaIpcTransport
 from transport.inproc import InprocTransport
 from transport.shm import ShmTransport
 from transport.tcp import TcpTransport, UnixTransport
@@ -83,5 +84,13 @@ class ShmOnGpu(OnGpu, ShmTransport):
     pass
 
 
-SOCKETS: dict[str, type[TcpTransport]] = {"tcp+gpu": TcpOnGpu, "shm+gpu": ShmOnGpu}
+class IpcOnGpu(OnGpu, CudaIpcTransport):
+    pass
+
+
+SOCKETS: dict[str, type[TcpTransport]] = {
+    "tcp+gpu": TcpOnGpu,
+    "shm+gpu": ShmOnGpu,
+    "cuda_ipc+gpu": IpcOnGpu,
+}
 __all__ = ["SOCKETS", "InprocOnGpu", "MessageSpec", "OnGpu", "each"]

@@ -14,6 +14,7 @@ from fake_gpu import FakeGpu
 
 from transport.addresses import Address
 from transport.contract import Transport
+from transport.cuda_ipc import CudaIpcTransport
 from transport.errors import TransportClosed
 from transport.handshake import new_secret
 from transport.inproc import InprocHub
@@ -25,10 +26,11 @@ SOCKETS: dict[str, type[TcpTransport]] = {
     "tcp": TcpTransport,
     "unix": UnixTransport,
     "shm": ShmTransport,
+    "cuda_ipc": CudaIpcTransport,
     "gloo": GlooTransport,
 }
 NAMES = ["inproc", *SOCKETS]
-ON_GPU = ["inproc+gpu", "tcp+gpu"]
+ON_GPU = ["inproc+gpu", "tcp+gpu", "cuda_ipc+gpu"]
 SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded
 
 Result = TypeVar("Result")

@@ -48,8 +48,8 @@ ARENA_NBYTES: Final = 256 * 1024 * 1024  # a bound: memory that is never touched
 ALIGNMENT: Final = 64  # of every tensor; also the length of a block's head
 MIN_BLOCK_NBYTES: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_FREE: Final = 0
-_LENT: Final = 1
+FREE: Final = 0
+LENT: Final = 1
 _WISH: Final = 1  # where the borrower's wish stands
 _LEND: Final = 1
 _STREAM: Final = 2
@@ -66,7 +66,7 @@ def layout(spec: MessageSpec) -> tuple[tuple[int, ...], int]:
     return tuple(starts), end
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
     """Return the block size for `nbytes`: a multiple of an eighth of the next power of two."""
     step = max(MIN_BLOCK_NBYTES, 1 << max(0, nbytes.bit_length() - 3))
     return -(-nbytes // step) * step
@@ -113,18 +113,18 @@ class Lender:
         if wish != _STREAM:
             return wish == _LEND
         # One that is behind does not wait for this payload, so the stream would gain nothing.
-        return stream_busy or self._states[self._last] == _LENT
+        return stream_busy or self._states[self._last] == LENT
 
     def lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
         """Copy a message's contiguous tensors into a free block; return its offset, or None."""
         starts, nbytes = layout(spec)
-        offset = self._free_block(_rounded(nbytes))
+        offset = self._free_block(rounded(nbytes))
         if offset is None:
             return None
         payload = self._base + offset + ALIGNMENT
         for start, tensor in zip(starts, tensors, strict=True):
             ctypes.memmove(payload + start, tensor.data_ptr(), tensor.nbytes)
-        self._states[offset] = _LENT
+        self._states[offset] = LENT
         self._last = offset
         return offset
 
@@ -143,7 +143,7 @@ class Lender:
     def _unused(self, size: int) -> int | None:
         """Return a free block of this very size."""
         for offset in self._blocks.get(size, ()):
-            if self._states[offset] == _FREE:
+            if self._states[offset] == FREE:
                 return offset
         return None
 
@@ -152,7 +152,7 @@ class Lender:
         for i, (start, stop) in enumerate(self._gaps):
             if stop - start >= ALIGNMENT + size:
                 self._gaps[i] = (start + ALIGNMENT + size, stop)
-                self._states[start] = _FREE  # (old payload may lie there)
+                self._states[start] = FREE  # (old payload may lie there)
                 self._blocks.setdefault(size, []).append(start)
                 return start
         return None
@@ -163,7 +163,7 @@ class Lender:
             (offset, size)
             for size, offsets in self._blocks.items()
             for offset in offsets
-            if self._states[offset] == _LENT
+            if self._states[offset] == LENT
         )
         self._blocks, self._gaps, self._last, end = {}, [], 0, self._reserved_nbytes
         for offset, size in lent:
@@ -197,7 +197,7 @@ class Borrowed:
             os.close(fd)
         self._nbytes = nbytes
         self._states = memoryview(self._map)
-        self._used: dict[int, weakref.ref[ctypes.Array[ctypes.c_char]]] = {}
+        self._used: dict[int, object] = {}  # what lies at an offset
         self._pid = os.getpid()
         self.wish(lent=True)
 
@@ -224,4 +224,4 @@ class Borrowed:
         # A forked child frees its copies of the tensors as well; the block is not its to give.
         if os.getpid() == self._pid:
             del self._used[offset]
-            self._states[offset] = _FREE
+            self._states[offset] = FREE

@@ -134,10 +134,7 @@ class Connection:
     def take_place(
         self, spec: MessageSpec, work: Send
     ) -> Callable[[FrameKind, int, Sequence[torch.Tensor]], None]:
-        """Queue a message whose payload is not in memory yet; later ones stay behind it.
-
-        What is returned is to be called, under the lock, with the frame's kind, word and tensors.
-        """
+        """Queue a message without its payload; return what to call with kind, word and tensors."""
         encode(FrameKind.MESSAGE, 0, spec.packed, spec.nbytes, self._limits)  # says so now
         sequence, place = self._sequence, self._queue.take_place(work)
         self._sequence += 1

@@ -45,20 +45,24 @@ class Memory(Protocol):
         """Give it back, or let go of a peer's; nothing may use it any more."""
 
 
-class Event(Protocol):
+class Moment(Protocol):
+    """A place in a stream, of which one can only come after it."""
+
+    def wait(self, stream: Stream) -> None:
+        """Let what the stream is given from now on come after this."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the device has come here."""
+
+
+class Event(Moment, Protocol):
     """A place in a stream; torch.cuda.Event is one."""
 
     def record(self, stream: Stream) -> None:
         """Become the place after all that the stream was given so far."""
 
-    def wait(self, stream: Stream) -> None:
-        """Let what the stream is given from now on come after this."""
-
     def query(self) -> bool:
         """Whether the device has come here."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the device has come here."""
 
 
 class Gpu(Protocol):

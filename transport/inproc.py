@@ -55,6 +55,7 @@ class Handed:
     def __init__(
         self, mine: Gpu, theirs: Gpu | None, spec: MessageSpec, tensors: Sequence[torch.Tensor]
     ) -> None:
+        self.in_place = True
         self._mine, self._theirs = mine, theirs
         self.tensors = [tensor.clone() for tensor in tensors if not mine.holds(tensor)]
         mine.now().wait(mine.sends)

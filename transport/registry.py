@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transport.contract import Transport
 
 _CLASSES: Final = {
+    "cuda_ipc": "transport.cuda_ipc:CudaIpcTransport",
     "gloo": "transport.torch_dist:GlooTransport",
     "inproc": "transport.inproc:InprocTransport",
     "nccl": "transport.torch_dist:NcclTransport",
@@ -22,8 +23,8 @@ _CLASSES: Final = {
     "unix": "transport.tcp:UnixTransport",
 }
 AUTO: Final = ("shm", "unix", "tcp")  # what "auto" tries, the fastest first
-AUTO_ON_GPU: Final = AUTO  # likewise, when tensors are on a GPU
-NEED_GPU: Final = frozenset({"nccl"})  # what is of no use without one
+AUTO_ON_GPU: Final = ("cuda_ipc", *AUTO)  # likewise, when tensors are on a GPU
+NEED_GPU: Final = frozenset({"cuda_ipc", "nccl"})  # what is of no use without one
 
 
 def transport_names() -> list[str]:

@@ -81,7 +81,8 @@ class LendingCarrier(Carrier):
     def finish(self, arrival: Arrival) -> None:
         """Check the payload, and say how the next ones had better come."""
         super().finish(arrival)
-        large, receive = arrival.spec.nbytes >= LEND_NBYTES, arrival.receive
+        large = arrival.spec.nbytes >= LEND_NBYTES and not arrival.spec.on_gpu
+        receive = arrival.receive
         if large and receive is not None and self.borrowed is not None:
             self.borrowed.wish(lent=receive.into is None)
 
@@ -100,7 +101,7 @@ class LendingCarrier(Carrier):
 
     def _show_arena(self, sock: socket.socket) -> None:
         try:
-            self.lender = Lender()
+            self.lender = self._new_lender()
         except OSError:
             self.lender = None
         if self.lender is not None:
@@ -143,7 +144,13 @@ class LendingCarrier(Carrier):
 
     def _map(self, fd: int) -> None:
         with contextlib.suppress(OSError):  # the peer sees that nobody has mapped it
-            self.borrowed = Borrowed(fd)
+            self.borrowed = self._new_borrowed(fd)
+
+    def _new_lender(self) -> Lender:
+        return Lender()
+
+    def _new_borrowed(self, fd: int) -> Borrowed:
+        return Borrowed(fd)
 
 
 class ShmTransport(UnixTransport):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from transport.errors import DeviceError
-from transport.gpu import Event, Gpu, Stream, gate
+from transport.gpu import Event, Gpu, Moment, Stream, gate
 from transport.lane import Lane
 from transport.mailbox import Arrival, Mailbox
 from transport.tensors import MessageSpec, TensorSpec, overwrite, tensors_of
@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 class Loan(Protocol):
     """Memory of the receiver's GPU that the sender writes a message to."""
 
-    written: Event
+    @property
+    def written(self) -> Moment:
+        """When the sender has written it."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it had better be used where it lies."""
 
     def used(self, stream: Stream) -> None:
         """Take note that a stream was given work that reads it."""
@@ -47,7 +53,7 @@ class Landed:
     """What a message that is complete still waits for on the GPU; see `work.Ready`."""
 
     def __init__(self, gpu: Gpu, rank: int, receive: Receive) -> None:
-        self.after: Event | None = None  # the last copy, or what the sender has written
+        self.after: Moment | None = None  # the last copy, or what the sender has written
         self.loan: Loan | None = None  # where a part is used in place
         self.fresh: list[torch.Tensor] = []  # what torch may use again once it is freed
         self.late: list[tuple[torch.Tensor, torch.Tensor]] = []  # on the CPU, and what it gets
@@ -135,8 +141,10 @@ class GpuMailbox(Mailbox):
         if self._gpu.holds(source):
             if arrival.loan is None:
                 landed.fresh.append(source)
-            landed.loan = arrival.loan
-            return source
+                return source
+            if arrival.loan.in_place:
+                landed.loan = arrival.loan
+                return source
         if spec.on_gpu:
             landed.fresh.append(self._gpu.fresh(spec))
             return landed.fresh[-1]
@@ -188,9 +196,9 @@ class Stager:
         progress: Progress,
         on_break: Callable[[Exception], None],
     ) -> None:
-        self._gpu = gpu
-        self._rank, self._peer = ranks
-        name = f"barepp-staging-{self._rank}-{self._peer}"
+        self.gpu = gpu
+        self.rank, self._peer = ranks
+        name = f"barepp-staging-{self.rank}-{self._peer}"
         self._lane = Lane(name, progress, on_break)
         self._started = False
 
@@ -201,8 +209,8 @@ class Stager:
         fill: Callable[[Sequence[torch.Tensor]], None],
     ) -> None:
         """Copy the parts that are on the GPU, then call `fill`, under the lock, with all parts."""
-        with gate(self._rank, f"sending to rank {self._peer}"):
-            leaving = _Leaving(self._gpu.now(), [])
+        with gate(self.rank, f"sending to rank {self._peer}"):
+            leaving = _Leaving(self.gpu.now(), [])
         leaves = [each.on_gpu and each.nbytes > 0 for each in spec.tensors]
 
         def done() -> None:
@@ -217,8 +225,8 @@ class Stager:
     def move(self, tensor: torch.Tensor, ready: object) -> None:
         """Copy a tensor to page-locked memory, and wait for it; called by the lane's thread."""
         assert isinstance(ready, _Leaving)
-        gpu = self._gpu
-        with gate(self._rank, f"sending {TensorSpec.of(tensor)} to rank {self._peer}"):
+        gpu = self.gpu
+        with gate(self.rank, f"sending {TensorSpec.of(tensor)} to rank {self._peer}"):
             ready.after.wait(gpu.sends)
             ready.copies.append(gpu.pinned(TensorSpec.of(tensor)))
             gpu.copy(ready.copies[-1], tensor, gpu.sends)
