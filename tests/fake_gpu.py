@@ -152,6 +152,7 @@ class FakeGpu:
         self._events_made = 0
 
     def close(self) -> None:
+        self.broken = "CUDA error: driver shutting down"
         for stream in self._streams:
             stream.stop()
         self._kept.clear()

@@ -29,6 +29,11 @@ class Carrier(Connection):
         self._large = False  # whether the socket is tuned for large messages
         self.stager: Stager | None = None  # for GPU tensors; None: there are none
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is at work any more for what has left; see cuda_ipc.py."""
+        return True
+
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and its payload.
 

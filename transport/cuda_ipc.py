@@ -31,11 +31,12 @@ from transport import driver
 from transport.arena import Borrowed, Lender
 from transport.carrier import Carrier
 from transport.errors import ProtocolError
-from transport.gpu import Event, Gpu, gate
+from transport.gpu import Event, gate
 from transport.ipc_arena import TABLE_NBYTES, GpuLender
 from transport.ipc_borrowed import GpuBorrowed
 from transport.mailbox import Arrival
 from transport.shm import LendingCarrier, ShmTransport
+from transport.staging import Stager
 from transport.tensors import MessageSpec
 from transport.wire import Frame, FrameKind
 from transport.work import Send
@@ -46,23 +47,28 @@ _CREDENTIALS: Final = struct.Struct("3i")  # unix(7): pid, uid, gid of the peer
 class Written:
     """What a sender's stream waits for before a sent tensor may be written; see `work.Ready`."""
 
-    def __init__(self, gpu: Gpu, rank: int, event: Event) -> None:
-        self._gpu, self._rank, self._event = gpu, rank, event
+    def __init__(self, stager: Stager, work: Send, event: Event) -> None:
+        self._stager, self._doing, self._event = stager, work.description, event
 
     def wait(self) -> None:
         """Let the calling thread's current stream come after the copy."""
-        with gate(self._rank, "waiting for a send"):
-            self._event.wait(self._gpu.current())
+        with gate(self._stager.rank, self._doing):
+            self._event.wait(self._stager.gpu.current())
 
 
 class IpcCarrier(LendingCarrier):
     """A stream whose ends lend each other memory of their GPUs, too."""
 
+    _ended: GpuLender | None = None  # what may still be writing after the stream's end
+
     @property
-    def flushed(self) -> bool:
-        """Whether all that was queued has left, and all that was lent is written."""
-        lender = self.lender
-        return super().flushed and (not isinstance(lender, GpuLender) or lender.written)
+    def settled(self) -> bool:
+        """Whether all that was lent is written: who closes waits for that, also if the peer left.
+
+        (The peer has all frames, and the goodbye; it hangs up then. Its GPU waits for the copies.)
+        """
+        lender = self.lender or self._ended
+        return not isinstance(lender, GpuLender) or lender.finished()
 
     def close_socket(self) -> None:
         """Close the socket; what was received stays, it lies in memory of this rank."""
@@ -70,6 +76,7 @@ class IpcCarrier(LendingCarrier):
         super().close_socket()
         if isinstance(lender, GpuLender):
             lender.end()
+            self._ended = lender
 
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and give the GPU its payload to copy if there is a way."""
@@ -85,7 +92,7 @@ class IpcCarrier(LendingCarrier):
             super().send(spec, tensors, work)
             return
         self.queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=word)
-        work.ready = Written(stager.gpu, stager.rank, lender.last)
+        work.ready = Written(stager, work, lender.last)
         work.complete()
 
     def fetch(self, frame: Frame, arrival: Arrival) -> None:

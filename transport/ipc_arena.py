@@ -47,6 +47,7 @@ OPENED: Final = 3  # ... that the sender has it open
 HANDLE: Final = 64
 DONE: Final = HANDLE + HANDLE_NBYTES  # a byte a slot: it is written, no event need be waited for
 _EVENTS: Final = DONE + SLOTS  # two handles a slot: "written" and "read"
+_ALL_DONE: Final = b"\1" * SLOTS
 TABLE_NBYTES: Final = _EVENTS + 2 * SLOTS * HANDLE_NBYTES
 
 _CLOSING: Final = "barepp-ipc-closing"
@@ -98,13 +99,15 @@ class GpuLender(Lender):
         self._written: dict[int, Event] = {}
         self._read: dict[int, Event] = {}
 
-    @property
-    def written(self) -> bool:
-        """Whether the GPU has come to the end of all that was lent."""
+    def finished(self) -> bool:
+        """Whether the GPU has written all that was lent; then the book says so."""
         try:
-            return self.last is None or self.last.query()
+            if self.last is not None and not self.last.query():
+                return False
         except RuntimeError:  # the device has failed: it writes nothing any more
             return True
+        self._states[DONE:_EVENTS] = _ALL_DONE
+        return True
 
     def lend(self, spec: MessageSpec, tensors: Sequence[torch.Tensor]) -> int | None:
         """Give `sends` the copies of a message to a free block; return its offset and slot."""
@@ -137,13 +140,11 @@ class GpuLender(Lender):
 
     def end(self) -> None:
         """Lend nothing any more; close the receiver's memory once all is written to it."""
-        if self.written:
-            self._states[DONE : DONE + SLOTS] = b"\1" * SLOTS
         memory, self._memory = self._memory, None
         self.refused = "it was closed"
         if memory is None:
             return
-        if self.written or self.last is None:
+        if self.finished() or self.last is None:
             _close_opened(memory, None, self._states)
             return
         # It is still written to (this rank ends in an error): somebody else has to wait for that.
@@ -202,6 +203,7 @@ def _close_opened(memory: Memory, last: Event | None, book: memoryview) -> None:
     with contextlib.suppress(RuntimeError):
         if last is not None:
             last.synchronize()
+            book[DONE:_EVENTS] = _ALL_DONE
     memory.close()
     book[OPENED] = 0
     sweep()

@@ -34,7 +34,8 @@ class Peer:
     @property
     def flushed(self) -> bool:
         """Whether it needs no more waiting for what is queued for this peer."""
-        return self.lost or self.ended is not None or self.connection.flushed
+        left = self.lost or self.ended is not None or self.connection.flushed
+        return left and self.connection.settled
 
 
 @dataclasses.dataclass(frozen=True)
