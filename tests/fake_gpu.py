@@ -313,7 +313,10 @@ class FakeGpu:
                 "CUDA error: invalid device context (cuIpcOpenMemHandle_v2 gave 201)"
             )
         pid, number, nbytes, start = map(int, handle.split())
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise RuntimeError(f"CUDA error: invalid resource handle ({error})") from error
         try:
             return FakeMemory(fd, nbytes), start
         finally:

@@ -118,28 +118,30 @@ def test_a_block_is_not_written_before_it_is_read(pair: list[Any]) -> None:
 
 
 def test_a_block_read_by_several_streams_waits_for_all_of_them(pair: list[Any]) -> None:
-    gpu, streams = pair[1].gpu, [pair[1].gpu.compute, pair[1].gpu.sends, pair[1].gpu.receives]
-    for i in range(6):
-        pair[0].isend(on(pair[0], i), 1)
-        work, seen = pair[1].irecv(0), []
+    gpu, seen = pair[1].gpu, []
+    pair[0].isend(on(pair[0], 1), 1)
+    work = pair[1].irecv(0)
 
-        def read(work: Any, stream: Any) -> torch.Tensor:
-            gpu.use_stream(stream)
-            got = work.wait(SOON_S)
-            copied = gpu.empty(got)
-            gpu.copy(copied, got, stream)
-            return copied
+    def read(work: Any, stream: Any) -> torch.Tensor:
+        gpu.use_stream(stream)
+        got = work.wait(SOON_S)
+        copied = gpu.empty(got)
+        gpu.copy(copied, got, stream)
+        return copied
 
-        for stream in streams:
-            seen.append(start(lambda w=work, s=stream: read(w, s)).result(SOON_S))
-        del work
-        gc.collect()
-        pair[0].isend(on(pair[0], 100 + i), 1)
-        later = pair[1].recv(0, timeout=SOON_S)
-        for stream in streams:
-            gpu.mark(stream).synchronize()
-        assert [values(pair[1], tensor) for tensor in seen] == [[i]] * 3
-        assert values(pair[1], later) == [100 + i]
+    seen.append(start(lambda w=work: read(w, gpu.compute)).result(SOON_S))
+    release = gpu.receives.hold()
+    seen.append(start(lambda w=work: read(w, gpu.receives)).result(SOON_S))
+    del work
+    gc.collect()
+    assert lent(pair) == 0
+    pair[0].isend(on(pair[0], 2), 1)
+    time.sleep(10 * LATE_S)  # (as long as a copy that does not wait would take)
+    release()
+    assert values(pair[1], pair[1].recv(0, timeout=SOON_S)) == [2]
+    for stream in (gpu.compute, gpu.receives):
+        gpu.mark(stream).synchronize()
+    assert [values(pair[1], tensor) for tensor in seen] == [[1], [1]]
 
 
 def test_the_sender_may_write_its_tensor_again_on_its_stream(pair: list[Any]) -> None:
@@ -386,33 +388,66 @@ def test_ranks_in_processes_of_their_own(world_size: int) -> None:
             assert len(slots) == world_size - 1 and min(slots) > 0
 
 
-def talk_until_killed(transport: Any, pipe: Any) -> str:
-    kept = []
-    other = 1 - transport.rank
+def die_in_mid_copy(transport: Any, pipe: Any) -> str:
+    """Rank 1 sends, and is killed when the frame of a message is there and its copy is not."""
+    other, gpu, kept = 1 - transport.rank, transport.gpu, []
+    for i in range(8):
+        transport.isend(on(transport, i), other)
+        kept.append(transport.recv(other, timeout=30))
+        assert values(transport, kept[i]) == [i]
+    if transport.rank == 1:
+        gpu.mark(gpu.sends).synchronize()
+        gpu.compute.hold()
+        transport.isend(on(transport, 99), other)
+        pipe.send("copying")
+        pipe.recv()  # (nothing comes)
+    torn = transport.recv(other, timeout=30)
+    pipe.send("has the frame")
     try:
-        for i in range(100_000):
-            transport.isend(on(transport, i), other)
-            kept = [(i, transport.recv(other, timeout=30)), *kept[:3]]
-            if i == 5:
-                pipe.send("under way")
+        transport.recv(other, timeout=30)
     except PeerLost as error:
-        for i, tensor in kept[1:]:  # (of the last one the copy may never have come)
-            assert values(transport, tensor) == [i]
-        del tensor
-        kept.clear()
-        gc.collect()
+        gpu.use_stream(gpu.sends)  # (the other one waits for what never comes)
+        assert [values(transport, tensor) for tensor in kept] == [[i] for i in range(8)]
+        del torn
         return str(error)
     return "never"
 
 
 def test_a_peer_that_is_killed_is_lost_and_what_it_had_sent_stays() -> None:
-    with processes(CudaIpcTransport, 2, talk_until_killed) as (ranks, pipes):
-        for pipe in pipes:
-            assert told(pipe) == "under way"
+    with processes(CudaIpcTransport, 2, die_in_mid_copy) as (ranks, pipes):
+        assert told(pipes[0]) == "has the frame"
+        assert told(pipes[1]) == "copying"
         os.kill(ranks[1].pid, signal.SIGKILL)
         what, text = told(pipes[0])
         assert what == "returned", text
         assert "rank 1" in text
+
+
+def unreachable(_: bytes) -> Any:
+    raise RuntimeError("CUDA error: invalid resource handle")
+
+
+def test_a_sender_whose_event_cannot_be_opened_is_lost_and_not_this_ranks_gpu() -> None:
+    gpus = [FakeGpu(1), FakeGpu(2)]
+    with worlds.world("cuda_ipc", 3, gpus=[*gpus, None]) as ranks:
+        acquaint(ranks[:2])
+        gpus[1].open_event = unreachable  # type: ignore[method-assign]
+        ranks[0].isend(on(ranks[0], 1), 1)
+        with pytest.raises(PeerLost, match=r"rank 0 is lost: .* invalid resource handle"):
+            ranks[1].recv(0, timeout=SOON_S)
+        ranks[2].isend(torch.ones(1), 1)  # the others go on
+        ranks[1].recv(2, timeout=SOON_S)
+
+
+def test_a_receiver_whose_event_cannot_be_opened_is_sent_to_by_staging() -> None:
+    gpus = [FakeGpu(1), FakeGpu(2)]
+    with worlds.world("cuda_ipc", 2, gpus=gpus) as ranks:
+        acquaint(ranks)
+        gpus[0].open_event = unreachable  # type: ignore[method-assign]
+        for i in range(5):
+            ranks[0].isend(on(ranks[0], i), 1)
+            assert values(ranks[1], ranks[1].recv(0, timeout=SOON_S)) == [i]
+        assert "invalid resource" in lender(ranks).refused
 
 
 # -- the choice ------------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def test_an_unknown_transport_lists_those_that_exist(
 ) -> None:
     text = refused(capsys, "--world", "2", "--transport", "pigeon", script)
     assert "there is no transport 'pigeon'" in text
-    assert "auto, gloo, inproc, nccl, shm, tcp, unix" in text
+    assert "auto, cuda_ipc, gloo, inproc, nccl, shm, tcp, unix" in text
 
 
 def test_inproc_is_not_for_processes(script: str, capsys: pytest.CaptureFixture[str]) -> None:

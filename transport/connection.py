@@ -257,7 +257,7 @@ class Connection:
                 if self.socket is None:
                     return False
                 event = self._decoder.next_event()
-        except ProtocolError as error:
+        except (ProtocolError, PeerLost) as error:
             self._owner.on_end(self, error)
             return False
         return True

@@ -30,7 +30,7 @@ import torch
 from transport import driver
 from transport.arena import Borrowed, Lender
 from transport.carrier import Carrier
-from transport.errors import ProtocolError
+from transport.errors import PeerLost, ProtocolError
 from transport.gpu import Event, gate
 from transport.ipc_arena import TABLE_NBYTES, GpuLender
 from transport.ipc_borrowed import GpuBorrowed
@@ -103,7 +103,10 @@ class IpcCarrier(LendingCarrier):
         if self.stager is None or not isinstance(self.borrowed, GpuBorrowed):
             raise ProtocolError(f"rank {self.peer} writes to a GPU that was not shown to it")
         with gate(self.stager.rank, f"receiving {arrival.spec} from rank {self.peer}"):
-            arrival.tensors, arrival.loan = self.borrowed.take_message(frame.word, arrival.spec)
+            try:
+                arrival.tensors, arrival.loan = self.borrowed.take_message(frame.word, arrival.spec)
+            except PeerLost as error:
+                raise PeerLost(f"rank {self.peer} is lost: {error}") from error
 
     def finish(self, arrival: Arrival) -> None:
         """Check the payload; get memory ready for the next one if this was staged."""

@@ -118,7 +118,7 @@ class GpuLender(Lender):
         starts, nbytes = layout(spec)
         slot = self._take_slot()
         offset = None if slot is None else self._free_block(rounded(nbytes))
-        if slot is None or offset is None:
+        if slot is None or offset is None or self.refused:
             self._free_slots += [] if slot is None else [slot]
             return None
         assert self._memory is not None
@@ -161,7 +161,7 @@ class GpuLender(Lender):
                 self._states[OPENED] = 1
             except RuntimeError as error:
                 self.refused = str(error)
-        return self._memory is not None
+        return self._memory is not None and not self.refused
 
     def _event(self, slot: int) -> Event:
         if slot not in self._written:
@@ -176,7 +176,7 @@ class GpuLender(Lender):
             if back is None:
                 return None
             self._settle(back)
-        return self._free_slots.pop()
+        return self._free_slots.pop() if self._free_slots else None
 
     def _free_block(self, size: int) -> int | None:
         """Find a block; what is written there will come after all that was read there."""
@@ -192,11 +192,14 @@ class GpuLender(Lender):
         """Let `sends` come after the last work that reads what was given back."""
         self._lent.remove(part)
         slot = part.slot
-        if slot not in self._read:
-            handle = bytes(self._states[handle_at(slot, read=True)])
-            self._read[slot] = self._gpu.open_event(handle)
-        self._read[slot].wait(self._gpu.sends)
-        self._free_slots.append(slot)
+        try:
+            if slot not in self._read:
+                handle = bytes(self._states[handle_at(slot, read=True)])
+                self._read[slot] = self._gpu.open_event(handle)
+            self._read[slot].wait(self._gpu.sends)
+            self._free_slots.append(slot)
+        except RuntimeError as error:  # the receiver is gone, or this device has failed: that shows
+            self.refused = str(error)
 
 
 def _close_opened(memory: Memory, last: Event | None, book: memoryview) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from transport.arena import ALIGNMENT, ARENA_NBYTES, FREE, Borrowed, layout
 from transport.driver import HANDLE_NBYTES
-from transport.errors import ProtocolError
+from transport.errors import PeerLost, ProtocolError
 from transport.gpu import Event, Gpu, Memory, Stream
 from transport.ipc_arena import (
     DONE,
@@ -109,7 +109,7 @@ class GpuBorrowed(Borrowed):
 
         Raises:
             ProtocolError: there is no such block.
-            RuntimeError: the sender's event cannot be opened.
+            PeerLost: the sender's event cannot be opened, as happens when it has been killed.
         """
         slot = word % ALIGNMENT
         offset, (starts, nbytes) = word - slot, layout(spec)
@@ -160,7 +160,10 @@ class GpuBorrowed(Borrowed):
     def _event(self, slot: int) -> Event:
         if slot not in self._written:
             handle = bytes(self._states[handle_at(slot, read=False)])
-            self._written[slot] = self._gpu.open_event(handle)
+            try:
+                self._written[slot] = self._gpu.open_event(handle)
+            except RuntimeError as error:
+                raise PeerLost(f"what it has written cannot be waited for: {error}") from error
         return self._written[slot]
 
     def _part(self, start: int, spec: TensorSpec, loan: BlockLoan) -> torch.Tensor:
