@@ -175,6 +175,11 @@ def current_world() -> World | None:
     return None if world is None or world.left else world
 
 
+def by_itself() -> bool:
+    """Whether no launcher has started this process, so that it is to be a world of one."""
+    return _process.membership is None and started_by_others(os.environ) is None
+
+
 def one_compute_thread() -> None:
     """Let torch compute with one thread in the calling thread, unless OMP_NUM_THREADS is set.
 

@@ -80,7 +80,7 @@ def profile(
     # It may have parameters of its own, or count: it is the training's, like the layers.
     loss = _own_copy(lambda: loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
     clock = clock_of(device)
-    if device is not None:
+    if device is not None and device.type != "cpu":
         inputs, targets = moved(inputs, device, []), moved(targets, device, [])
         if isinstance(loss, nn.Module):
             loss.to(device)

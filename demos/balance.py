@@ -83,13 +83,20 @@ def layers_of(flags: training.Flags) -> list[LayerBuilder]:
     return [*layers[:HEAVY], partial(Block, flags.hidden), *layers[HEAVY + 1 :]]
 
 
-def measured(flags: training.Flags, data: digits.Digits) -> list[barepp.LayerCost]:
+def measured(
+    world: barepp.World, flags: training.Flags, data: digits.Digits
+) -> list[barepp.LayerCost]:
     """Return what each layer costs, for the first microbatch of the first batch."""
     batch = digits.batch(data, 0, flags.batch, flags.seed)
     rows = math.ceil(len(batch.labels) / flags.microbatches)
     images, labels = batch.images[:rows], batch.labels[:rows]  # [rows, 64], [rows]
     return barepp.profile(
-        layers_of(flags), functional.cross_entropy, images, labels, seed=flags.seed
+        layers_of(flags),
+        functional.cross_entropy,
+        images,
+        labels,
+        seed=flags.seed,
+        device=world.device,
     )
 
 
@@ -97,7 +104,7 @@ def compare(world: barepp.World, flags: training.Flags) -> tuple[list[Row], list
     """Train the net cut in both ways; the same rows on every rank, the costs on rank 0."""
     data, _ = digits.load()
     schedule = barepp.make_schedule(SCHEDULE, world.world_size, flags.microbatches)
-    costs = measured(flags, data) if world.rank == 0 else []
+    costs = measured(world, flags, data) if world.rank == 0 else []
     # Rank 0 alone has measured, so it tells the others where to cut.
     sizes = torch.tensor(barepp.balance(costs, schedule)) if world.rank == 0 else None
     told = broadcast(world.transport, sizes, root=0)

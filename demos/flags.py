@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import barepp
+from barepp.joining import by_itself
 
 F = TypeVar("F")
 
@@ -24,8 +25,29 @@ def one_sentence(world: barepp.World) -> Iterator[None]:
     except (barepp.UsageError, barepp.DataError) as error:
         if world.world_size > 1:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Tell a person's mistake, and end."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def join() -> barepp.World:
+    """Join the world, on the device that --device names.
+
+    That flag is read before all others, which only a rank of a world can answer for. A launcher
+    has one of its own for all ranks, and the demo then needs none.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device")
+    try:
+        return barepp.init(device=parser.parse_known_args(sys.argv[1:])[0].device)
+    except barepp.UsageError as error:
+        if not by_itself():
+            raise
+        refuse(error)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +76,8 @@ def read(
         allow_abbrev=False,
     )
     parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
+    text = "cpu, cuda or auto, for a run without a launcher, which has a flag of this name (cpu)"
+    parser.add_argument("--device", metavar="WORD", help=text)
     flags = {name: value for name, value in vars(defaults).items() if name not in without}
     for name, default in flags.items():
         type_ = Path if default is None else type(default)
@@ -61,6 +85,7 @@ def read(
         metavar = {Path: "PATH", int: "N", float: "X", str: "WORD"}[type_]
         parser.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=text)
     chosen = vars(parser.parse_args(sys.argv[1:]))
+    chosen.pop("device")  # `join` has seen to it
     if chosen.pop("help"):
         if world.rank == 0:
             print(parser.format_help(), end="")
@@ -79,7 +104,7 @@ def run_demo(
 
     What else comes of it is an object for the flag `json`, if that names a file.
     """
-    with barepp.init() as world, one_sentence(world):
+    with join() as world, one_sentence(world):
         flags = read(defaults, help_texts, world, about or "", without)
         if flags is None:
             return

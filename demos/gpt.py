@@ -27,6 +27,7 @@ pipeline costs: while one rank works the others wait.
 import dataclasses
 import math
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ class Results:
     held_out: float  # bits a byte, of text that was not learnt from
     parameters_sha256: str
     step_ms: float  # median; forward and backward, without the optimizer
-    tokens_per_s: float  # a token is a byte
+    tokens_per_s: float  # a token is a byte; all that a step takes, the first one left out
     bubble_measured: float
     peak_in_flight: list[int]  # per rank
     ranks: list[RankTimes]  # what each rank did all the time
@@ -162,14 +163,19 @@ def excerpts(text: Tensor, rows: int, context: int, seed: int) -> tuple[Tensor, 
 # -- training and writing ------------------------------------------------------------------------
 
 
-def train(world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Flags) -> list[float]:
-    """Train the pipeline; return the loss of each step, in bits a byte."""
+def train(
+    world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Flags
+) -> tuple[list[float], float]:
+    """Train the pipeline; return the loss of each step, in bits a byte, and the seconds a step."""
     optimizer = torch.optim.AdamW(pipe.parameters(), lr=flags.lr, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, flags))
     take_step = training.step_of(pipe, optimizer, flags.autocast)
     every = max(1, flags.steps // training.NUM_PROGRESS_LINES)
     losses = []
+    began = time.perf_counter()
     for step in range(flags.steps):
+        if step == 1:  # the first one warms up
+            began = now(world)
         seed = derive_seed(flags.seed, "excerpts", step=step)
         text, following = excerpts(learnt, flags.batch, flags.context, seed)
         pipe.zero_grad()
@@ -178,7 +184,13 @@ def train(world: barepp.World, pipe: barepp.Pipeline, learnt: Tensor, flags: Fla
             rate.step()
         if world.rank == 0 and ((step + 1) % every == 0 or step + 1 == flags.steps):
             print(f"step {step + 1:4d}/{flags.steps}   {losses[-1]:.3f} bits a byte")
-    return losses
+    return losses, (now(world) - began) / max(1, flags.steps - 1)
+
+
+def now(world: barepp.World) -> float:
+    """Return the time in seconds at which the device has done all that it was given."""
+    world.synchronize()  # a GPU does what it is given later: without this we would measure Python
+    return time.perf_counter()
 
 
 def part_of_rate(step: int, flags: Flags) -> float:
@@ -205,7 +217,7 @@ def write(world: barepp.World, pipe: barepp.Pipeline, flags: Flags) -> str:
         scores = pipe.forward(torch.tensor([text[-flags.context :]]))  # [1, length, 256]
         drawn = None
         if isinstance(scores, Tensor):  # on the rank of the last stage
-            likely = (scores[0, -1] / TEMPERATURE).softmax(0)  # [256]
+            likely = (scores[0, -1].cpu().float() / TEMPERATURE).softmax(0)  # [256]
             drawn = torch.multinomial(likely, 1, generator=generator)  # [1]
         drawn = broadcast(world.transport, drawn, root=pipe.last_rank)
         assert isinstance(drawn, Tensor)
@@ -231,7 +243,7 @@ def run(world: barepp.World, flags: Flags) -> Results:
     )
     if flags.trace is not None:
         pipe.trace()
-    losses = train(world, pipe, learnt, flags)
+    losses, step_s = train(world, pipe, learnt, flags)
     summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
     if flags.trace is not None:
         barepp.write_trace(world, pipe.recorder, flags.trace)
@@ -246,7 +258,7 @@ def run(world: barepp.World, flags: Flags) -> Results:
         held_out=bits(pipe.evaluate(*excerpts(held_out, HELD_OUT_ROWS, flags.context, seed=0))),
         parameters_sha256=pipe.parameters_sha256(),
         step_ms=summary.step_ms,
-        tokens_per_s=flags.batch * flags.context / summary.step_ms * 1e3,
+        tokens_per_s=flags.batch * flags.context / step_s,
         bubble_measured=summary.bubble,
         peak_in_flight=summary.peak_in_flight,
         ranks=summary.ranks,

@@ -90,6 +90,8 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
     """Train the net on the digits in this process."""
     if world.world_size > 1:
         raise barepp.UsageError("this demo is one process by itself: python demos/monolith.py")
+    if world.device.type != "cpu":
+        raise barepp.UsageError(f"this demo computes on the CPU, not on {world.device}")
     training_set, test_set = digits.load()
     model = build(flags.layers, flags.hidden, flags.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)

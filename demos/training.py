@@ -147,7 +147,7 @@ def accuracy(world: barepp.World, pipe: barepp.Pipeline, data: digits.Digits) ->
     output = pipe.forward(data.images)  # [rows, 10] on the last stage's rank, else None
     right = None
     if isinstance(output, torch.Tensor):
-        right = (output.argmax(1) == data.labels).double().mean()  # []
+        right = (output.argmax(1).cpu() == data.labels).double().mean()  # []
     shared = broadcast(world.transport, right, root=pipe.last_rank)
     assert isinstance(shared, torch.Tensor)
     return shared.item()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import why_no_gpu
 
 pytest.register_assert_rewrite("jobs")  # its assertions explain themselves as well
 
@@ -32,6 +33,11 @@ def small_heap() -> None:
     # that torch has imported. That is there to stay.
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and why_no_gpu():
+        pytest.skip(why_no_gpu())
 
 
 # -- test_fault_matrix.py -------------------------------------------------------------------------

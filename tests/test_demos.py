@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from traces import check_format
 
@@ -226,6 +227,26 @@ def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: C
     found = results(path)
     assert found["parameters_sha256"] == monolith["parameters_sha256"]
     assert (found["world_size"], found["stages"]) == (1, 3)
+
+
+def test_a_device_is_a_flag_of_a_demo_alone(
+    monolith: dict, tmp_path: Path, alone: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "results.json"
+    assert alone("gpipe", *ODD, "--device", "auto", "--json", path)[0] == 0
+    assert results(path)["parameters_sha256"] == monolith["parameters_sha256"]
+    code, _, told = alone("gpipe", *ODD, "--device", "cuda")
+    assert code == 2 and told.startswith("gpipe.py: device cuda was asked for, but rank 0 finds no")
+    sentence = "gpipe.py: there is no device 'tpu'; these exist: cpu, cuda, auto\n"
+    assert alone("gpipe", *ODD, "--device", "tpu") == (2, "", sentence)
+    assert "--device WORD" in alone("gpipe", "--help")[1]
+
+
+def test_a_launchers_device_is_for_all_ranks() -> None:
+    run = launch(2, "demos/gpipe.py", *ODD, "--device", "auto")
+    assert run.returncode == 2
+    assert "was started with device cpu, not auto: tell the launcher" in run.stderr
 
 
 def test_half_precision_is_a_flag(monolith: dict, tmp_path: Path, alone: Callable) -> None:

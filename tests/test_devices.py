@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import why_no_gpu
 from jobs import LIMIT_S, ROOT, launch
 from test_adopted import free_port
 
@@ -67,7 +68,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = "import barepp\nwith barepp.init() as world:\n    print('device', world.device)\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(not why_no_gpu(), reason="there is a GPU here")
 def test_ranks_that_find_no_gpu_say_so_once_and_auto_takes_the_cpu(tmp_path: Path) -> None:
     ended = launch(tmp_path, SCRIPT, "--world", "2", "--device", "auto")
     assert ended.code == 0

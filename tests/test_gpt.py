@@ -42,7 +42,8 @@ def test_four_ranks_write_what_one_process_writes(
     assert len(four["partition"]) == 8 and sum(four["partition"]) == 10
     assert len(four["peak_in_flight"]) == 4
     assert four["written"].startswith("def ") and len(four["losses"]) == 3
-    assert four["tokens_per_s"] == pytest.approx(5 * 12 / four["step_ms"] * 1e3)
+    # By the clock on the wall, with the optimizer; a step's own time is without it.
+    assert 0 < four["tokens_per_s"] < 1.2 * 5 * 12 / four["step_ms"] * 1e3
     for line in promised_lines("gpt"):
         start = as_pattern(line.split("3.")[0])  # how much it learns depends on the flags
         assert start.search(shown) and start.search(run.stdout)
