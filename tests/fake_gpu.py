@@ -35,6 +35,7 @@ MEMORY_NBYTES = 16 * 2**30  # of addresses; the kernel gives pages to what is to
 MAX_EVENTS = 4096  # that are shared, of one GPU
 POLL_S = 0.0001  # nothing announces what another process has done
 POISON = 0xA5
+STREAMS = ("compute", "sends", "receives", "returns")
 ALIGNMENT = 512
 
 
@@ -135,8 +136,8 @@ class FakeGpu:
         self.sealed = sealed  # nobody's handles can be opened
         self.broken = ""  # what every call raises from now on, as after an error of the device
         self.copies: list[str] = []  # on which stream each copy was
-        self._streams = [FakeStream(name, seed, late_s) for name in ("compute", "out", "in")]
-        self.compute, self.sends, self.receives = self._streams
+        self._streams = [FakeStream(name, seed, late_s) for name in STREAMS]
+        self.compute, self.sends, self.receives, self.returns = self._streams
         self._mine = threading.local()
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
         self._map = mmap.mmap(-1, MEMORY_NBYTES, flags=flags)

@@ -162,6 +162,22 @@ def test_a_sent_tensor_that_nobody_holds_lives_until_it_is_copied(pair: list[Any
     ]
 
 
+def test_a_received_tensor_that_is_sent_on_keeps_its_block_until_it_is_copied(
+    pair: list[Any],
+) -> None:
+    release = pair[1].gpu.sends.hold()
+    pair[0].isend(on(pair[0], 1), 1)
+    got = pair[1].recv(0, timeout=SOON_S)
+    pair[1].isend(got, 0)
+    del got
+    gc.collect()
+    pair[0].isend(on(pair[0], 2), 1)  # (to the same block, which was given back)
+    time.sleep(10 * LATE_S)
+    release()
+    assert values(pair[1], pair[1].recv(0, timeout=SOON_S)) == [2]
+    assert values(pair[0], pair[0].recv(1, timeout=SOON_S)) == [1]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_two_messages_ever_share_memory(seed: int) -> None:
     """Kept and freed in any order; in place, copied or staged; in both directions."""

@@ -4,7 +4,8 @@ A transport without a `Gpu` moves CPU tensors alone and never comes here. Tests 
 place: memory and events that are shared between processes, and streams whose copies come late.
 
 1. Copies run on two streams of the transport's own, `sends` and `receives`, never on the caller's.
-   Events order them with the caller's work (rule 9 of the contract).
+   Events order them with the caller's work (rule 9 of the contract). A third one, `returns`, copies
+   nothing: it comes after all that reads a peer's message, so that this is one event for the peer.
 2. No method waits for the GPU. Only a thread that is made for that may call `Event.synchronize`.
 3. Every call may be the one that tells of an earlier error of the device, as a RuntimeError; who
    calls wraps it in `gate`, which says whose GPU it was and what was being done.
@@ -71,6 +72,7 @@ class Gpu(Protocol):
     device: torch.device
     sends: Stream
     receives: Stream
+    returns: Stream
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is this GPU's."""
@@ -138,6 +140,7 @@ class Cuda:
         self.device = torch.device("cuda", index)
         self.sends: Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.receives: Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.returns: Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.on_copy: Callable[[Copy], None] | None = None
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -140,18 +140,18 @@ class GpuBorrowed(Borrowed):
         return bool(self._states[DONE + slot])
 
     def give_back(self, loan: BlockLoan) -> None:
-        """Record that it is read, on the stream that reads it, and let the sender have it."""
+        """Record when it is read, behind all streams that read it, and let the sender have it."""
         if os.getpid() != self._pid:  # (a forked child's copies; see `Borrowed`)
             return
         slot = loan.part.slot
         with contextlib.suppress(RuntimeError):  # a device that has failed gives nothing back
-            first, *others = loan.streams or [self._gpu.receives]
-            for other in others:  # (rare: threads with streams of their own that waited for it)
-                self._gpu.mark(other).wait(first)
+            # (`sends` too: it may read what was received and sent on.)
+            for stream in {*loan.streams, self._gpu.sends}:
+                self._gpu.mark(stream).wait(self._gpu.returns)
             if slot not in self._read:
                 self._read[slot], handle = self._gpu.share_event()
                 self._states[handle_at(slot, read=True)] = handle
-            self._read[slot].record(first)
+            self._read[slot].record(self._gpu.returns)
             del self._used[loan.part.start]
             self._lent_slots.discard(slot)
             self._kept_nbytes -= loan.part.end - loan.part.start - ALIGNMENT
