@@ -383,10 +383,12 @@ def test_the_fake_shows_what_it_is_for() -> None:
     gpu = FakeGpu(3, 0.02)
     tensor = gpu.upload(torch.ones(1000))
     early, late = torch.empty(1000), gpu.empty(torch.empty(1000))
-    gpu.copy(late, tensor, gpu.sends)  # behind nothing
-    gpu.copy(early, late, gpu.receives)
+    release = gpu.sends.hold()
+    gpu.copy(late, tensor, gpu.sends)
+    gpu.copy(early, late, gpu.receives)  # behind nothing
     gpu.mark(gpu.receives).synchronize()
     assert not (early == 1).all()
+    release()
     release = gpu.compute.hold()
     out = torch.empty(4000, dtype=torch.uint8)
     gpu.copy(out, gpu.upload(torch.ones(4000, dtype=torch.uint8)), gpu.receives)
