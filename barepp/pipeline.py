@@ -46,6 +46,8 @@ from barepp.world import World
 class Pipeline(Holding):
     """A model in stages over the ranks of a world, trained as one process would train it.
 
+    It computes on `world.device`: layers are built on the CPU and moved, data where it is needed.
+
     Args:
         world: this rank's world.
         layers: one zero-argument callable a layer, each building one `nn.Module`. Only those of

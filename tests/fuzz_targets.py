@@ -42,7 +42,7 @@ BEAT: Final = {
     "totals": [4096, 2048, 3, 24.5],
 }
 RECORDS: Final = [
-    {"record": "join", "world_size": 2, "address": ["host", "unix", "127.0.0.1", 4000]},
+    {"record": "join", "world_size": 2, "address": ["host", "unix", "127.0.0.1", 4000, 1]},
     {"record": "beat", "state": BEAT},
     {"record": "beat", "state": None},
     {"record": "barrier"},
@@ -143,7 +143,7 @@ def words(rng: random.Random) -> bool:
                 assert Failure.from_record(failure.to_record()) == failure
                 assert_shown(failure.headline())
             case 1:
-                address = Address.from_record(altered(rng, ["host", "unix", "127.0.0.1", 4000]))
+                address = Address.from_record(altered(rng, ["host", "unix", "127.0.0.1", 4000, 1]))
                 assert Address.from_record(address.to_record()) == address
             case _:
                 return watched(rng)

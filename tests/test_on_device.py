@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transport_worlds
+from test_exactness import MLP, plain_torch, train
 from torch import nn
 from torch.nn import functional
 from zoo import ZOO, Model, data
@@ -19,6 +21,7 @@ import barepp
 from barepp.batches import Batch, moved
 from barepp.late import LATE
 from barepp.recompute import Buffers
+from barepp.seeding import PROCESS_LOCK
 from barepp.world import World
 from transport.errors import DeviceError, JobFailed
 from transport.inproc import InprocHub, InprocTransport
@@ -117,6 +120,28 @@ def test_buffers_are_not_compared_on_a_device() -> None:
     names = ["running_mean", "running_var", "num_batches_tracked"]
     assert kept["cpu"] == [(True, name) for name in names]
     assert kept["meta"] == kept["cpu"] + [(False, name) for name in names]
+
+
+# -- messages from GPU to GPU ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+@pytest.mark.parametrize("name", transport_worlds.ON_GPU)
+def test_messages_from_gpu_to_gpu_change_no_bit(name: str, schedule: str) -> None:
+    """Over streams that do everything late: a wait that is missing would be a wrong number.
+
+    (The ranks compute on the CPU; what they tell each other goes from a fake GPU to another.)
+    """
+    with transport_worlds.world(name, 2) as transports:
+        worlds = [World(transport, None, PROCESS_LOCK) for transport in transports]
+
+        def learn(world: World) -> tuple[list[float], str]:
+            torch.set_num_threads(1)
+            with world:
+                return train(world, MLP, schedule, 3)[:2]
+
+        found = [transport_worlds.start(partial(learn, world)) for world in worlds]
+        assert [each.result(60) for each in found] == [plain_torch(3)] * 2
 
 
 # -- errors that CUDA tells late ------------------------------------------------------------------

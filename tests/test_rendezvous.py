@@ -419,7 +419,7 @@ def hang_up(client: ControlClient) -> None:
     client.close()
 
 
-JOIN = {"record": "join", "world_size": 3, "address": ["host", "", "127.0.0.1", 1000]}
+JOIN = {"record": "join", "world_size": 3, "address": ["host", "", "127.0.0.1", 1000, 0]}
 NONSENSE: dict[str, Callable[[int], bytes]] = {
     "garbage": lambda n: b"GET / HTTP/1.0\r\n\r\n",
     "a message": lambda n: encode(FrameKind.MESSAGE, n, {"record": "join"}),
@@ -434,6 +434,12 @@ NONSENSE: dict[str, Callable[[int], bytes]] = {
     ),
     "an address that is none": lambda n: record(
         n, {"record": "join", "world_size": 3, "address": [1, 2]}
+    ),
+    "fewer GPUs than none": lambda n: record(
+        n, {**JOIN, "address": ["host", "", "127.0.0.1", 1000, -1]}
+    ),
+    "more GPUs than there can be": lambda n: record(
+        n, {**JOIN, "address": ["host", "", "127.0.0.1", 1000, 10**6]}
     ),
     "versions that are none": lambda n: record(n, {**JOIN, "versions": "1.0"}),
     "versions of what is no name": lambda n: record(n, {**JOIN, "versions": {"torch": 2}}),
