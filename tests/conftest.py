@@ -6,13 +6,18 @@ import random
 import signal
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gpus import why_no_gpu
 
-pytest.register_assert_rewrite("jobs")  # its assertions explain themselves as well
+pytest.register_assert_rewrite("jobs", "clusters")  # their assertions explain themselves as well
+
+from clusters import TRAIN, the_digest  # noqa: E402
+from jobs import write_script  # noqa: E402
+from starter import Starter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
@@ -40,6 +45,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(why_no_gpu())
 
 
+# -- scripts that are started in a tenth of a second ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def starter() -> Iterator[Starter]:
+    with Starter() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What one process learns by `TRAIN`."""
+    script = write_script(tmp_path_factory.mktemp("alone"), TRAIN)
+    end = starter.start(script, {}).wait()
+    assert end.code == 0, end.err
+    return the_digest(end.out)
+
+
 # -- test_fault_matrix.py -------------------------------------------------------------------------
 
 
@@ -49,6 +72,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--wire",
         type=float,
         help="run the worlds over tcp between two hosts, so many seconds apart",
+    )
+    parser.addoption(
+        "--torchrun",
+        action="store_true",
+        help="more failures, and gloo, under the real torchrun: three minutes",
     )
     parser.addoption("--matrix-seed", type=int, default=os.environ.get("BAREPP_MATRIX_SEED"))
 

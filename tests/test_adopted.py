@@ -7,30 +7,21 @@ would; nobody sees how a process ends, so a rank that is gone without a word is 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
-from jobs import LIMIT_S, MARK, ROOT, listening_at, marked, write_script
+from jobs import MARK, listening_at, marked, write_script
 from ports import free_port
 from starter import Ended, Started, Starter, eventually
 
 GONE_S = 5.0  # what is told at once, on a machine that is loaded
-
-
-@pytest.fixture(scope="module")
-def starter() -> Iterator[Starter]:
-    with Starter() as made:
-        yield made
 
 
 def torchruns(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -502,38 +493,3 @@ def test_another_job_at_the_port_is_noticed(starter: Starter, tmp_path: Path) ->
         environ = {**torchruns(1, 2, port), "BAREPP_SECRET": "fedcba9876543210"}
         last = refused(starter, tmp_path, environ)
         assert "keeps hanging up: does it serve another job?" in last
-
-
-# -- for real -------------------------------------------------------------------------------------
-
-
-def torchrun(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
-    script = write_script(folder, text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    return subprocess.run(
-        [*command, "--master-port", str(free_port() - 1), str(script)],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=3 * LIMIT_S,
-        check=False,
-    )
-
-
-def test_under_torchrun_for_real(tmp_path: Path) -> None:
-    ended = torchrun(tmp_path, HEALTHY)
-    assert ended.returncode == 0, ended.stderr
-    lines = [line.split() for line in ended.stdout.splitlines()]
-    assert sorted(line[0] for line in lines) == sorted("01230123")
-    assert len({line[3] for line in lines}) == 1
-    assert not list(tmp_path.glob("barepp-*/*"))
-
-
-def test_a_death_under_torchrun_for_real(tmp_path: Path) -> None:
-    fault = "os.kill(os.getpid(), signal.SIGKILL)"
-    ended = torchrun(tmp_path, SURVIVE.format(rank=2, fault=fault))
-    assert ended.returncode == 1
-    # torchrun ends the others as soon as it sees one dead, so not all may have come to say it.
-    told = re.findall(r"cause (\w+) by (\d)", ended.stdout)
-    assert told and set(told) == {("lost", "2")}

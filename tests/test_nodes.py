@@ -1,22 +1,19 @@
-"""One job on several hosts: launchers on loopback, and two hosts with a wire that can fail."""
+"""One job of several launchers, on loopback: what is refused, who fails, and who is told what."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from hosts import IPV4, IPV6, Hosts
-from jobs import listening_at, write_script
-from ports import free_port
-from starter import Ended, Started, Starter, eventually
+from clusters import FAIL, SECRET, Cluster, check_fault
+from jobs import listening_at
+from starter import Starter, eventually
 
 from barepp.beats import Beat
 from barepp.launch import main
@@ -24,87 +21,10 @@ from barepp.nodes import Link, node_of, share
 from barepp.watch import Watch
 from transport.knock import knock
 
-SECRET = {"BAREPP_SECRET": "a secret of sixteen characters"}
-LAUNCH = """
-import functools, sys
-import barepp.launch
-barepp.launch.Job = functools.partial(barepp.launch.Job, fork=True)   # torch is imported already
-sys.exit(barepp.launch.main())
-"""
-
-
-@pytest.fixture(scope="module")
-def starter() -> Iterator[Starter]:
-    with Starter() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    with Hosts() as made:
-        if made.why_not:
-            pytest.skip(made.why_not)
-        yield made
-
-
-class Cluster:
-    """Launchers of one job, which are nodes of `hosts` or of this host alone."""
-
-    def __init__(self, starter: Starter, folder: Path, hosts: Hosts | None = None) -> None:
-        self._starter = starter
-        self._hosts = hosts
-        self._folder = folder
-        self._name = IPV4[0] if hosts is not None else "127.0.0.1"
-        self.port = 29500 if hosts is not None else free_port()
-        self.launchers: list[Started] = []
-
-    def start(self, text: str, *flags: str, world: int = 3, **options: Any) -> Cluster:
-        """Start the launchers of two nodes, or of those in `only`."""
-        self._folder.mkdir(exist_ok=True)
-        script = write_script(self._folder, text)
-        launch = write_script(
-            self._folder, options.get("prelude", "") + LAUNCH, f"launch{len(self.launchers)}.py"
-        )
-        name = options.get("name", self._name)
-        for node in options.get("only", (0, 1)):
-            arguments = ["--world", str(world), "--nodes", "2", "--node-rank", str(node)]
-            arguments += ["--rendezvous", f"{name}:{self.port}", *flags]
-            arguments += ["--log-dir", str(self.log_dir(len(self.launchers)))]
-            arguments += [options.get("script", str(script))]
-            net = self._hosts.nets[node] if self._hosts is not None else ""
-            environ: Mapping[str, str] = options.get("environ", SECRET)
-            self.launchers.append(self._starter.start(launch, environ, arguments, net))
-        return self
-
-    def log_dir(self, number: int) -> Path:
-        return self._folder / f"log{number}"
-
-    def events(self, number: int) -> list[dict[str, Any]]:
-        text = (self.log_dir(number) / "events.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    def wait(self) -> list[Ended]:
-        """Wait for all launchers; none of their ranks lives on."""
-        ended = [launcher.wait() for launcher in self.launchers]
-        numbers = range(len(self.launchers))
-        events = [e for n in numbers if self.log_dir(n).exists() for e in self.events(n)]
-        pids = [e["pid"] for e in events if e["event"] == "started"]
-        eventually(lambda: not any(map(psutil.pid_exists, pids)))
-        return ended
-
 
 @pytest.fixture
 def cluster(starter: Starter, tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(starter, tmp_path)
-    yield made
-    for launcher in made.launchers:
-        launcher.kill()
-
-
-@pytest.fixture
-def wired(starter: Starter, hosts: Hosts, tmp_path: Path) -> Iterator[Cluster]:
-    hosts.wire()
-    made = Cluster(starter, tmp_path, hosts)
     yield made
     for launcher in made.launchers:
         launcher.kill()
@@ -187,50 +107,9 @@ def test_a_healthy_job(cluster: Cluster) -> None:
         assert sorted(e["rank"] for e in events if e["event"] == "ended") == ranks
 
 
-FAIL = """
-    import barepp, os, signal, sys, time
-    with barepp.init() as world:
-        world.barrier()
-        if world.rank == {rank}:
-            {fault}
-        world.recv({rank}, tag=7)
-"""
-
-
-FAULTS = {
-    # (rank, fault): (code, cause, what is said)
-    (2, "os.kill(os.getpid(), 9)"): (137, "signal", "it was killed by SIGKILL"),
-    (2, "os._exit(7)"): (7, "exit", "its process ended with exit code 7"),
-    (2, "raise ValueError('boom')"): (1, "exception", "ValueError: boom"),
-    (0, "os.kill(os.getpid(), 9)"): (137, "signal", "it was killed by SIGKILL"),
-    (0, "sys.exit(3)"): (3, "exit", "it called sys.exit(3)"),
-}
-
-
 @pytest.mark.parametrize(("rank", "fault"), [(2, "os._exit(7)"), (0, "sys.exit(3)")])
 def test_one_cause_on_all_nodes(rank: int, fault: str, cluster: Cluster) -> None:
     check_fault(rank, fault, cluster)
-
-
-@pytest.mark.parametrize(("rank", "fault"), FAULTS)
-def test_one_cause_on_both_hosts(rank: int, fault: str, wired: Cluster, hosts: Hosts) -> None:
-    hosts.wire(delay_s=0.02)
-    check_fault(rank, fault, wired)
-
-
-def check_fault(rank: int, fault: str, cluster: Cluster) -> None:
-    code, cause, says = FAULTS[rank, fault]
-    ended = cluster.start(FAIL.format(rank=rank, fault=fault)).wait()
-    for number, end in enumerate(ended):
-        assert end.code == code
-        assert f"barepp: rank {rank} failed: {says}" in end.err
-        assert end.err.count("Traceback") == (cause == "exception")
-        (failed,) = (e for e in cluster.events(number) if e["event"] == "failed")
-        assert (failed["rank"], failed["cause"], failed["primary"]) == (rank, cause, True)
-    # Node 0 tells of every rank, the other one of its own.
-    words = "was told while waiting (?:at a barrier|for a message from .*), and ended"
-    told = [set(re.findall(rf"barepp: rank (\d) {words}", end.err)) for end in ended]
-    assert told == [{"0", "1", "2"} - {str(rank)}, {"2"} - {str(rank)}]
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -451,157 +330,3 @@ def test_the_clocks_of_other_hosts_prove_nothing() -> None:
 
     assert watch(overlap=True).check(4.0) is not None
     assert watch(overlap=False).check(4.0) is None
-
-
-# -- two hosts ------------------------------------------------------------------------------------
-
-TRAIN = """
-    import barepp, sys, torch
-    torch.manual_seed(0)
-    inputs, targets = torch.randn(24, 64), torch.randint(0, 10, (24,))
-    for schedule in barepp.schedule_names():
-        with barepp.init() as world:
-            stages = 2 if schedule in ("interleaved_1f1b", "zb_v") else 1
-            pipe = barepp.Pipeline(
-                world, barepp.mlp(7, 32), torch.nn.functional.cross_entropy, schedule=schedule,
-                num_microbatches=4, num_stages=stages * world.world_size, seed=3,
-            )
-            optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-2)
-            for step in range(2):
-                pipe.zero_grad()
-                pipe.step(inputs, targets)
-                optimizer.step()
-            digest = pipe.parameters_sha256()
-            if world.rank == 0:
-                print("sha256", digest)
-            peers = getattr(world.transport, "_peers", {}).values()   # (one rank alone has none)
-            kinds = {p.connection.peer: p.connection.socket.family.name for p in peers}
-            print("family", world.rank, dict(sorted(kinds.items())), flush=True)
-"""
-
-
-def the_digest(text: str) -> str:
-    """Return what all schedules come to."""
-    digests = re.findall(r"sha256 (\w{64})", text)
-    assert len(digests) == 6 and len(set(digests)) == 1
-    return str(digests[0])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What one process gets."""
-    script = write_script(tmp_path_factory.mktemp("alone"), TRAIN)
-    end = starter.start(script, {}).wait()
-    assert end.code == 0, end.err
-    return the_digest(end.out)
-
-
-def test_the_same_bits_across_a_slow_wire(wired: Cluster, hosts: Hosts, undisturbed: str) -> None:
-    hosts.wire(delay_s=0.02)
-    ended = wired.start(TRAIN, world=4).wait()
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    assert the_digest(ended[0].out) == undisturbed
-    said = ended[0].out + ended[1].out
-    for rank, kinds in enumerate(
-        ("{1: 'AF_UNIX'}", "{0: 'AF_UNIX', 2: 'AF_INET'}", "{1: 'AF_INET', 3: 'AF_UNIX'}")
-    ):
-        assert re.search(rf"family {rank} .*{re.escape(kinds[1:-1])}", said), said
-    assert "is not encrypted: use a network that you trust" in ended[0].err
-    assert ended[1].err == ""
-
-
-def test_the_same_bits_over_ipv6_with_lost_packets(
-    wired: Cluster, hosts: Hosts, undisturbed: str
-) -> None:
-    hosts.wire(loss=0.05)
-    ended = wired.start(TRAIN, world=2, name=f"[{IPV6[0]}]").wait()
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    assert the_digest(ended[0].out) == undisturbed
-
-
-def test_the_same_bits_over_gloo_between_hosts(wired: Cluster, undisturbed: str) -> None:
-    """Node 0's ranks have met the others over loopback, where gloo of node 1 does not find them."""
-    ended = wired.start(TRAIN, "--transport", "gloo", world=3).wait()
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    assert the_digest(ended[0].out) == undisturbed
-
-
-@pytest.mark.parametrize("how", ["every packet is lost", "a link is down"])
-def test_a_cut_wire_is_named_by_both_sides(how: str, wired: Cluster, hosts: Hosts) -> None:
-    """Node 0's own link among them: its ranks are still heard, over loopback."""
-    wired.start(
-        FAIL.format(rank=2, fault="print('ready', flush=True); world.recv(1)"),
-        "--heartbeat",
-        "2",
-        "--timeout",
-        "0",
-    )
-    eventually(lambda: "ready" in wired.launchers[1].out)
-    cut = time.monotonic()
-    if how == "a link is down":
-        hosts.link(0, up=False)
-    hosts.wire(loss=1.0)
-    first, second = (launcher.wait() for launcher in wired.launchers)
-    lasted_s = time.monotonic() - cut
-    hosts.link(0, up=True)
-    assert (first.code, second.code) == (1, 1)
-    assert "the job failed: node 1 (launcher) lost: no sign of life" in first.err
-    assert "the job failed: node 0 (launcher) lost: no sign of life for 2 s" in second.err
-    for rank in (0, 1):
-        assert f"barepp: rank {rank} was told while waiting for a message" in first.err
-    assert "barepp: rank 2 was told while waiting for a message from rank 1" in second.err
-    for number in range(2):
-        (failed,) = (e for e in wired.events(number) if e.get("primary"))
-        assert failed["cause"] == "lost"
-    assert lasted_s < 2 + 10  # both have given the other up; the machine may be loaded
-
-
-def test_torchrun_on_two_hosts(
-    starter: Starter, hosts: Hosts, tmp_path: Path, undisturbed: str
-) -> None:
-    hosts.wire(delay_s=0.01)
-    script = write_script(tmp_path, TRAIN)
-    secret = tmp_path / "secret"
-    secret.write_text("0123456789abcdef0123456789abcdef")
-    secret.chmod(0o600)
-    ranks = []
-    for rank in range(4):
-        environ = {
-            "RANK": str(rank),
-            "WORLD_SIZE": "4",
-            "LOCAL_RANK": str(rank % 2),
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": IPV4[0],
-            "MASTER_PORT": "29600",
-            "BAREPP_SECRET_FILE": str(secret),
-        }
-        ranks.append(starter.start(script, environ, net=hosts.nets[rank // 2]))
-    ended = [started.wait() for started in ranks]
-    assert [end.code for end in ended] == [0] * 4, [end.err for end in ended]
-    assert the_digest(ended[0].out) == undisturbed
-    assert "family 1 {0: 'AF_UNIX', 2: 'AF_INET'" in ended[1].out
-
-
-def test_a_host_of_torchruns_that_vanishes(starter: Starter, hosts: Hosts, tmp_path: Path) -> None:
-    hosts.wire()
-    script = write_script(
-        tmp_path, FAIL.format(rank=1, fault="print('ready', flush=True); world.recv(0)")
-    )
-    ranks = []
-    for rank in range(2):
-        environ = {
-            "SLURM_PROCID": str(rank),
-            "SLURM_NTASKS": "2",
-            "SLURM_STEP_NODELIST": "10.77.0.[1-2]",
-            "BAREPP_PORT": "29700",
-            "BAREPP_HEARTBEAT": "2",
-            **SECRET,
-        }
-        ranks.append(starter.start(script, environ, net=hosts.nets[rank]))
-    eventually(lambda: "ready" in ranks[1].out)
-    time.sleep(0.6)  # a sign of life of each: who vanishes before is judged by another limit
-    hosts.wire(loss=1.0)
-    ended = [started.wait() for started in ranks]
-    assert [end.code for end in ended] == [1, 1]
-    assert "rank 1 failed: no sign of life for 2 s" in ended[0].err
-    assert "rank 0, which served the rendezvous, cannot be reached: no sign" in ended[1].err
