@@ -13,8 +13,8 @@ import torch
 from transport.cuda_ipc import CudaIpcTransport
 from transport.inproc import InprocTransport
 from transport.shm import ShmTransport
-from transport.tcp import TcpTransport, UnixTransport
-from transport.tensors import Message, MessageSpec
+from transport.tcp import TcpTransport
+from transport.tensors import Message, fillable
 
 
 def each(function: Any, message: Any) -> Any:
@@ -57,8 +57,6 @@ class OnGpu:
 
     def irecv(self, src: int, tag: int = 0, *, into: Any = None, expect: Any = None) -> Any:
         if into is not None:  # what cannot be filled on the CPU is refused as ever
-            from transport.tensors import fillable
-
             fillable(into)
         placed = each(self.gpu.upload, into)
         work = super().irecv(src, tag, into=placed, expect=expect)  # type: ignore[misc]
@@ -76,10 +74,6 @@ class TcpOnGpu(OnGpu, TcpTransport):
     pass
 
 
-class UnixOnGpu(OnGpu, UnixTransport):
-    pass
-
-
 class ShmOnGpu(OnGpu, ShmTransport):
     pass
 
@@ -89,8 +83,7 @@ class IpcOnGpu(OnGpu, CudaIpcTransport):
 
 
 SOCKETS: dict[str, type[TcpTransport]] = {
-    "tcp+gpu": TcpOnGpu,
-    "shm+gpu": ShmOnGpu,
-    "cuda_ipc+gpu": IpcOnGpu,
+    "tcp": TcpOnGpu,
+    "shm": ShmOnGpu,
+    "cuda_ipc": IpcOnGpu,
 }
-__all__ = ["SOCKETS", "InprocOnGpu", "MessageSpec", "OnGpu", "each"]

@@ -178,6 +178,23 @@ def test_a_received_tensor_that_is_sent_on_keeps_its_block_until_it_is_copied(
     assert values(pair[0], pair[0].recv(1, timeout=SOON_S)) == [1]
 
 
+def test_memory_to_be_filled_may_be_dropped_before_it_is(pair: list[Any]) -> None:
+    gpu = pair[1].gpu
+    pair[0].isend(on(pair[0], 7), 1)
+    release = gpu.receives.hold()
+    pair[1].irecv(0, into=on(pair[1], 0))
+    eventually(lambda: "receives" in gpu.copies)
+    gc.collect()
+    later = gpu.upload(torch.full((BIG,), 3.0))  # the same memory, if nobody says who writes there
+    gpu.mark(gpu.sends).synchronize()
+    read = start(lambda: values(pair[1], later))
+    time.sleep(10 * LATE_S)
+    release()
+    read.result(SOON_S)
+    gpu.mark(gpu.receives).synchronize()
+    assert values(pair[1], later) == [3]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_two_messages_ever_share_memory(seed: int) -> None:
     """Kept and freed in any order; in place, copied or staged; in both directions."""
@@ -382,6 +399,8 @@ def talk(transport: Any, pipe: Any) -> list[int]:
             assert int(flag) == i
             kept.append((i, got))
             del flag, got
+        if i == 30:
+            lenders = [peer.connection.lender for peer in transport._peers.values()]
         for work in works:
             work.wait(30)
         while len(kept) > rng.randrange(20):
@@ -390,9 +409,8 @@ def talk(transport: Any, pipe: Any) -> list[int]:
             del tensor
     for j, tensor in kept:
         assert values(transport, tensor) == [j]
-    links = [peer.connection for peer in transport._peers.values()]
     transport.close(30)
-    return [len(each._ended._written) for each in links]
+    return [len(each._written) for each in lenders]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -15,7 +15,7 @@ from jobs import LIMIT_S, ROOT, launch
 PACKAGES = ["demos", "barepp", "transport"]  # each may use itself and what stands after it
 MAY_NAME_TORCH_DISTRIBUTED = {
     "transport/torch_dist.py",
-    "transport/bench.py",
+    "transport/bench_links.py",
     "barepp/bench/gloo.py",
     "barepp/bench/start.py",  # in the text of the script that torchrun runs
     "barepp/bench/faults_torch.py",

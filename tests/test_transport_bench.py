@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_gpu
 import pytest
 import torch.distributed
 
-from transport.bench import main
+from transport.bench import Settings, main, measure
+from transport.handshake import new_secret
 
 FIGURES = ("half_round_trip_us", "fresh_us", "one_way_gb_per_s", "both_ways_gb_per_s")
 
@@ -49,6 +51,8 @@ def test_every_transport_is_measured_beside_gloo_and_a_copy(tmp_path: Path) -> N
         (["--sizes", "0"], "start at 1"),
         (["--sizes", "many"], "many"),
         (["--rounds", "0"], "start at 1"),
+        (["--transports", "shm", "--device", "cuda"], "no CUDA device"),
+        (["--transports", "cuda_ipc"], "'cuda_ipc' cannot be used here"),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_sentence(
@@ -57,3 +61,23 @@ def test_a_wrong_flag_is_refused_in_one_sentence(
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def late_gpu(rank: int) -> fake_gpu.FakeGpu:
+    return fake_gpu.FakeGpu(rank, LATE_S)
+
+
+LATE_S = 0.01
+
+
+def test_on_a_gpu_what_is_timed_is_the_end_of_the_copies() -> None:
+    """Each copy of this GPU takes 5 ms on average; who times the calls alone finds less."""
+    names = ("cuda_ipc", "tcp")
+    settings = Settings(names, (2**20,), 1, new_secret(), 0, late_gpu)
+    rows = {row["transport"]: row for row in measure(settings, print)}
+    assert set(rows) == {*names, "copy"}
+    copy_us = rows["copy"]["half_round_trip_us"]
+    assert 0.5 < copy_us / (LATE_S / 2 * 1e6) < 3
+    assert 0.5 * copy_us < rows["cuda_ipc"]["fresh_us"] < 1.8 * copy_us  # one copy, and calls
+    assert 1.4 * copy_us < rows["tcp"]["fresh_us"]  # to page-locked memory, and from it
+    assert all(row["both_ways_gb_per_s"] >= 0 for row in rows.values())

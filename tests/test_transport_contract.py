@@ -32,15 +32,21 @@ from transport.tensors import MessageSpec, TensorSpec, memory, payload_sum
 from transport.wire import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
-SOCKETS = [*worlds.SOCKETS, *worlds.ON_GPU[1:]]
-NAMES = [*worlds.NAMES, *worlds.ON_GPU]
+ON_GPU = [pytest.param(n, marks=pytest.mark.gpu) if "+cuda" in n else n for n in worlds.ON_GPU]
+SOCKETS = [*worlds.SOCKETS, *(n for n in ON_GPU if "inproc" not in str(n))]
+NAMES = [*worlds.NAMES, *ON_GPU]
 sockets_only = pytest.mark.parametrize("name", SOCKETS)
 
 
-def seeds(count: int, names: Sequence[str] = NAMES) -> pytest.MarkDecorator:
+def seeds(count: int, names: Sequence[Any] = NAMES) -> pytest.MarkDecorator:
     """Repeat a test with other random numbers; where it takes longest, once."""
-    once = ("gloo", *worlds.ON_GPU)
-    cases = [(name, seed) for name in names for seed in range(1 if name in once else count)]
+    cases: list[Any] = []
+    for name in names:
+        if isinstance(name, str):
+            many = name in worlds.NAMES and name != "gloo"
+            cases += [(name, seed) for seed in range(count if many else 1)]
+        else:
+            cases.append(pytest.param(*name.values, 0, marks=name.marks))
     return pytest.mark.parametrize(("name", "seed"), cases)
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import on_gpu
+import real_gpu
 from fake_gpu import FakeGpu
 
 from transport.addresses import Address
@@ -31,6 +32,8 @@ SOCKETS: dict[str, type[TcpTransport]] = {
 }
 NAMES = ["inproc", *SOCKETS]
 ON_GPU = ["inproc+gpu", "tcp+gpu", "cuda_ipc+gpu"]
+if real_gpu.THERE:
+    ON_GPU += ["inproc+cuda", "tcp+cuda", "cuda_ipc+cuda"]
 SOON_S = 20.0  # the limit of what should take milliseconds, on a machine that is loaded
 
 Result = TypeVar("Result")
@@ -39,29 +42,35 @@ Result = TypeVar("Result")
 def make(name: str, world_size: int, **options: Any) -> list[Any]:
     """Return the transports of a world, in rank order; `options` are for sockets alone.
 
-    Those of a name with "+gpu" have a fake GPU each, and bring every tensor there and back.
+    Those of a name with "+gpu" or "+cuda" have a GPU each, and bring every tensor there and back.
     """
     if name == "inproc":
         return list(InprocHub(world_size).transports())
-    if name == "inproc+gpu":
+    if name.startswith("inproc+"):
         hub = InprocHub(world_size)
-        return [on_gpu.InprocOnGpu(hub, rank, gpu=FakeGpu(rank)) for rank in range(world_size)]
+        return [on_gpu.InprocOnGpu(hub, rank, gpu=gpu_of(name, rank)) for rank in range(world_size)]
     secret = new_secret()
     return make_from_secrets(name, [secret] * world_size, **options)
 
 
 def make_from_secrets(name: str, secrets: list[bytes], **options: Any) -> list[TcpTransport]:
     """Return socket transports of which each has a secret of its own."""
-    cls = on_gpu.SOCKETS.get(name) or SOCKETS[name]
-    gpus = options.pop("gpus", None)
-    if gpus is None:
-        gpus = [FakeGpu(rank) if name in on_gpu.SOCKETS else None for rank in range(len(secrets))]
+    base, _, which = name.partition("+")
+    cls = on_gpu.SOCKETS[base] if which else SOCKETS[name]
+    gpus = options.pop("gpus", None) or [gpu_of(name, rank) for rank in range(len(secrets))]
     listening = [cls.listen() for _ in secrets]
     book: dict[int, Address] = {rank: address for rank, (_, address) in enumerate(listening)}
     return [
         cls(rank, len(secrets), book, listening[rank][0], secret, gpu=gpus[rank], **options)
         for rank, secret in enumerate(secrets)
     ]
+
+
+def gpu_of(name: str, rank: int) -> Any:
+    """Return a rank's GPU: a fake one for "+gpu", this machine's for "+cuda"."""
+    if name.endswith("+gpu"):
+        return FakeGpu(rank)
+    return real_gpu.RealGpu(rank) if name.endswith("+cuda") else None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ round, so that a noisy machine cannot favour one. Medians and quartiles over all
     both ways         a burst in each direction at once, the two added up
 
 The row "copy" is what the machine can do: one copy from memory to memory within a process.
+
+With --device cuda, which cuda_ipc and nccl imply, tensors are on a GPU, which both ranks share if
+there is one; a copy is from its memory to its memory. (Not yet run on hardware.)
 """
 
 from __future__ import annotations
@@ -25,93 +28,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+from transport.bench_links import GLOO, TIMEOUT_S, TORCH_DIST, GlooLink, Link, OurLink, Place
 from transport.errors import TransportError, UnknownTransport
 from transport.handshake import new_secret
-from transport.registry import transport_class
+from transport.registry import NEED_GPU, transport_class
 from transport.table import COLUMNS, HEADING, line, row
 
 if TYPE_CHECKING:
     import torch
 
+    from transport.gpu import Gpu
+
 SIZES: Final = (8, 4096, 65536, 2**18, 2**20, 2**22, 2**24, 2**26)
 BURST_NBYTES: Final = 64 * 1024 * 1024  # a burst moves about this much, and 2 to 64 messages
 ROUNDS: Final = 3
-TIMEOUT_S: Final = 60.0
-GLOO: Final = "gloo"  # torch's own calls, without anything of ours; our transport over gloo is
-TORCH_DIST: Final = "torch_dist"
+ON_CPU: Final = "shm,unix,tcp,gloo"  # what is measured when no names are given
+ON_GPU: Final = "cuda_ipc,tcp"
 COPY: Final = "copy"
-
-
-class Link(Protocol):
-    """What a measurement needs of a transport between two ranks."""
-
-    def send(self, tensor: torch.Tensor) -> Any:
-        """Send and return when the tensor may be written again."""
-
-    def isend(self, tensor: torch.Tensor) -> Any:
-        """Start to send; return something with wait()."""
-
-    def recv_into(self, tensor: torch.Tensor) -> Any:
-        """Receive into the tensor."""
-
-    def recv_fresh(self, like: torch.Tensor) -> Any:
-        """Receive into new memory."""
-
-
-class _OurLink:
-    def __init__(self, name: str, rank: int, pipe: Connection, secret: bytes) -> None:
-        chosen: Any = transport_class(GLOO if name == TORCH_DIST else name)
-        sockets, address = chosen.listen()
-        pipe.send(address.to_record())
-        other = type(address).from_record(pipe.recv())
-        addresses = {rank: address, 1 - rank: other}
-        self._transport = chosen(rank, 2, addresses, sockets, secret)
-        self._peer = 1 - rank
-
-    def send(self, tensor: torch.Tensor) -> None:
-        self._transport.send(tensor, self._peer)
-
-    def isend(self, tensor: torch.Tensor) -> Any:
-        return self._transport.isend(tensor, self._peer)
-
-    def recv_into(self, tensor: torch.Tensor) -> None:
-        self._transport.recv(self._peer, into=tensor)
-
-    def recv_fresh(self, like: torch.Tensor) -> None:
-        self._transport.recv(self._peer)
-
-    def close(self) -> None:
-        self._transport.close(TIMEOUT_S)
-
-
-class _GlooLink:
-    def __init__(self, rank: int, port: int) -> None:
-        import torch.distributed as dist
-
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", port, 2, is_master=rank == 0
-        )
-        dist.init_process_group(GLOO, store=store, rank=rank, world_size=2)
-        self._dist, self._peer = dist, 1 - rank
-
-    def send(self, tensor: torch.Tensor) -> None:
-        self._dist.send(tensor, self._peer)
-
-    def isend(self, tensor: torch.Tensor) -> Any:
-        return self._dist.isend(tensor, self._peer)
-
-    def recv_into(self, tensor: torch.Tensor) -> None:
-        self._dist.recv(tensor, self._peer)
-
-    def recv_fresh(self, like: torch.Tensor) -> None:
-        import torch
-
-        self._dist.recv(torch.empty_like(like), self._peer)
-
-    def close(self) -> None:
-        self._dist.destroy_process_group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,59 +58,66 @@ class Settings:
     rounds: int
     secret: bytes
     gloo_port: int
+    gpu: Callable[[int], Gpu] | None = None  # makes a rank's GPU; None: tensors are on the CPU
 
 
-def _ping_pong(link: Link, rank: int, nbytes: int, repeats: int, *, fresh: bool) -> list[float]:
-    """Return the half round trips in seconds, as rank 0 sees them."""
-    import torch
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """What one process measures with: its rank and where its tensors are."""
 
-    out = torch.ones(nbytes, dtype=torch.uint8)
-    back = torch.empty_like(out)
-    receive: Callable[[torch.Tensor], Any] = link.recv_fresh if fresh else link.recv_into
-    times = []
-    for _ in range(repeats):
+    rank: int
+    place: Place
+
+    def ping_pong(self, link: Link, nbytes: int, repeats: int, *, fresh: bool) -> list[float]:
+        """Return the half round trips in seconds, as rank 0 sees them."""
+        out, back = self.place.tensor(nbytes), self.place.tensor(nbytes)
+        receive: Callable[[torch.Tensor], Any] = link.recv_fresh if fresh else link.recv_into
+        times, trips = [], self.place.trips(nbytes)
+        for _ in range(-(-repeats // trips)):
+            self.place.finish()
+            began = time.perf_counter()
+            for _ in range(trips):
+                if self.rank == 0:
+                    link.send(out)
+                    receive(back)
+                else:
+                    receive(back)
+                    link.send(out)
+            self.place.finish()
+            times.append((time.perf_counter() - began) / (2 * trips))
+        return times
+
+    def burst(self, link: Link, nbytes: int, *, both: bool) -> float:
+        """Return the bytes per second of one burst, as rank 0 sees them."""
+        import torch
+
+        rank, count = self.rank, max(2, min(64, BURST_NBYTES // nbytes))
+        out, back = self.place.tensor(nbytes), self.place.tensor(nbytes)
+        token = torch.zeros(1, dtype=torch.uint8)
+        self.place.finish()
+        link.send(token) if rank == 0 else link.recv_into(token)
         began = time.perf_counter()
-        if rank == 0:
-            link.send(out)
-            receive(back)
-        else:
-            receive(back)
-            link.send(out)
-        times.append((time.perf_counter() - began) / 2)
-    return times
+        works = [link.isend(out) for _ in range(count)] if both or rank == 0 else []
+        for _ in range(count if both or rank == 1 else 0):
+            link.recv_into(back)
+        for work in works:
+            work.wait()
+        self.place.finish()
+        link.send(token) if rank == 1 else link.recv_into(token)
+        return count * nbytes * (1 + both) / (time.perf_counter() - began)
 
-
-def _burst(link: Link, rank: int, nbytes: int, *, both: bool) -> float:
-    """Return the bytes per second of one burst, as rank 0 sees them."""
-    import torch
-
-    count = max(2, min(64, BURST_NBYTES // nbytes))
-    out = torch.ones(nbytes, dtype=torch.uint8)
-    back = torch.empty_like(out)
-    token = torch.zeros(1, dtype=torch.uint8)
-    link.send(token) if rank == 0 else link.recv_into(token)
-    began = time.perf_counter()
-    works = [link.isend(out) for _ in range(count)] if both or rank == 0 else []
-    for _ in range(count if both or rank == 1 else 0):
-        link.recv_into(back)
-    for work in works:
-        work.wait()
-    link.send(token) if rank == 1 else link.recv_into(token)
-    return count * nbytes * (1 + both) / (time.perf_counter() - began)
-
-
-def _copy(nbytes: int, repeats: int) -> list[float]:
-    """Return the seconds of one copy within this process."""
-    import torch
-
-    out = torch.ones(nbytes, dtype=torch.uint8)
-    back = torch.ones(nbytes, dtype=torch.uint8)  # warm, as a buffer that is used again
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        back.copy_(out)
-        times.append(time.perf_counter() - began)
-    return times
+    def copy(self, nbytes: int, repeats: int) -> list[float]:
+        """Return the seconds of one copy within this process."""
+        out, back = self.place.tensor(nbytes), self.place.tensor(nbytes)  # warm
+        times, trips = [], self.place.trips(nbytes)
+        for _ in range(-(-repeats // trips)):
+            self.place.finish()
+            began = time.perf_counter()
+            for _ in range(trips):
+                self.place.copy(back, out)
+            self.place.finish()
+            times.append((time.perf_counter() - began) / trips)
+        return times
 
 
 def _repeats(nbytes: int) -> int:
@@ -188,11 +130,13 @@ def _process(rank: int, pipe: Connection, settings: Settings) -> None:
 
     torch.set_num_threads(1)
     links: dict[str, Any] = {}
+    gpu = None if settings.gpu is None else settings.gpu(rank)
+    bench = _Bench(rank, Place(gpu))
     for name in settings.transports:
         if name == GLOO:
-            links[name] = _GlooLink(rank, settings.gloo_port)
+            links[name] = GlooLink(rank, settings.gloo_port)
         else:
-            links[name] = _OurLink(name, rank, pipe, settings.secret)
+            links[name] = OurLink(name, rank, pipe, settings.secret, gpu)
     for nbytes in settings.sizes:
         found: dict[str, dict[str, list[float]]] = {
             name: {column: [] for column in COLUMNS} for name in (*links, COPY)
@@ -200,17 +144,17 @@ def _process(rank: int, pipe: Connection, settings: Settings) -> None:
         for turn in range(settings.rounds + 1):
             for name, link in links.items():
                 repeats = 4 if turn == 0 else _repeats(nbytes)
-                trips = _ping_pong(link, rank, nbytes, repeats, fresh=False)
-                fresh = _ping_pong(link, rank, nbytes, repeats, fresh=True)
-                one = _burst(link, rank, nbytes, both=False)
-                both = _burst(link, rank, nbytes, both=True)
+                trips = bench.ping_pong(link, nbytes, repeats, fresh=False)
+                fresh = bench.ping_pong(link, nbytes, repeats, fresh=True)
+                one = bench.burst(link, nbytes, both=False)
+                both = bench.burst(link, nbytes, both=True)
                 if turn:  # the first turn warms up
                     found[name]["half round trip"] += trips
                     found[name]["fresh"] += fresh
                     found[name]["one way"].append(one)
                     found[name]["both ways"].append(both)
             if turn and rank == 0:
-                copies = _copy(nbytes, _repeats(nbytes))
+                copies = bench.copy(nbytes, _repeats(nbytes))
                 found[COPY]["half round trip"] += copies
                 found[COPY]["fresh"] += copies
                 for column in COLUMNS[2:]:
@@ -250,6 +194,34 @@ def measure(settings: Settings, show: Callable[[str], None]) -> list[dict[str, A
     return rows
 
 
+def cuda(rank: int) -> Gpu:
+    """Return a rank's GPU: one each, or the one that there is."""
+    import torch
+
+    from transport.gpu import Cuda
+
+    return Cuda(torch.device("cuda", rank % torch.cuda.device_count()))
+
+
+def _check_device(names: Sequence[str], *, on_gpu: bool) -> None:
+    """Raise UnknownTransport when tensors cannot be there for these transports."""
+    if not on_gpu:
+        for name in NEED_GPU.intersection(names):
+            raise UnknownTransport(f"{name} is for tensors on a GPU: use --device cuda")
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise UnknownTransport("--device cuda: this machine has no CUDA device that torch can use")
+    if GLOO in names:
+        raise UnknownTransport(
+            "gloo's own calls take CPU tensors: torch_dist stages those of a GPU"
+        )
+    if "nccl" in names and count < 2:
+        raise UnknownTransport(f"nccl needs one GPU a rank: this machine has {count} for 2 ranks")
+
+
 def _free_port() -> int:
     import socket
 
@@ -263,14 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--transports",
-        default="shm,unix,tcp,gloo",
-        help="names, with commas between; gloo is torch's own, torch_dist our transport over it",
+        help="names, with commas between; gloo is torch's own, torch_dist our transport over it; "
+        f"{ON_CPU}, on a GPU {ON_GPU}",
     )
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes of a message")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where the tensors are")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each transport")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there")
     parsed = parser.parse_args(arguments)
-    names = tuple(parsed.transports.split(","))
+    names = tuple((parsed.transports or (ON_GPU if parsed.device == "cuda" else ON_CPU)).split(","))
+    on_gpu = parsed.device == "cuda" or (parsed.device is None and not NEED_GPU.isdisjoint(names))
     try:
         sizes = tuple(int(size) for size in parsed.sizes.split(","))
         if min(sizes) < 1 or parsed.rounds < 1:
@@ -280,12 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UnknownTransport("inproc has no second process to talk to")
             if name != GLOO:
                 transport_class(GLOO if name == TORCH_DIST else name)
+        _check_device(names, on_gpu=on_gpu)
     except (ValueError, TransportError) as error:
         print(f"transport.bench: {error}", file=sys.stderr)
         return 2
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 2 processes")
     print(HEADING)
-    settings = Settings(names, sizes, parsed.rounds, new_secret(), _free_port())
+    settings = Settings(
+        names, sizes, parsed.rounds, new_secret(), _free_port(), cuda if on_gpu else None
+    )
     rows = measure(settings, lambda line: print(line, flush=True))
     if parsed.json is not None:
         parsed.json.write_text(json.dumps(rows, indent=1))

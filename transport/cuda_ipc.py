@@ -75,8 +75,13 @@ class IpcCarrier(LendingCarrier):
         lender = self.lender
         super().close_socket()
         if isinstance(lender, GpuLender):
+            self._ended = None if lender.finished() else lender
             lender.end()
-            self._ended = lender
+
+    def join(self) -> None:
+        """Wait for the threads of a connection that has ended, and let go of what it lent."""
+        super().join()
+        self._ended = None
 
     def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
         """Send a message's frame, and give the GPU its payload to copy if there is a way."""

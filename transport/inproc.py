@@ -25,7 +25,7 @@ from transport.errors import (
 )
 from transport.gpu import Gpu, Stream, gate
 from transport.mailbox import Arrival, Mailbox
-from transport.staging import GpuMailbox
+from transport.staging import GpuMailbox, keep
 from transport.tensors import Message, MessageSpec, overwrite, prepare
 from transport.work import Receive, Send, Work, deadline_after, remaining
 
@@ -65,7 +65,7 @@ class Handed:
             if each.on_gpu:
                 room = mine.pinned(each) if theirs is None else theirs.fresh(each)
                 mine.copy(room, tensor, mine.sends)
-                mine.used(tensor, mine.sends)
+                keep(mine, tensor, mine.sends)
                 self.tensors.insert(i, room)
         self.written = mine.mark(mine.sends)
         if theirs is None:  # who has no GPU cannot wait in a stream of it

@@ -39,6 +39,7 @@ import torch
 from transport.arena import ALIGNMENT, ARENA_NBYTES, FREE, LENT, Lender, layout, rounded
 from transport.driver import HANDLE_NBYTES
 from transport.gpu import Event, Gpu, Memory
+from transport.staging import keep
 from transport.tensors import MessageSpec
 
 SLOTS: Final = 64  # messages that are lent at once; their numbers fit below ALIGNMENT
@@ -130,7 +131,7 @@ class GpuLender(Lender):
                 ctypes.memmove(self._base + payload + start, tensor.data_ptr(), each.nbytes)
             elif each.nbytes:
                 gpu.write(self._memory.address + payload + start, tensor, gpu.sends)
-                gpu.used(tensor, gpu.sends)
+                keep(gpu, tensor, gpu.sends)
         self.last = self._event(slot)
         self.last.record(gpu.sends)
         self._states[DONE + slot] = 0

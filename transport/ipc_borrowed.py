@@ -27,6 +27,7 @@ from transport.ipc_arena import (
     retire,
     sweep,
 )
+from transport.staging import loans
 from transport.tensors import MessageSpec, TensorSpec, tensor_over
 
 
@@ -65,8 +66,9 @@ class BlockLoan:
         if stream not in self.streams:
             self.streams.append(stream)
 
-    def release(self) -> None:
-        """Take note that one of its tensors is freed."""
+    def release(self, address: int) -> None:
+        """Take note that the tensor at an address is freed."""
+        loans.pop(address, None)
         try:
             self._left.pop()
         except IndexError:
@@ -145,8 +147,7 @@ class GpuBorrowed(Borrowed):
             return
         slot = loan.part.slot
         with contextlib.suppress(RuntimeError):  # a device that has failed gives nothing back
-            # (`sends` too: it may read what was received and sent on.)
-            for stream in {*loan.streams, self._gpu.sends}:
+            for stream in loan.streams:  # (those of copies too, when it was sent on: `keep`)
                 self._gpu.mark(stream).wait(self._gpu.returns)
             if slot not in self._read:
                 self._read[slot], handle = self._gpu.share_event()
@@ -173,7 +174,9 @@ class GpuBorrowed(Borrowed):
             array = (ctypes.c_char * spec.nbytes).from_buffer(self._map, start)
             return tensor_over(array, 0, spec).clone()
         assert self._memory is not None
-        return self._gpu.over(self._memory.address + start, spec, loan.release)
+        address = self._memory.address + start
+        loans[address] = loan
+        return self._gpu.over(address, spec, functools.partial(loan.release, address))
 
 
 def _close_shown(memory: Memory, book: memoryview, sender_pid: int) -> bool:

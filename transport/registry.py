@@ -45,6 +45,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def named_class(name: str) -> type[Transport]:
+    """Return the class of a transport, whether or not this machine can use it."""
+    module, _, attribute = _CLASSES[name].partition(":")
+    found: type[Transport] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
 def transport_class(name: str, *, gpu: bool = False) -> type[Transport]:
     """Return the class for a name; "auto" gives the fastest one that this machine can use.
 
@@ -57,8 +64,7 @@ def transport_class(name: str, *, gpu: bool = False) -> type[Transport]:
     reasons = []
     auto = AUTO_ON_GPU if gpu else AUTO
     for candidate in auto if check_name(name) == "auto" else (name,):
-        module, _, attribute = _CLASSES[candidate].partition(":")
-        found: type[Transport] = getattr(importlib.import_module(module), attribute)
+        found = named_class(candidate)
         reason = found.viable()
         if reason is None:
             return found

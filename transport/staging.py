@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import torch
 
@@ -47,6 +47,18 @@ class Loan(Protocol):
 
     def used(self, stream: Stream) -> None:
         """Take note that a stream was given work that reads it."""
+
+
+loans: Final[dict[int, Loan]] = {}  # by the address of memory that is used in place
+
+
+def keep(gpu: Gpu, tensor: torch.Tensor, stream: Stream) -> None:
+    """Keep memory of a GPU, when it is freed, until a stream has done what it was given so far."""
+    loan = loans.get(tensor.untyped_storage().data_ptr())
+    if loan is None:
+        gpu.used(tensor, stream)
+    else:
+        loan.used(stream)
 
 
 class Landed:
@@ -161,10 +173,13 @@ class GpuMailbox(Mailbox):
         gpu = self._gpu
         if arrival.loan is not None:
             arrival.loan.written.wait(gpu.receives)
-            arrival.loan.used(gpu.receives)
         if receive.after is not None:
             receive.after.wait(gpu.receives)
         for target, source, spec in copies:
+            if gpu.holds(target):  # (whoever gave it may let go of it, and of the work)
+                keep(gpu, target, gpu.receives)
+            if gpu.holds(source):
+                keep(gpu, source, gpu.receives)
             if not gpu.holds(target):
                 landed.late.append((target, gpu.pinned(spec)))
                 gpu.copy(landed.late[-1][1], source, gpu.receives)
