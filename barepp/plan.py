@@ -39,7 +39,7 @@ _MOST_DRAWN = 50_000
 
 def _number(text: str) -> int | Fraction:
     # Not float: 0.1 is then exactly a tenth, ten of them are 1, and the grid has clean ticks.
-    exponent = re.search(r"[eE][+-]?(\d+)\s*$", text)
+    exponent = re.search(r"[eE][+-]?(\d+)\s*$", text.replace("_", ""))  # 1_000 is a number too
     # (A Fraction writes all digits out: 1e999999999 would take for ever.)
     written_out = len(text) <= _MOST_CHARACTERS and (exponent is None or int(exponent[1]) <= 99)
     try:

@@ -211,6 +211,13 @@ def test_wrong_usage_is_one_sentence_and_code_2(
     assert says in refused(capsys, line)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a Fraction takes no underscores there")
+def test_an_exponent_with_underscores_is_an_exponent(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was not seen as one: the plan then went on writing the number's digits out for ever."""
+    line = "--schedule gpipe --stages 2 --microbatches 2 --forward-cost 1e999_999_999"
+    assert "1e-15 to 1e15" in refused(capsys, line)
+
+
 def test_a_reader_that_goes_away_gets_no_traceback() -> None:
     """`python -m barepp.plan … | head -1`, with more output than a pipe holds."""
     command = [sys.executable, "-m", "barepp.plan", "--schedule", "gpipe"]
