@@ -127,7 +127,7 @@ def _unscaled(optimizers: Iterable[Optimizer], scale: float) -> bool:
     ]
     if not gradients:
         return True
-    inverse = 1.0 / scale
+    inverse = 1.0 / scale if scale else math.inf  # (it was halved until nothing was left)
     for gradient in gradients:
         if gradient.dtype is torch.float16:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -141,6 +142,17 @@ def alone(**scaling: Any) -> tuple[barepp.Pipeline, barepp.LossScaler]:
 def test_it_does_not_grow_beyond_what_float32_can_hold() -> None:
     pipe, scaler = alone(init_scale=2.0**127, growth_interval=1)
     assert scaler.step() and scaler.scale == pipe.loss_scale == 2.0**127
+
+
+def test_gradients_that_are_never_numbers_are_skipped_for_ever() -> None:
+    """After 165 steps the scale is 0 in float32, as GradScaler's is."""
+    pipe, scaler = alone(init_scale=2.0**-149)
+    weights = list(pipe.parameters())
+    for expected in (0.0, 0.0):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, math.nan)
+        assert not scaler.step(torch.optim.SGD(weights, lr=0.1))
+        assert scaler.scale == expected
 
 
 def test_a_training_that_goes_on_later_goes_on_with_its_scale() -> None:
