@@ -26,17 +26,18 @@ def watch_optimizers(recorder: Recorder, parameters: Iterable[torch.Tensor]) -> 
     keeper = weakref.ref(recorder)  # what hangs in torch must not keep it alive
     started: dict[int, int] = {}
 
+    def is_mine(optimizer: Optimizer) -> bool:
+        return any(id(one) in mine for group in optimizer.param_groups for one in group["params"])
+
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         to = keeper()
-        if to is not None and to.tracing:
+        # Of ranks that are threads each sees all optimizers; its clock is its own thread's alone.
+        if to is not None and to.tracing and is_mine(optimizer):
             started[id(optimizer)] = to.clock.mark()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         start, to = started.pop(id(optimizer), None), keeper()
-        if start is None or to is None or not to.tracing:
-            return
-        # Ranks that are threads have their optimizers in one process.
-        if any(id(one) in mine for group in optimizer.param_groups for one in group["params"]):
+        if start is not None and to is not None and to.tracing:
             to.add_outside(f"optimizer ({type(optimizer).__name__})", start, to.clock.mark())
 
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]

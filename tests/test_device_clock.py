@@ -20,6 +20,7 @@ from barepp.clocks import on_rank_0s_clock
 from barepp.device_clock import HOST_CLOCK, DeviceClock, clock_of, took_s
 from barepp.device_recorder import MOST_DEFERRED, DeviceRecorder, recorder_for
 from barepp.measured import copies, measured, rank_times
+from barepp.optimizers import watch_optimizers
 from barepp.recorder import Recorder
 from barepp.show import main as show
 from barepp.summary import summarise
@@ -257,6 +258,20 @@ def test_a_traced_run_is_a_file_with_the_copies_in_rows_of_their_own(
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(r"copies 2 a step on GPUs, of 3\.00 MiB and 2000 µs in the mean", shown)
     assert "on their way for" not in shown  # nobody knows that on a GPU
+
+
+def test_an_optimizer_of_other_weights_leaves_the_clock_alone() -> None:
+    """Of ranks that are threads each sees all optimizers, and a clock is its own thread's alone."""
+    device = FakeDevice()
+    recorder = DeviceRecorder(DeviceClock(device.event, device.host))
+    mine, others = nn.Linear(2, 2), nn.Linear(2, 2)
+    watch_optimizers(recorder, mine.parameters())
+    recorder.tracing = True
+    torch.optim.SGD(others.parameters(), lr=0.1).step()
+    assert device.events == 0
+    torch.optim.SGD(mine.parameters(), lr=0.1).step()
+    recorder.settle()
+    assert [note.name for note in recorder.outside] == ["optimizer (SGD)"]
 
 
 def test_what_is_not_over_is_waited_for_when_somebody_asks() -> None:
