@@ -63,12 +63,20 @@ def num_gpus(device: str, rank: int) -> int:
     """Return how many GPUs this process finds; 0 for "cpu", without asking.
 
     Raises:
-        UsageError: none, and it has to be "cuda".
+        UsageError: none, and it has to be "cuda"; or there are some, but not for this process.
     """
     if device == "cpu":
         return 0
     import torch
 
+    # To who was forked after CUDA was asked it says that there is no GPU. (How many there are,
+    # NVML can still tell.)
+    if torch.cuda._is_in_bad_fork() and (device == "cuda" or torch.cuda.device_count()):
+        raise UsageError(
+            f"rank {rank} cannot use CUDA: it was forked from a process that has asked CUDA "
+            "something, torch.cuda.is_available() say; move the function into a module that the "
+            "ranks can import, or run it before CUDA is asked"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not count:
         why = "no driver, or none that CUDA_VISIBLE_DEVICES shows"
@@ -83,12 +91,19 @@ def on_gpus(device: str, counts: Sequence[int]) -> bool:
     return device == "cuda" or (device == "auto" and all(counts))
 
 
-def own_gpu(local_rank: int, count: int) -> Cuda:
-    """Return the GPU of a rank, and make it the current device of the calling thread."""
+def gpu_of(local_rank: int, count: int) -> Cuda:
+    """Return the GPU of a rank."""
     import torch
 
     from transport.gpu import Cuda
 
-    gpu = Cuda(torch.device("cuda", local_rank % count))
+    return Cuda(torch.device("cuda", local_rank % count))
+
+
+def own_gpu(local_rank: int, count: int) -> Cuda:
+    """Return the GPU of a rank, and make it the current device of the calling thread."""
+    import torch
+
+    gpu = gpu_of(local_rank, count)
     torch.cuda.set_device(gpu.device)
     return gpu

@@ -11,7 +11,7 @@ import torch
 
 from barepp.assignment import Call
 from barepp.beats import script_threads
-from barepp.devices import num_gpus, on_gpus, own_gpu
+from barepp.devices import gpu_of, num_gpus, on_gpus
 from barepp.failures import failure_of
 from barepp.joining import one_compute_thread
 from barepp.member import Options
@@ -31,7 +31,7 @@ class Crew:
         hub, found = InprocHub(world_size), num_gpus(device, 0)
         use = on_gpus(device, [found])
         self.transports = [
-            InprocTransport(hub, rank, gpu=own_gpu(rank, found) if use else None)
+            InprocTransport(hub, rank, gpu=gpu_of(rank, found) if use else None)
             for rank in range(world_size)
         ]
         self.worlds: list[World] = []

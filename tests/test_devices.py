@@ -14,9 +14,10 @@ from jobs import LIMIT_S, ROOT, launch
 from test_adopted import free_port
 
 import barepp
-from barepp import devices
+from barepp import devices, threads
 from barepp.devices import chosen_device, num_gpus, on_gpus
 from barepp.environment import options_from
+from transport import gpu as gpu_module
 from transport.errors import JobFailed, UnknownTransport
 from transport.registry import NEED_GPU, transport_names
 
@@ -209,6 +210,25 @@ def test_ranks_cannot_be_forked_from_a_process_that_uses_cuda(
     assert barepp.run(work, 1) == [None]  # on the CPU that does not matter
 
 
+def test_a_rank_that_is_forked_from_who_has_asked_cuda_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.cuda.is_available() asks CUDA but does not initialise torch's part of it, so that only
+    the child knows. To it CUDA says that there is no GPU, while NVML, which is asked for how many
+    there are, can say so as ever.
+    """
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for count in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(barepp.UsageError, match="rank 1 .* forked from .* has asked CUDA"):
+            num_gpus("cuda", 1)
+    with pytest.raises(barepp.UsageError, match="has asked CUDA"):
+        num_gpus("auto", 1)  # not the CPU, where there are GPUs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert num_gpus("auto", 1) == 0
+
+
 def test_the_cpu_never_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("is_available", "device_count", "init", "set_device"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was asked"))
@@ -236,15 +256,24 @@ assert not torch.cuda.is_initialized()
     assert ended.returncode == 0, ended.stderr
 
 
+class Made:
+    """What `Cuda` is made of, without CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
+def test_threads_leave_the_current_device_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_module, "Cuda", Made)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("not in this thread"))
+    monkeypatch.setattr(threads, "num_gpus", counts_of([2]))
+    crew = threads.Crew(3, "auto")
+    assert [one.device.index for one in crew.transports] == [0, 1, 0]
+
+
 def test_a_gpu_is_the_current_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    import transport.gpu
-
-    class Made:
-        def __init__(self, device: torch.device) -> None:
-            self.device = device
-
     current = []
-    monkeypatch.setattr(transport.gpu, "Cuda", Made)
+    monkeypatch.setattr(gpu_module, "Cuda", Made)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     made = [devices.own_gpu(local_rank, 2).device for local_rank in range(5)]
     assert made == current == [torch.device("cuda", index) for index in (0, 1, 0, 1, 0)]
