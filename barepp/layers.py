@@ -93,10 +93,10 @@ class Layers:
         self.without_loss = [Link(*pair) for pair in zip(layer_range, modules, strict=True)]
         loss = [] if loss_fn is None else [Link(layer_range.stop, None)]
         self.whole = [*self.without_loss, *loss]
-        self.cut_anew()
+        self.look_again()
 
-    def cut_anew(self) -> None:
-        """Forget what was found for a step: it is done again."""
+    def look_again(self) -> None:
+        """Forget what was found out about the layers; whoever holds the stage may change them."""
         self._cut = Cut(None, [], [])
         self._care = _NOT_LOOKED_AT
 
@@ -117,11 +117,6 @@ class Layers:
             weights = [weight for weight in self.modules.parameters() if weight.requires_grad]
             self._cut = Cut(step, groups, weights)
         return self._cut
-
-    def look_again(self) -> None:
-        """Forget what was found out about the layers; whoever holds the stage may change them."""
-        self._cut = Cut(None, [], [])
-        self._care = _NOT_LOOKED_AT
 
     def care(self, step: int) -> Care:
         """Return what has to be done about each layer; found anew in each step."""

@@ -198,7 +198,7 @@ class Stage:
     def clear(self) -> None:
         """Drop what is in flight, after a step that failed; the gradients stay as they are."""
         self._in_flight.clear()
-        self._layers.cut_anew()
+        self._layers.look_again()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters in layer order."""
