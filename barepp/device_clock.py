@@ -100,13 +100,18 @@ class DeviceClock:
         """Whether the device has come to a mark."""
         return number < self._first or self._marks[number - self._first].query()
 
+    def reach(self, number: int) -> None:
+        """Block until the device has come to a mark."""
+        if number >= self._first:
+            self._marks[number - self._first].synchronize()
+
     def settle(self, number: int) -> dict[int, int]:
         """Return when the device came to the marks up to this one, by number, but for those that
         were settled before. Blocks until it has come there.
         """
         if number < self._first:
             return {}
-        self._marks[number - self._first].synchronize()
+        self.reach(number)
         settled: dict[int, int] = {}
         events = []
         while self._first <= number:

@@ -141,12 +141,14 @@ class DeviceRecorder(Recorder):
 
     def _settle(self, until: int | None) -> None:
         """Record what ends up to this moment; blocks until the device has come there."""
-        if until is None:
-            return
+        if until is not None:
+            self._device.reach(until)  # which the copies that belong to it were before
         while self._copies and _is_over(self._copies[0].ended):
             copy = self._copies.popleft()
             at = self._device.at(copy.began), self._device.at(copy.ended)
             self.copies.append((copy.direction, copy.nbytes, *at))
+        if until is None:
+            return
         self._when.update(self._device.settle(until))
         while self._deferred and self._deferred[0].until <= until:
             self._deferred.popleft().record(self._when)

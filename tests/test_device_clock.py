@@ -285,3 +285,21 @@ def test_what_is_not_over_is_waited_for_when_somebody_asks() -> None:
     recorder.settle()
     assert [times.step for times in recorder.steps] == [7 * MS]
     assert device.waits == 1
+
+
+def test_a_copy_that_was_not_over_is_not_forgotten_when_somebody_asks() -> None:
+    device = FakeDevice()
+    recorder = DeviceRecorder(DeviceClock(device.event, device.host))
+    recorder.begin_step(0)
+    device.give(7 * MS)
+    began, ended = FakeEvent(device), FakeEvent(device)
+    began.at_ns, ended.at_ns = device.free_ns - 4 * MS, device.free_ns - 1 * MS
+    recorder.add_copy(Copy("send", 5, began, ended))
+    recorder.end_step()
+    assert not recorder.copies
+    recorder.settle()
+    [(_, _, start, end)] = recorder.copies
+    assert end - start == 3 * MS
+    recorder.add_copy(Copy("send", 5, began, ended))  # and nothing else to record
+    recorder.settle()
+    assert len(recorder.copies) == 2
