@@ -76,6 +76,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         addresses,
         sockets,
         membership.secret,
+        silence_s=membership.silence_s if membership.spread else 0.0,
         lost_grace_s=LOST_GRACE_S,
         checksum=membership.checksum,
         gpu=gpu,

@@ -190,14 +190,14 @@ def tune(sock: socket.socket) -> None:
     """
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if _within_host(sock):  # (a Unix stream has no other buffer than its sender's)
+        if within_host(sock):  # (a Unix stream has no other buffer than its sender's)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
     tune_for(sock, 0)
 
 
 def tune_for(sock: socket.socket, nbytes: int) -> None:
     """Set how much the kernel takes at once of a message of `nbytes`, within a host."""
-    if _within_host(sock):
+    if within_host(sock):
         unix = sock.family == socket.AF_UNIX
         large = BUFFER_OF_LARGE_NBYTES if unix else TCP_BUFFER_OF_LARGE_NBYTES
         buffer_nbytes = BUFFER_NBYTES if nbytes < LARGE_NBYTES else large
@@ -225,6 +225,7 @@ def _family(host: str, port: int) -> socket.AddressFamily:
         raise socket.gaierror(socket.EAI_NONAME, "no host can have this name") from error
 
 
-def _within_host(sock: socket.socket) -> bool:
+def within_host(sock: socket.socket) -> bool:
+    """Whether both ends of a connected socket are on this host."""
     # A host that talks to itself has one address at both ends.
     return sock.family == socket.AF_UNIX or sock.getsockname()[0] == sock.getpeername()[0]

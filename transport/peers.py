@@ -13,13 +13,14 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from transport.addresses import Address
+from transport.addresses import Address, within_host
 from transport.call import CALL_TIMEOUT_S, Call
 from transport.carrier import Carrier
 from transport.errors import PeerLost, TransportError
 from transport.handshake import Hello, Role, Verdict
 from transport.listener import Listener
 from transport.progress import Progress
+from transport.reach import Reach
 
 
 class Peer:
@@ -48,6 +49,8 @@ class Place:
         listening: this rank's own listening sockets.
         secret: the job's secret, with which every connection is authenticated.
         unix: whether ranks of one host use a Unix stream.
+        silence_s: how long another host may acknowledge nothing of what is sent to it; 0 for as
+            long as TCP goes on trying.
     """
 
     rank: int
@@ -56,6 +59,7 @@ class Place:
     listening: list[socket.socket]
     secret: bytes
     unix: bool
+    silence_s: float = 0.0
 
 
 class Peers:
@@ -100,7 +104,7 @@ class Peers:
         def finish(sock: socket.socket | None, error: TransportError | None) -> None:
             peer.call = None
             if sock is not None:
-                peer.connection.attach(sock)
+                self._attach(peer, sock)
             elif error is not None:
                 self._lose(peer, error)
             else:
@@ -120,6 +124,18 @@ class Peers:
             finish=finish,
         )
 
+    def _attach(self, peer: Peer, sock: socket.socket) -> None:
+        if self.place.silence_s:
+            with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
+                if not within_host(sock):
+                    self._look_after(peer, sock, self.place.silence_s)
+        peer.connection.attach(sock)
+
+    def _look_after(self, peer: Peer, sock: socket.socket, silence_s: float) -> None:
+        why = f"nothing that was sent to it has been acknowledged for {silence_s:g} s"
+        lost = PeerLost(f"rank {peer.connection.peer} cannot be reached: {why}")
+        Reach(self._progress, sock, silence_s, lambda: self._lose(peer, lost))
+
     def _on_callers(self, mask: int) -> None:
         for sock, hello in self.listener.poll():
             verdict = self._judge(hello)
@@ -134,7 +150,7 @@ class Peers:
             elif peer.call is not None:
                 peer.call.cancel()
                 peer.call = None
-            peer.connection.attach(sock)
+            self._attach(peer, sock)
         deadline = self.listener.next_deadline()
         if deadline is not None and self._expiry_due is None:  # one timer at a time
             self._expiry_due = deadline

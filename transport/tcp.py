@@ -43,7 +43,7 @@ class TcpTransport(Transport):
     """One rank's connections to the others; see `contract.Transport` for what it promises.
 
     Args:
-        rank, world_size, addresses, listening, secret: see `peers.Place`.
+        rank, world_size, addresses, listening, secret, silence_s: see `peers.Place`.
         lost_grace_s: after the loss of a peer, seconds to wait for `abort` to name the cause
             before the waiting calls raise `PeerLost`.
         unexpected_limit: bytes of messages that nobody has asked for, held per peer.
@@ -64,6 +64,7 @@ class TcpTransport(Transport):
         listening: list[socket.socket],
         secret: bytes,
         *,
+        silence_s: float = 0.0,
         lost_grace_s: float = 0.0,
         unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
         limits: Limits | None = None,
@@ -83,7 +84,7 @@ class TcpTransport(Transport):
         self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
         self._lock, self._guard = self._progress.lock, self._progress.guard
         with self._lock, self._guard:
-            place = Place(rank, world_size, addresses, listening, secret, self.unix)
+            place = Place(rank, world_size, addresses, listening, secret, self.unix, silence_s)
             self._contacts = Peers(self._progress, place, self._connect, self._lose)
         self._peers = self._contacts.known
 
