@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+import select
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from clusters import FAIL, FAULTS, SECRET, TRAIN, Cluster, check_fault, the_digest
-from hosts import IPV4, IPV6, Hosts
+from hosts import IPV4, IPV6, Hosts, enter
 from jobs import LIMIT_S, write_script
 from ports import free_port
 from starter import Started, Starter, eventually
+
+from barepp.nodes import Link
 
 LOADED_S = 3.0  # what a machine that does other things too may take longer
 
@@ -64,6 +69,31 @@ def test_the_same_bits_over_gloo_between_hosts(wired: Cluster, undisturbed: str)
     ended = wired.start(TRAIN, "--transport", "gloo", world=3).wait()
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     assert the_digest(ended[0].out) == undisturbed
+
+
+def test_a_host_that_vanished_is_told_as_such_also_by_whoever_sends_first(hosts: Hosts) -> None:
+    """The kernel tells once why a connection has ended, and that may be when a beat is sent."""
+    hosts.wire()
+
+    def made(net: str, make: Callable[[], socket.socket]) -> socket.socket:
+        with ThreadPoolExecutor(1, initializer=enter, initargs=(net,)) as there:
+            return there.submit(make).result()
+
+    where = IPV4[0], free_port()
+    with (
+        made(hosts.nets[0], lambda: socket.create_server(where)),
+        made(hosts.nets[1], lambda: socket.create_connection(where)) as sock,
+    ):
+        sock.setblocking(False)
+        link = Link(sock, 0.5)
+        hosts.wire(loss=1.0)
+        link.send({"record": "beat"})
+        poll = select.poll()
+        poll.register(sock, 0)
+        assert poll.poll(LIMIT_S * 1e3)
+        link.send({"record": "beat"})
+        link.send({"record": "beat"})
+        assert link.receive() == [] and link.ended == "no sign of life for 0.5 s"
 
 
 @pytest.mark.parametrize("how", ["every packet is lost", "a link is down"])

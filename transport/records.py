@@ -64,8 +64,11 @@ class RecordStream:
                 self._in_doubt = True
                 try:
                     nbytes = self.socket.send(self._unsent)
-                except OSError:
+                except OSError as error:
                     self._in_doubt = False  # nothing is sent
+                    if not isinstance(error, BlockingIOError):
+                        # (The kernel tells it once: who reads next would see an orderly end.)
+                        self.broken = self.broken or error
                     raise
                 del self._unsent[:nbytes]
                 self._in_doubt = False
@@ -92,7 +95,7 @@ class RecordStream:
             self.error = error
             return records, False
         except OSError as error:
-            self.broken = error
+            self.broken = self.broken or error
             return records, False
         return records, True
 
