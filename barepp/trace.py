@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +18,7 @@ from barepp.optimizers import watch_optimizers
 from barepp.recorder import Recorder
 from barepp.summary import peak_memory_nbytes
 from barepp.tracefile import ActionSpan, CopySpan, NoteSpan, RankTrace, StepSpan, Trace, to_events
-from transport.gpu import Cuda
+from transport.gpu import Copy, Cuda
 from transport.tensors import copied_bytes
 
 if TYPE_CHECKING:
@@ -35,11 +36,23 @@ def start_trace(world: World, recorder: Recorder, parameters: Iterable[torch.Ten
     """
     recorder.device_readings += recorder.compare_device()
     if isinstance(recorder, DeviceRecorder) and isinstance(world.transport.gpu, Cuda):
-        world.transport.gpu.on_copy = recorder.add_copy
+        world.transport.gpu.on_copy = told_weakly(recorder.add_copy)
     recorder.readings.append(compare_clocks(world.transport))
     if not recorder.tracing:
         watch_optimizers(recorder, parameters)
     recorder.tracing = True
+
+
+def told_weakly(add: Callable[[Copy], None]) -> Callable[[Copy], None]:
+    """Return a function that tells a recorder, and does not keep it alive: the GPU outlives it."""
+    method = weakref.WeakMethod(add)
+
+    def tell(copy: Copy) -> None:
+        told = method()
+        if told is not None:
+            told(copy)
+
+    return tell
 
 
 def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:

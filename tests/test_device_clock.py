@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +26,7 @@ from barepp.optimizers import watch_optimizers
 from barepp.recorder import Recorder
 from barepp.show import main as show
 from barepp.summary import summarise
-from barepp.trace import write_trace
+from barepp.trace import told_weakly, write_trace
 from barepp.tracereader import read_trace
 from transport.gpu import Copy
 
@@ -303,3 +305,23 @@ def test_a_copy_that_was_not_over_is_not_forgotten_when_somebody_asks() -> None:
     recorder.add_copy(Copy("send", 5, began, ended))  # and nothing else to record
     recorder.settle()
     assert len(recorder.copies) == 2
+
+
+def test_a_gpu_that_tells_of_copies_does_not_keep_the_recorder_alive() -> None:
+    device = FakeDevice()
+    recorder = DeviceRecorder(DeviceClock(device.event, device.host))
+    tell = told_weakly(recorder.add_copy)
+    recorder.begin_step(0)
+    began, ended = FakeEvent(device), FakeEvent(device)
+    began.record()
+    device.give(1 * MS)
+    ended.record()
+    tell(Copy("send", 5, began, ended))
+    recorder.end_step()
+    recorder.settle()
+    assert len(recorder.copies) == 1
+    gone = weakref.ref(recorder)
+    del recorder
+    gc.collect()
+    assert gone() is None
+    tell(Copy("send", 5, began, ended))  # to nobody
