@@ -6,9 +6,9 @@ and both find the caches full of the other's data. Under SCHED_BATCH a thread th
 the one that runs waits or has had its share: "without interactivity causing extra preemptions
 (between the workload's tasks)", sched(7). Among themselves the shares stay as they were.
 
-Where every rank has a core of its own, nothing is done: there it could only come late. Cores are those
-that the process may run on; a quota of their time (cgroups) is not looked at. What a rank starts, such
-as a DataLoader's processes, is scheduled as the rank is.
+Where every rank has a core of its own, nothing is done: there it could only come late. Cores are
+those that the process may run on; a quota of their time (cgroups) is not looked at. What a rank
+starts, such as a DataLoader's processes, is scheduled as the rank is.
 """
 
 from __future__ import annotations
