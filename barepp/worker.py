@@ -194,6 +194,11 @@ def _forget_exit_handlers() -> None:
     if hasattr(finalizers, "_registry") and hasattr(finalizers, "_registered_with_atexit"):
         finalizers._registry.clear()
         finalizers._registered_with_atexit = False
+    # The program's pools have no threads here. Waiting for one's own, in which the program had
+    # called us and which is the main thread now, is an error; and process pools have pipes to wake.
+    for module, name in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
+        pools = sys.modules.get(f"concurrent.futures.{module}")
+        getattr(pools, name, {}).clear()
 
 
 def _undo_multiprocessing() -> None:

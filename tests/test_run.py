@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_a_result_that_cannot_be_pickled_is_named() -> None:
 def test_a_result_that_cannot_be_unpickled_is_named() -> None:
     with nothing_left(), pytest.raises(barepp.BareppError, match="what rank 0 returned cannot be"):
         barepp.run(lambda world: Unreachable(), 1, transport="tcp")
+
+
+def test_forked_from_a_thread_of_a_pool() -> None:
+    """At its end a rank waits for its own pools, and for nobody of the pool that it came from."""
+
+    def work(world: barepp.World) -> int:
+        pool = ThreadPoolExecutor(1)  # left open
+        return pool.submit(lambda: 10 * world.rank).result()
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(int).result()  # (another thread of it, which the ranks do not have)
+        ran = pool.submit(lambda: barepp.run(work, 2))
+        assert ran.result(60) == [0, 10]
 
 
 @pytest.mark.parametrize("transport", ["inproc", "tcp"])
