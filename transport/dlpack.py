@@ -1,20 +1,23 @@
 """A tensor over memory that torch did not allocate (DLPack); its lender is told when it is freed.
 
     tensor_at ── a capsule with a DLManagedTensor ──> torch: a tensor whose storage owns the latter
-                 release() <── its deleter <───────── the last view of that storage is freed
+                 release() <── a finalizer <───────── the last view of that storage is freed
 
-The deleter comes in any thread, with or without the interpreter's lock (ctypes takes it), and may
-come when the interpreter is being shut down: then nothing is done any more. The structure is that
-of the DLPack specification, version 0 ("dltensor"), which every torch since 1.3 reads.
+The structure is that of the DLPack specification, version 0 ("dltensor"), which every torch since
+1.3 reads. Its deleter only frees it. No Python may run there: a tensor can be freed while an
+exception is on its way, which ctypes would lose, and the interpreter crashes. So a finalizer of the
+storage's Python object tells the lender. That object lives as long as the storage itself; torch
+takes the interpreter's lock to free it, in any thread, and CPython keeps exceptions apart from
+finalizers. When the interpreter is being shut down, nothing is done any more.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
-import sys
+import weakref
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch.utils import dlpack
@@ -36,48 +39,37 @@ class _DLTensor(ctypes.Structure):
         ("dtype_code", ctypes.c_uint8),
         ("dtype_bits", ctypes.c_uint8),
         ("dtype_lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
     )
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _DLManagedTensor(ctypes.Structure):
     _fields_ = (
         ("dl_tensor", _DLTensor),
         ("manager_ctx", ctypes.c_void_p),
-        ("deleter", _Deleter),
+        ("deleter", ctypes.c_void_p),
     )
 
 
-class _Lent(NamedTuple):
+class _Lent(ctypes.Structure):
     """What has to live as long as torch uses the memory."""
 
-    managed: _DLManagedTensor
-    shape: ctypes.Array[ctypes.c_int64]
-    release: Callable[[], None]
+    _fields_ = (("managed", _DLManagedTensor), ("shape", ctypes.c_int64))
 
 
 _UNSIGNED: Final = 1  # kDLUInt
 _CAPSULE_NAME: Final = b"dltensor"  # (the capsule points to it, so it has to live for ever)
-_lent: Final[dict[int, _Lent]] = {}
 
-
-# Default values, because a module's names may be gone when the last tensors are freed.
-def _delete(
-    address: int,
-    take: Callable[[int], _Lent] = _lent.pop,
-    ending: Callable[[], bool] = sys.is_finalizing,
-) -> None:
-    if not ending():
-        take(address).release()
-
-
-_deleter: Final = _Deleter(_delete)
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_deleter))  # torch may call it after this module's end
+# Memory that needs neither the interpreter's lock nor the interpreter to be freed.
+_new_memory: Final[Any] = ctypes.pythonapi.PyMem_RawMalloc
+_new_memory.restype = ctypes.c_void_p
+_new_memory.argtypes = (ctypes.c_size_t,)
+_free: Final[Any] = ctypes.pythonapi.PyMem_RawFree
+_free.restype = None
+_free.argtypes = (ctypes.c_void_p,)
+_DELETER: Final = ctypes.cast(_free, ctypes.c_void_p).value
 
 _new_capsule: Final[Any] = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -91,14 +83,17 @@ def tensor_at(
 
     `release` is called once, when its storage is freed, in whichever thread does that.
     """
-    shape = (ctypes.c_int64 * 1)(nbytes)
-    kind, index = device
+    where = _new_memory(ctypes.sizeof(_Lent))
+    if not where:
+        raise MemoryError("no memory to describe a tensor in")
+    shape, (kind, index) = where + _Lent.shape.offset, device
     body = _DLTensor(address, kind, index, 1, _UNSIGNED, 8, 1, shape, None, 0)
-    managed = _DLManagedTensor(body, None, _deleter)
-    key = ctypes.addressof(managed)
-    _lent[key] = _Lent(managed, shape, release)
+    lent = _Lent.from_address(where)
+    lent.managed, lent.shape = _DLManagedTensor(body, None, _DELETER), nbytes
     try:
-        return dlpack.from_dlpack(_new_capsule(key, _CAPSULE_NAME, None))
+        tensor = dlpack.from_dlpack(_new_capsule(where, _CAPSULE_NAME, None))
     except BaseException:
-        del _lent[key]
+        _free(where)
         raise
+    weakref.finalize(tensor.untyped_storage(), release).atexit = False
+    return tensor
