@@ -143,8 +143,8 @@ class DeviceRecorder(Recorder):
         """Record what ends up to this moment; blocks until the device has come there."""
         if until is not None:
             self._device.reach(until)  # which the copies that belong to it were before
-        while self._copies and _is_over(self._copies[0].ended):
-            copy = self._copies.popleft()
+        while self._copies and _is_over((copy := self._copies[0]).ended):
+            self._copies.popleft()  # (or the next one, if it was just pushed out at the other end)
             at = self._device.at(copy.began), self._device.at(copy.ended)
             self.copies.append((copy.direction, copy.nbytes, *at))
         if until is None:

@@ -164,7 +164,7 @@ class Cuda:
 
     def fresh(self, spec: TensorSpec) -> torch.Tensor:
         """Return new memory of this GPU, for `receives` to write first."""
-        with torch.cuda.stream(self.receives):
+        with within(self.receives):
             return spec.allocate(self.device)
 
     def pinned(self, spec: TensorSpec) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Cuda:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """Give a stream the copy of one contiguous tensor over another of the same spec."""
-        with torch.cuda.stream(stream), torch.inference_mode(), self._measured(stream, target):
+        with within(stream), torch.inference_mode(), self._measured(stream, target):
             target.copy_(source, non_blocking=True)
 
     def used(self, tensor: torch.Tensor, stream: Stream) -> None:
@@ -231,6 +231,17 @@ class Cuda:
         ended.record(stream)
         direction = "send" if stream is self.sends else "receive"
         self.on_copy(Copy(direction, moved.nbytes, began, ended))
+
+
+@contextlib.contextmanager
+def within(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream the current one, in a thread that may never have chosen a device.
+
+    (Such a thread's device is 0. torch.cuda.stream alone sets that again at its end, and since CUDA
+    12 cudaSetDevice makes a context there: some hundred MiB of a GPU that may be another rank's.)
+    """
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 @contextlib.contextmanager

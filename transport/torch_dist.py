@@ -32,7 +32,7 @@ from transport.errors import (
     TransportClosed,
     TransportError,
 )
-from transport.gpu import Cuda, Gpu, local_gpu
+from transport.gpu import Cuda, Gpu, local_gpu, within
 from transport.lane import Group
 from transport.notes import hear, tell
 from transport.tcp import UnixTransport
@@ -210,7 +210,7 @@ class NcclGroup:
         """Send the tensor's bytes or receive into them after the event `ready`; wait for it."""
         assert isinstance(ready, torch.cuda.Event)
         flat = [tensor.view(-1).view(torch.uint8)]  # (NCCL does not know all dtypes)
-        with torch.cuda.stream(self._stream):
+        with within(self._stream):
             self._stream.wait_event(ready)
             if self._sends:
                 self._group.send(flat, RECEIVER, TAG).wait()
