@@ -209,7 +209,7 @@ class Cuda:
     def share_event(self) -> tuple[Event, bytes]:
         """Return an event that other processes can open, and its handle."""
         with torch.cuda.device(self.device):
-            event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(interprocess=True, blocking=True)  # type: ignore[no-untyped-call]
             handle: bytes = event.ipc_handle()  # type: ignore[no-untyped-call]
         _events[handle] = event
         return event, handle
