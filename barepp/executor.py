@@ -24,7 +24,7 @@ import torch
 from barepp.actions import Action, Kind
 from barepp.batches import Batch
 from barepp.boundary import Value, tensors
-from barepp.late import device_error, is_from_cuda
+from barepp.late import is_from_cuda
 from barepp.lowering import Step, activation_tag, gradient_tag
 from barepp.parcels import (
     copied,
@@ -37,7 +37,7 @@ from barepp.recompute import is_recomputed
 from barepp.recorder import Recorder, Times
 from barepp.stage import Stage
 from barepp.world import World
-from transport.errors import JobFailed
+from transport.errors import DeviceError, JobFailed
 from transport.tensors import Message
 from transport.work import Receive, Work
 
@@ -149,7 +149,7 @@ class Executor:
             raise JobFailed(error.failure, world.position()) from None
         except RuntimeError as error:
             if is_from_cuda(error):
-                raise device_error(error, world.rank, world.position()) from error
+                raise DeviceError.of(error, world.rank, world.position()) from error
             raise
         world.activity = ()
         received = receives if timed else ()

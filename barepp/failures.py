@@ -18,14 +18,16 @@ from typing import Final
 
 import transport
 from barepp.errors import BareppError, DataError, UsageError
-from barepp.late import LATE, is_late
+from barepp.late import is_from_cuda
 from transport.errors import (
+    LATE,
     Failure,
     InvalidArgument,
     PeerLeft,
     PeerLost,
     RendezvousError,
     TransportError,
+    is_late,
     signal_name,
 )
 
@@ -56,7 +58,7 @@ def failure_of(rank: int, error: BaseException, doing: str = "") -> Failure:
         code = 2 if isinstance(error, (UsageError, DataError, InvalidArgument)) else 1
         return Failure(rank, cause, text + _place(error), exit_code=code, doing=doing)
     message = type(error).__name__ + (f": {text}" if text else "")
-    if is_late(error):  # it showed in the script, in a call of torch's
+    if is_from_cuda(error) and is_late(str(error)):  # it showed in the script, in a call of torch's
         message += f"\n({LATE})"
     return Failure(rank, cause, message, exit_code=1, traceback=formatted(error), doing=doing)
 

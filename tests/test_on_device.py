@@ -19,11 +19,10 @@ from zoo import ZOO, Model, data
 
 import barepp
 from barepp.batches import Batch, moved
-from barepp.late import LATE
 from barepp.recompute import Buffers
 from barepp.seeding import PROCESS_LOCK
 from barepp.world import World
-from transport.errors import DeviceError, JobFailed
+from transport.errors import LATE, DeviceError, JobFailed
 from transport.inproc import InprocHub, InprocTransport
 
 META = torch.device("meta")

@@ -21,6 +21,10 @@ from typing import Any, TypeVar
 RECORD_TEXT_LIMIT = 64 * 1024  # characters of a failure's message or traceback, each
 _CUT_NOTE_LENGTH = 60  # "... 123456 characters left out ...", at most
 CAUSES = ("exception", "signal", "exit", "hang", "lost", "rendezvous")
+LATE = (
+    "CUDA tells of errors late: the cause may be an earlier action of this step, or anything that "
+    "the rank gave its GPU before; CUDA_LAUNCH_BLOCKING=1 in its environment shows which"
+)
 
 
 class TransportError(Exception):
@@ -49,6 +53,18 @@ class InternalError(TransportError):
 
 class DeviceError(TransportError):
     """This rank's GPU refused something, or tells now of an error that it met earlier."""
+
+    @classmethod
+    def of(cls, error: Exception, rank: int, doing: str) -> DeviceError:
+        """Return what to raise for torch's error: whose GPU it was, and what the rank was about."""
+        what = str(error).strip().partition("\n")[0]
+        late = f" ({LATE})" if is_late(what) else ""
+        return cls(f"rank {rank}'s GPU failed, noticed while {doing}: {what}{late}")
+
+
+def is_late(text: str) -> bool:
+    """Whether CUDA may tell such an error late; memory that is not there it tells at once."""
+    return "out of memory" not in text
 
 
 class WaitTimeout(TransportError, TimeoutError):

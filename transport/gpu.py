@@ -250,19 +250,10 @@ def gate(rank: int, doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.AcceleratorError and torch.OutOfMemoryError are ones
-        text = str(error).strip().partition("\n")[0]
-        late = "" if isinstance(error, torch.OutOfMemoryError) else LATE
-        raise DeviceError(f"rank {rank}'s GPU failed, noticed while {doing}: {text}{late}") from (
-            error.with_traceback(None)
-        )
+        raise DeviceError.of(error, rank, doing) from error.with_traceback(None)
 
 
 _events: Final[weakref.WeakValueDictionary[bytes, Any]] = weakref.WeakValueDictionary()
-
-LATE: Final = (
-    " (CUDA tells of errors late: the cause may be anything that this rank gave its GPU before; "
-    "CUDA_LAUNCH_BLOCKING=1 shows what)"
-)
 
 
 def local_gpu(rank: int, addresses: Mapping[int, Address], num_gpus: int) -> int:
