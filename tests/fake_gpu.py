@@ -160,6 +160,7 @@ class FakeGpu:
         self._events = None
         while self._fds:
             os.close(self._fds.pop())
+        self._map.madvise(mmap.MADV_DONTNEED)  # a tensor that is kept keeps the addresses alone
 
     # -- what a transport asks for ----------------------------------------------------------------
 

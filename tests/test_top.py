@@ -106,7 +106,7 @@ def test_the_picture_shows_what_the_script_did(tmp_path, capsys):
         assert (row["pid"], facts["pid"]) == (str(status.pid), status.pid)
         assert row["micro/s"] == "0.0" and row["in/s"] == row["out/s"] == "0 B"
         assert row["in"].endswith("KiB") and row["out"].endswith("KiB")
-        assert row["memory"].endswith("MiB") and facts["rss_nbytes"] > 2**20
+        assert row["memory"].endswith(("MiB", "GiB")) and facts["rss_nbytes"] > 2**20
         assert 0 <= facts["cpu_percent"] < 100
     assert statuses[0].sent_nbytes == statuses[1].received_nbytes
     assert statuses[1].sent_nbytes == statuses[0].received_nbytes
