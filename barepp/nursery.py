@@ -33,6 +33,8 @@ from barepp.lifeline import PARENT_PID
 
 PRELOAD: Final = ["barepp.preload"]
 
+REQUEST_FDS: Final = 8  # a request takes five, for a moment; a thread may take some meanwhile
+
 _borrowing = threading.Lock()  # held while something that all jobs share is replaced
 
 
@@ -74,6 +76,7 @@ class Nursery:
             process.start()
             return
         with _borrowing:
+            _be_sure_of_descriptors()
             usual = forkserver.connect_to_new_process
             forkserver.connect_to_new_process = self._server.connect_to_new_process
             try:
@@ -139,6 +142,16 @@ class Nursery:
             yield
         finally:
             config["tempdir"] = usual
+
+
+def _be_sure_of_descriptors() -> None:
+    """Raise what a lack of file descriptors raises, before the server has heard of anything.
+
+    A request that breaks off in the middle ends the server, with a traceback.
+    """
+    with contextlib.ExitStack() as taken:
+        for _ in range(REQUEST_FDS):
+            taken.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 @contextlib.contextmanager

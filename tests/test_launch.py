@@ -27,6 +27,7 @@ from jobs import (
 )
 
 from barepp.launch import main
+from barepp.nursery import REQUEST_FDS
 from barepp.signals import signals_to
 
 # -- a healthy run, looked at from every side -----------------------------------------------------
@@ -433,6 +434,44 @@ def test_more_ranks_than_the_machine_can_hold_is_a_sentence(tmp_path: Path) -> N
     assert ended.returncode == 2, ended.stderr
     assert "cannot be started: Too many open files; a smaller world may work" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+SHORT_OF_DESCRIPTORS = """
+import contextlib, os, resource
+from barepp.nursery import REQUEST_FDS, Nursery
+
+nursery = Nursery(fork=False)
+server = nursery.parent_pid
+usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+for limit in range(3, 3 * REQUEST_FDS + max(map(int, os.listdir("/proc/self/fd")))):
+    process = nursery.context.Process(target=print, args=(f"limit {limit}",))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, usual[1]))
+    try:
+        with contextlib.suppress(OSError):
+            nursery.start(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    if process.pid is not None:
+        process.join()
+assert process.exitcode == 0, process
+assert nursery.parent_pid == server, "the fork server is another one"
+nursery.end()
+"""
+
+
+def test_a_lack_of_descriptors_never_reaches_the_fork_server() -> None:
+    """Whichever descriptor of a request is one too many: the server lives, and is silent."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_DESCRIPTORS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout.count("limit") >= REQUEST_FDS
 
 
 # -- signals, by themselves -----------------------------------------------------------------------

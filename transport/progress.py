@@ -84,6 +84,7 @@ class Progress:
         self._on_crash = on_crash  # called under the lock, as is
         self._on_drive = on_drive  # when a thread begins to drive
         self._changed = threading.Condition(self.lock)
+        self._stopping = threading.Condition(self.lock)
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
@@ -155,6 +156,7 @@ class Progress:
         """
         with self.lock:
             self._stopped = True
+            self._stopping.notify_all()
             self.wake()
         self._thread.join()
         with self.lock:
@@ -236,12 +238,11 @@ class Progress:
                 self._sleeps_until = max(due, now + grace)
                 timeout = max(0.0, self._sleeps_until - now)
             self._outer.poll(None if math.isinf(timeout) else timeout)
-            if drives != self._drives and not self._stopped:
-                drives = self._drives
-                time.sleep(RETURN_S)
-                continue
             with self.lock:
-                if self.driver is None and not self._stopped:
+                if drives != self._drives and not self._stopped:
+                    drives = self._drives
+                    self._stopping.wait(RETURN_S)
+                elif self.driver is None and not self._stopped:
                     self._handle(self._inner.poll(0))
 
     def _handle(self, events: Sequence[tuple[int, int]]) -> None:
