@@ -22,7 +22,7 @@ from barepp.errors import UsageError
 from barepp.warm import keep_freed_memory
 from barepp.world import World
 from transport.addresses import Address, is_loopback
-from transport.control import ControlClient
+from transport.control import BEAT_S, ControlClient
 from transport.errors import Failure, JobFailed
 from transport.inproc import InprocHub, InprocTransport
 from transport.registry import transport_class
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transport.contract import Transport
 
 LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
+# Over a network it may not come: one that is cut takes it along. TCP finds that out for the control
+# connection later than for one with more on its way: by a sign of life, and what is tried again.
+FAR_LOST_GRACE_S: Final = LOST_GRACE_S + 4 * BEAT_S
 
 
 def connect(membership: Membership) -> ControlClient:
@@ -77,7 +80,7 @@ def _join(membership: Membership, control: ControlClient, probe: Probe | None) -
         sockets,
         membership.secret,
         silence_s=membership.silence_s if membership.spread else 0.0,
-        lost_grace_s=LOST_GRACE_S,
+        lost_grace_s=FAR_LOST_GRACE_S if membership.spread else LOST_GRACE_S,
         checksum=membership.checksum,
         gpu=gpu,
     )
