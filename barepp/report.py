@@ -85,4 +85,6 @@ def _fate(rank: Member) -> str:
         return f"is on another node, which does not say how it ended{doing}"
     if rank.exit_code == 0 and (rank.left or not rank.joined):
         return "had ended well"
-    return f"was told{doing}, and ended"
+    untold = f"ended with exit code {rank.exit_code}, and nobody has heard why"
+    # (Whoever is told says what it was about.)
+    return untold if rank.exit_code and not doing else f"was told{doing}, and ended"

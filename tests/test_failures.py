@@ -19,7 +19,9 @@ from jobs import Finished, loaded_machine, nothing_left, run_job
 
 import barepp
 from barepp.failures import failure_of
-from transport.errors import RECORD_TEXT_LIMIT
+from barepp.member import Member
+from barepp.report import report
+from transport.errors import RECORD_TEXT_LIMIT, Failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -713,3 +715,14 @@ def test_a_usage_error_raised_outside_of_any_script_has_no_place() -> None:
 
     failure = failure_of(2, UsageError("no ranks"))
     assert (failure.message, failure.traceback, failure.exit_code) == ("no ranks", "", 2)
+
+
+def test_whoever_is_not_known_to_have_been_told_is_not_said_to_have_been() -> None:
+    """As it is with a rank that ends by itself on a node whose network has been cut just before."""
+    silent, told = (Member(rank, joined=True, status=1, exit_code=1) for rank in (1, 2))
+    told.doing = "waiting at a barrier"
+    assert report(Failure(0, "lost", "gone"), [silent, told]).splitlines() == [
+        "barepp: rank 0 failed: gone",
+        "barepp: rank 1 ended with exit code 1, and nobody has heard why",
+        "barepp: rank 2 was told while waiting at a barrier, and ended",
+    ]
