@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from transport.contract import Transport
 
 LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
-# Over a network it may not come: one that is cut takes it along. TCP finds that out for the control
-# connection later than for one with more on its way: by a sign of life, and what is tried again.
-FAR_LOST_GRACE_S: Final = LOST_GRACE_S + 4 * BEAT_S
+# On several hosts it may not come, because the network is cut. Both connections find that out after
+# one limit, but the control connection counts from the next sign of life, half a second later.
+FAR_LOST_GRACE_S: Final = LOST_GRACE_S + 2 * BEAT_S
 
 
 def connect(membership: Membership) -> ControlClient:

@@ -33,7 +33,7 @@ from barepp.lifeline import PARENT_PID
 
 PRELOAD: Final = ["barepp.preload"]
 
-REQUEST_FDS: Final = 8  # a request takes five, for a moment; a thread may take some meanwhile
+REQUEST_FDS: Final = 8  # a request takes five, for a moment; `Job._start` keeps six after it
 
 _borrowing = threading.Lock()  # held while something that all jobs share is replaced
 
@@ -147,7 +147,7 @@ class Nursery:
 def _be_sure_of_descriptors() -> None:
     """Raise what a lack of file descriptors raises, before the server has heard of anything.
 
-    A request that breaks off in the middle ends the server, with a traceback.
+    A request that breaks off in the middle ends the server, with a traceback (until Python 3.13).
     """
     with contextlib.ExitStack() as taken:
         for _ in range(REQUEST_FDS):

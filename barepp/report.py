@@ -85,6 +85,12 @@ def _fate(rank: Member) -> str:
         return f"is on another node, which does not say how it ended{doing}"
     if rank.exit_code == 0 and (rank.left or not rank.joined):
         return "had ended well"
-    untold = f"ended with exit code {rank.exit_code}, and nobody has heard why"
-    # (Whoever is told says what it was about.)
-    return untold if rank.exit_code and not doing else f"was told{doing}, and ended"
+    return f"was told{doing}, and ended" if doing else _fate_untold(rank)
+
+
+def _fate_untold(rank: Member) -> str:
+    """Return how a rank ended that did not say what it was about when it was told."""
+    if rank.cut_off is None:
+        return f"ended with exit code {rank.exit_code}, and nobody has heard why"
+    doing = f" while {rank.cut_off}" if rank.cut_off else ""
+    return f"lost its connection to the launcher{doing}, and ended"

@@ -719,10 +719,13 @@ def test_a_usage_error_raised_outside_of_any_script_has_no_place() -> None:
 
 def test_whoever_is_not_known_to_have_been_told_is_not_said_to_have_been() -> None:
     """As it is with a rank that ends by itself on a node whose network has been cut just before."""
-    silent, told = (Member(rank, joined=True, status=1, exit_code=1) for rank in (1, 2))
-    told.doing = "waiting at a barrier"
-    assert report(Failure(0, "lost", "gone"), [silent, told]).splitlines() == [
+    silent, told, *cut = (Member(rank, joined=True, status=1, exit_code=1) for rank in range(1, 5))
+    told.doing = cut[0].cut_off = "waiting at a barrier"
+    cut[1].cut_off = ""
+    assert report(Failure(0, "lost", "gone"), [silent, told, *cut]).splitlines() == [
         "barepp: rank 0 failed: gone",
         "barepp: rank 1 ended with exit code 1, and nobody has heard why",
         "barepp: rank 2 was told while waiting at a barrier, and ended",
+        "barepp: rank 3 lost its connection to the launcher while waiting at a barrier, and ended",
+        "barepp: rank 4 lost its connection to the launcher, and ended",
     ]

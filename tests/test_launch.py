@@ -437,7 +437,7 @@ def test_more_ranks_than_the_machine_can_hold_is_a_sentence(tmp_path: Path) -> N
 
 
 SHORT_OF_DESCRIPTORS = """
-import contextlib, os, resource
+import errno, os, resource
 from barepp.nursery import REQUEST_FDS, Nursery
 
 nursery = Nursery(fork=False)
@@ -447,8 +447,9 @@ for limit in range(3, 3 * REQUEST_FDS + max(map(int, os.listdir("/proc/self/fd")
     process = nursery.context.Process(target=print, args=(f"limit {limit}",))
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, usual[1]))
     try:
-        with contextlib.suppress(OSError):
-            nursery.start(process)
+        nursery.start(process)
+    except OSError as error:
+        assert error.errno == errno.EMFILE, error
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
     if process.pid is not None:

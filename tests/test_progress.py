@@ -108,6 +108,16 @@ def test_the_background_thread_leaves_what_comes_to_a_driver_that_comes_back(
     assert loop.threads == [threading.current_thread().name, "progress-under-test"]
 
 
+def test_a_stop_does_not_wait_for_a_driver_to_come_back(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "RETURN_S", 10 * SOON_S)
+    assert not loop.progress.run_until(loop.works[0], 0.01)
+    loop.write(1)
+    time.sleep(0.05)
+    start(loop.progress.stop).result(SOON_S)
+
+
 def test_followers_are_told_and_one_of_them_takes_over(loop: Loop) -> None:
     order = list(range(8))
     random.Random(0).shuffle(order)

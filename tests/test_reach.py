@@ -45,7 +45,7 @@ def test_a_host_that_vanishes_is_lost_by_whoever_has_sent_something(hosts: Hosts
             says = "rank 1 cannot be reached: nothing that was sent to it has been acknowledged"
             assert isinstance(error, PeerLost) and f"{says} for 1 s" in str(error)
         lasted_s = time.monotonic() - cut
-        assert SILENCE_S * 0.7 < lasted_s < SILENCE_S * 1.5 + LOADED_S
+        assert SILENCE_S <= lasted_s < SILENCE_S * 1.25 + LOADED_S
         with pytest.raises(WaitTimeout):  # rank 1 has sent nothing: it misses nothing either
             other.recv(0, timeout=0.01)
 

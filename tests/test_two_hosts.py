@@ -96,11 +96,25 @@ def test_a_host_that_vanished_is_told_as_such_also_by_whoever_sends_first(hosts:
         assert link.receive() == [] and link.ended == "no sign of life for 0.5 s"
 
 
-@pytest.mark.parametrize("how", ["every packet is lost", "a link is down"])
-def test_a_cut_wire_is_named_by_both_sides(how: str, wired: Cluster, hosts: Hosts) -> None:
-    """Node 0's own link among them: its ranks are still heard, over loopback."""
+@pytest.mark.parametrize(
+    ("how", "then"),
+    [
+        ("every packet is lost", ""),
+        ("every packet is lost", "time.sleep(0.2); world.isend(torch.ones(1), 1); "),
+        ("a link is down", ""),
+    ],
+)
+def test_a_cut_wire_is_named_by_both_sides(
+    how: str, then: str, wired: Cluster, hosts: Hosts
+) -> None:
+    """Node 0's own link among them: its ranks are still heard, over loopback.
+
+    Who sends something then loses that rank first, and is told all the same.
+    """
+    met = "world.send(torch.ones(1), 1); print('ready', flush=True); "
+    text = FAIL.replace("import barepp,", "import barepp, torch,")
     wired.start(
-        FAIL.format(rank=2, fault="print('ready', flush=True); world.recv(1)"),
+        text.format(rank=2, fault=f"{met}{then}world.recv(1)"),
         "--heartbeat",
         "2",
         "--timeout",

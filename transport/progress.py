@@ -84,7 +84,7 @@ class Progress:
         self._on_crash = on_crash  # called under the lock, as is
         self._on_drive = on_drive  # when a thread begins to drive
         self._changed = threading.Condition(self.lock)
-        self._stopping = threading.Condition(self.lock)
+        self._stopping = threading.Condition(self.lock)  # ends a wait for a driver to come back
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = itertools.count()
