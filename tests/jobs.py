@@ -26,6 +26,7 @@ import psutil
 from barepp.ask import Line, doors
 from barepp.assignment import Script
 from barepp.census import Census
+from barepp.errors import JobEnded
 from barepp.events import EventLog
 from barepp.job import Job
 from barepp.member import Options, Outcome
@@ -126,10 +127,13 @@ def watched_job(folder: Path, text: str, world_size: int = 2, **options: Any) ->
         pids = [rank.pid for rank in line.status()[1]]
         try:
             yield Watched(line, thread, ended)
-        except BaseException:
+        except BaseException as error:
             for pid in pids:  # else nobody would ever end it
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid or 0, signal.SIGKILL)
+            if isinstance(error, JobEnded):  # too early: why is what matters
+                thread.join(LIMIT_S)
+                raise AssertionError(ended[0].report) from error
             raise
         finally:
             thread.join(LIMIT_S)
