@@ -38,7 +38,7 @@ from transport.handshake import Hello, Role, Verdict
 from transport.registry import transport_class
 from transport.tensors import MessageSpec, fillable, prepare
 from transport.torch_dist import TAG, GlooGroup, NcclTransport, PairStore
-from transport.wire import FrameKind
+from transport.wire import Frame, FrameKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -230,6 +230,42 @@ def test_who_closes_has_sent_what_was_taken_though_the_peer_hangs_up_first(
     taken.wait(SOON_S)
     with pytest.raises(TransportClosed):
         mine.wait(SOON_S)
+
+
+def test_a_goodbye_that_is_read_after_the_lane_broke_is_a_goodbye(
+    ranks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane has said all that it will say, so nothing is awaited but the stream's word."""
+    begin, broke = apart.ApartCarrier._begin, apart.ApartCarrier._on_send_broke
+    left, all_said = threading.Event(), threading.Event()
+
+    def move(*_: object) -> None:
+        assert left.wait(SOON_S)
+        raise RuntimeError("there is nobody")
+
+    def begin_late(carrier: apart.ApartCarrier, frame: Frame) -> bool:
+        if frame.kind is FrameKind.GOODBYE and not all_said.is_set():
+            carrier._hold(frame)
+            return False
+        return begin(carrier, frame)
+
+    connected(ranks[1], ranks[0])
+    carrier = ranks[1]._peers[0].connection
+
+    def break_first(error: Exception) -> None:
+        broke(carrier, error)
+        all_said.set()
+        carrier.resume()
+
+    monkeypatch.setattr(carrier.outgoing._group, "move", move)
+    monkeypatch.setattr(carrier.outgoing, "_on_break", break_first)
+    monkeypatch.setattr(apart.ApartCarrier, "_begin", begin_late)
+    sending = ranks[1].isend(torch.zeros(3), 0)
+    ranks[0].close(SOON_S)
+    left.set()
+    for broken in (ranks[1].irecv(0), sending):
+        with pytest.raises(PeerLeft):
+            broken.wait(SOON_S)
 
 
 def test_an_abort_waits_for_no_lane(stuck: threading.Event) -> None:

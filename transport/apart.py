@@ -62,6 +62,7 @@ class ApartCarrier(Carrier):
         self.outgoing = Lane(f"barepp-lane-{owner.rank}-{peer}", progress, self._on_send_broke)
         self.incoming = Lane(f"barepp-lane-{peer}-{owner.rank}", progress, self._on_receive_broke)
         self.leaving: deque[Send] = deque()  # what the outgoing lane has to send, or sends
+        self._sends_broke = False  # so that nothing more will be told of those
         self._means = owner
         self._sums = checksum and owner.sums
         self._verdict: Callable[[], None] | None = None  # how it ended, while the lane may go on
@@ -72,6 +73,11 @@ class ApartCarrier(Carrier):
     def flushed(self) -> bool:
         """Whether all that was queued has left, payloads too."""
         return not self.leaving and self._opening is None and super().flushed
+
+    @property
+    def _awaits_lane(self) -> bool:
+        """Whether the outgoing lane has still to say how the last sends went."""
+        return bool(self.leaving) and not self._sends_broke
 
     @property
     def connected(self) -> bool:
@@ -135,7 +141,7 @@ class ApartCarrier(Carrier):
         if self.arriving is not None:
             self._hold(frame)
             return False
-        if frame.kind is FrameKind.GOODBYE and self.leaving and not frame.payload_nbytes:
+        if frame.kind is FrameKind.GOODBYE and self._awaits_lane and not frame.payload_nbytes:
             self._decoder.take_payload()
             self._part(lambda: self._owner.on_goodbye(self))
             return True
@@ -155,7 +161,7 @@ class ApartCarrier(Carrier):
         """Take note that the stream is over, which it is after a goodbye in any case."""
         if self.parting:
             self.close_socket()
-        elif self._means.closing and self.leaving and self._queue.empty:
+        elif self._means.closing and self._awaits_lane and self._queue.empty:
             self.close_socket()  # (it may have hung up in answer to our goodbye)
             self._part(lambda: Carrier._end(self, error))
         else:
@@ -225,7 +231,7 @@ class ApartCarrier(Carrier):
             self._end_parting()
             return
         lost = self._broken("to", error)
-        self.ending = True
+        self._sends_broke = self.ending = True
         self.resume()
         due = time.monotonic() + STREAM_GRACE_S
         self._progress.call_at(due, lambda: self._owner.on_end(self, lost))
