@@ -40,6 +40,7 @@ TRAIN_AND_WAIT = """
                 world.recv(0)
         world.barrier()
         print("bytes", world.transport.traffic.sent_nbytes, world.transport.traffic.received_nbytes)
+        world.barrier()  # (what comes next is not to be counted yet)
         pipe = barepp.Pipeline(
             world, barepp.mlp(4, 8), torch.nn.functional.cross_entropy, num_microbatches=4
         )
