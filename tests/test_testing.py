@@ -111,8 +111,8 @@ def test_each_fault_is_told_to_everyone(fault: str, tmp_path: Path) -> None:
     assert sorted(outcome.survivors) == [0, 2]
     for survivor in outcome.survivors.values():
         assert survivor.told == outcome.cause
-        # (On a loaded machine rank 0 may be at the next microbatch still.)
-        assert survivor.doing.startswith(("waiting for the input of ", "computing 0F"))
+        # (On a loaded machine either may be at a microbatch still.)
+        assert survivor.doing.startswith(("waiting for the input of ", "computing "))
         assert survivor.exit_code == 1 and not survivor.killed
 
 
