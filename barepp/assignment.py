@@ -119,8 +119,9 @@ class Assignment:
 
 @dataclasses.dataclass(frozen=True)
 class Pipes:
-    """The writing ends that a worker gets from the launcher."""
+    """What a worker gets of the launcher's pipes: it reads `questions` and writes to the others."""
 
+    questions: Connection
     stdout: Connection
     stderr: Connection
     result: Connection

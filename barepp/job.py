@@ -21,7 +21,7 @@ from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.foresight import preloads
 from barepp.head import HeadReferee
-from barepp.member import Member, Options, Outcome, Rank, ResultReader
+from barepp.member import Member, Options, Outcome, Rank, ResultReader, take_stacks
 from barepp.nodes import Nodes, share
 from barepp.nursery import Nursery
 from barepp.output import Output
@@ -37,6 +37,7 @@ from transport.handshake import new_secret
 from transport.rendezvous import RendezvousServer
 
 ALONE_S: Final = 1.0  # from the end of the launcher to that of its ranks
+STACKS_S: Final = 0.25  # for all ranks to tell their stacks, before they are told of a hang
 FAR_GRACE_S: Final = 2 * BEAT_S  # ranks that lose node 0's host notice that by themselves
 
 
@@ -159,7 +160,9 @@ class Job:
 
     def _start(self, number: int) -> None:
         nursery, options = self._nursery, self._options
-        readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(4)), strict=True)
+        readers, writers = zip(*(nursery.context.Pipe(duplex=False) for _ in range(5)), strict=True)
+        questions, *from_rank = readers
+        asking, *to_launcher = writers
         membership = Membership(
             number,
             options.world_size,
@@ -176,11 +179,14 @@ class Job:
         )
         assignment = Assignment(membership, self._task, nursery.parent_pid, options.rehearsal)
         process = nursery.context.Process(
-            target=be_rank, args=(assignment, Pipes(*writers)), name=f"barepp-rank-{number}"
+            target=be_rank,
+            args=(assignment, Pipes(questions, *to_launcher)),
+            name=f"barepp-rank-{number}",
         )
         nursery.start(process)
         assert process.pid is not None
-        stdout, stderr, result, stacks = (os.dup(reader.fileno()) for reader in readers)
+        kept = (os.dup(connection.fileno()) for connection in (asking, *from_rank))
+        ask, stdout, stderr, result, stacks = kept
         for connection in (*readers, *writers):
             connection.close()
         ended_fd = nursery.end_descriptor(process)
@@ -189,7 +195,7 @@ class Job:
             process=process,
             ended_fd=ended_fd,
             result=ResultReader(result),
-            stack_pipe=StackPipe(stacks, process.pid),
+            stack_pipe=StackPipe(ask, stacks, process.pid),
             pid=process.pid,
         )
         self._ranks.append(rank)
@@ -235,8 +241,7 @@ class Job:
         if self._nodes is not None and failure.cause == "lost":
             self._kill_at += FAR_GRACE_S
         if failure.cause == "hang":
-            for rank in self._ranks:
-                rank.ask_for_stacks()
+            take_stacks(self._ranks, self._watch.silent(time.monotonic()), STACKS_S)
 
     def _state_of(self, rank: int) -> str:
         member = self._members[rank]

@@ -7,11 +7,14 @@ import dataclasses
 import os
 import signal
 import struct
+import time
+from collections.abc import Collection, Iterable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Final
 
 from barepp.assignment import Rehearsal
-from barepp.stack_dump import StackPipe
+from barepp.stack_dump import POLL_S, StackPipe, StackRound
 from transport.errors import Failure
 
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
@@ -88,7 +91,7 @@ class Member:
         exit_code: the same as `status`, once all that the rank had said has been heard.
         reported: the failure that the rank itself told.
         doing: what it was about when it was told of another rank's failure.
-        stacks: its Python stacks, when it was asked for them.
+        stacks: its Python stacks before it was told of a hang, or in brackets why there are none.
         killed: whether the launcher killed it.
         cut_off: what it was about when its control connection broke, and nobody had told it a
             failure; None when it has not said so.
@@ -114,7 +117,7 @@ class Rank(Member):
 
     Attributes:
         ended_fd: is readable once the process has ended.
-        stack_pipe: where it writes its Python stacks when it is asked to; `stacks` once read.
+        stack_pipe: asks it for its Python stacks.
     """
 
     process: BaseProcess
@@ -122,11 +125,6 @@ class Rank(Member):
     result: ResultReader
     stack_pipe: StackPipe
     pid: int
-
-    def ask_for_stacks(self) -> None:
-        """Let it write its Python stack, before the news of a failure unwinds that."""
-        if self.status is None:
-            self.stack_pipe.ask()
 
     def kill(self) -> None:
         """End its process now, unless it has ended."""
@@ -142,7 +140,6 @@ class Rank(Member):
             self.process.join(KILL_WAIT_S)
         os.close(self.ended_fd)
         self.result.close()
-        self.stacks = self.stack_pipe.text()
         self.stack_pipe.close()
         with contextlib.suppress(ValueError):  # it has not ended even now
             self.process.close()
@@ -151,6 +148,20 @@ class Rank(Member):
         """End what it had started, data loaders for example, now that it has ended."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # it led a process group of its own
+
+
+def stack_pipes(ranks: Iterable[Rank]) -> dict[int, StackPipe | None]:
+    """Return whom to ask for their stacks: not the ranks whose processes have ended."""
+    return {r.rank: None if r.status is not None else r.stack_pipe for r in ranks}
+
+
+def take_stacks(ranks: Sequence[Rank], silent: Collection[int], patience_s: float) -> None:
+    """Set `stacks` of all ranks; block until all have told them, `patience_s` seconds at most."""
+    asked = StackRound(stack_pipes(ranks), time.monotonic(), silent, patience_s)
+    while not asked.advance(time.monotonic()):
+        wait([pipe.fileno() for pipe in asked.waiting_for()], POLL_S)
+    for rank in ranks:
+        rank.stacks = asked.told[rank.rank]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from barepp.lifeline import PARENT_PID
 
 PRELOAD: Final = ["barepp.preload"]
 
-REQUEST_FDS: Final = 8  # a request takes five, for a moment; `Job._start` keeps six after it
+REQUEST_FDS: Final = 8  # a request takes five, for a moment; `Job._start` keeps seven after it
 
 _borrowing = threading.Lock()  # held while something that all jobs share is replaced
 

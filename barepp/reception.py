@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from barepp.door import Caller, Door
-from barepp.member import Options, Rank
+from barepp.member import Options, Rank, stack_pipes
 from barepp.output import Output
 from barepp.report import where_all_are
 from barepp.stack_dump import POLL_S, StackRound
@@ -138,8 +138,8 @@ class Reception:
         """Let `take` be called when all ranks have told their stacks; one round serves all."""
         self._takers.append(take)
         if self._round is None:
-            pipes = {r.rank: None if r.status is not None else r.stack_pipe for r in self._ranks}
-            self._round = StackRound(pipes, time.monotonic())
+            now = time.monotonic()
+            self._round = StackRound(stack_pipes(self._ranks), now, self._watch.silent(now))
 
     def _tell_stacks(self, caller: Caller) -> None:
         assert self._round is not None and self._door is not None

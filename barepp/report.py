@@ -29,9 +29,8 @@ def report(failure: Failure, ranks: Sequence[Member]) -> str:
     if failure.traceback:
         lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
     if failure.cause == "hang":
-        unknown = "(it could not tell: it is stopped, or had ended)"
         mine = [rank for rank in ranks if isinstance(rank, Rank)]  # other launchers show their own
-        lines += _stack_lines({rank.rank: rank.stacks or unknown for rank in mine})
+        lines += _stack_lines({rank.rank: rank.stacks for rank in mine})
     for rank in ranks:
         if rank.rank != failure.rank and rank.rank not in same:
             lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")

@@ -1,14 +1,19 @@
 """Every rank's Python stack from outside, also of one that holds Python's lock or never looks up.
 
-The launcher sends `STACKS_SIGNAL`; faulthandler's handler, written in C, then writes the stacks of
-all threads into a pipe that was opened beforehand. What rests on how it does that:
+The launcher asks with a byte in a pipe; a thread of the process answers in another. Where that
+thread cannot run, the launcher sends `STACKS_SIGNAL`, and faulthandler's handler, written in C,
+writes into the same pipe. What rests on how they do that:
 
-1. The process goes on as if nothing had been. The handler calls no Python; the kernel restarts the
-   system call that it interrupted (SA_RESTART), and Python itself the few that are never restarted
-   (epoll, poll, sleep: PEP 475).
-2. The last byte is here when the process has left the handler: nothing in what it writes marks the
-   end. While it is inside, the kernel blocks the signal for the thread that runs it, the main one.
-3. Whoever does not catch the signal would die of it: such a process is not asked. Nor is one that
+1. The thread holds Python's lock while it writes, so that no stack moves. The handler does not: it
+   may read a frame of another thread that has gone meanwhile, and the process dies of SIGSEGV
+   (Python 3.11: once in 25 signals to a process with a thread that does nothing but recurse).
+   Hence the signal is only for those that have kept the lock for long, whose threads stand still.
+2. The thread puts a mark before and after what it writes, which tells the question as well.
+3. Nothing marks the end of what the handler writes; it is all here when the process has left the
+   handler. While it is inside, the kernel blocks the signal for the thread that runs it, the main
+   one. The kernel restarts the system call that it interrupted (SA_RESTART), and Python itself the
+   few that are never restarted (epoll, poll, sleep: PEP 475).
+4. Whoever does not catch the signal would die of it: such a process is not sent it. Nor is one that
    is stopped, which would write only once it goes on.
 """
 
@@ -18,9 +23,10 @@ import contextlib
 import faulthandler
 import os
 import re
+import select
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +35,11 @@ import transport
 
 STACKS_SIGNAL: Final = signal.SIGQUIT  # as for Java and Go: "tell me where you are"
 LIMIT_NBYTES: Final = 256 * 1024
+LOCKED_S: Final = 1.0  # whose thread has not answered for so long does not let go of the lock
 PATIENCE_S: Final = 2.0  # how long a process may take to write
-POLL_S: Final = 0.01  # between two looks whether it has: no event says so
+POLL_S: Final = 0.01  # between two looks whether the handler is over: no event says so
+_MARKS: Final = range(0x80, 0x100)  # bytes that are a question and mark its answer, by turns
+_ANY_MARK: Final = re.compile(rb"[\x80-\xff]")  # (faulthandler writes ASCII)
 _FRAME: Final = re.compile(r'  File "([^"]*)", line \d+ in ')
 _HOMES: Final = tuple(str(Path(m.__file__ or "").parent) for m in (transport, barepp))
 _CALLERS: Final = ("<frozen runpy>", f"{_HOMES[1]}/worker.py")
@@ -44,64 +53,113 @@ _STATES: Final = {
 }
 
 
-def write_stacks_to(fd: int) -> None:
-    """Write this process's stacks to `fd` whenever `STACKS_SIGNAL` comes; it never blocks."""
-    os.set_blocking(fd, False)
-    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True)
+def tell_stacks(questions: int, answers: int) -> None:
+    """Write this process's stacks to `answers` whenever the launcher asks; returns at once.
+
+    Both are descriptors of pipes. What does not fit into a full one is lost.
+    """
+    os.set_blocking(answers, False)
+    faulthandler.register(STACKS_SIGNAL, file=answers, all_threads=True)
+    about = questions, answers
+    threading.Thread(target=_answer, args=about, name="barepp-stacks", daemon=True).start()
+
+
+def _answer(questions: int, answers: int) -> None:
+    with contextlib.suppress(OSError):  # the launcher has gone, or the script has closed them
+        while mark := os.read(questions, 1):
+            _write_mark(answers, mark)
+            faulthandler.dump_traceback(answers, all_threads=True)
+            _write_mark(answers, mark)
+
+
+def _write_mark(fd: int, mark: bytes) -> None:
+    while True:
+        try:
+            os.write(fd, mark)
+            return
+        except BlockingIOError:  # the pipe is full
+            select.select([], [fd], [])
 
 
 class StackPipe:
-    """The launcher's end of the pipe into which process `pid` writes, as often as it is asked."""
+    """The launcher's ends of the pipes to and from process `pid`, which may be asked often."""
 
-    def __init__(self, fd: int, pid: int) -> None:
-        self._fd = fd
+    def __init__(self, questions: int, answers: int, pid: int) -> None:
+        self.signalled = False  # whether it has been sent the signal, for the last question
+        self._questions, self._answers = questions, answers
         self._pid = pid
+        self._number = 0
         self._data = b""
-        os.set_blocking(fd, False)
+        for fd in (questions, answers):
+            os.set_blocking(fd, False)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable whenever something has come."""
+        return self._answers
 
     def ask(self) -> str:
         """Let the process write its stacks; return why it cannot, in words, or "" when it can.
 
         What is still here from an earlier time is thrown away.
         """
-        status = _status(self._pid)
-        state = status.get("State", "X")[0]
+        state = _status(self._pid).get("State", "X")[0]
         if state in "TtZX":
             return _STATES.get(state, "has ended")
-        if not _signal_in(status, "SigCgt"):
-            return "does not catch SIGQUIT: it is starting still, or the script has changed that"
         self._take()
-        self._data = b""
+        self._data, self.signalled = b"", False
+        self._number = (self._number + 1) % len(_MARKS)
+        with contextlib.suppress(BlockingIOError):  # it has read no question for very long
+            try:
+                os.write(self._questions, self._mark())
+            except BrokenPipeError:
+                return "does not listen any more: it ends, or the script has closed the pipe"
+        return ""
+
+    def insist(self) -> str:
+        """Send the signal, to a process that has not answered; return why not, or ""."""
+        if not _signal_in(_status(self._pid), "SigCgt"):
+            return "is starting still, or keeps Python's lock and does not catch SIGQUIT any more"
         try:
             os.kill(self._pid, STACKS_SIGNAL)
         except ProcessLookupError:
             return "has ended"
+        self.signalled = True
         return ""
 
     def complete(self) -> bool:
         """Take what has come; whether that is all. Never blocks."""
-        # In this order: once there are bytes, the handler is running or over (rule 2), and what it
+        # In this order: once there are bytes, the handler is running or over (rule 3), and what it
         # had written when it was seen to be over is in the pipe.
         begun = bool(self._data)
         status = _status(self._pid)
         self._take()
         inside = any(_signal_in(status, field) for field in ("SigPnd", "ShdPnd", "SigBlk"))
-        return not status or (begun and not inside)
+        told = self.signalled and begun and not inside
+        return not status or told or self._data.count(self._mark()) == 2
 
     def text(self) -> str:
         """Return the stacks that have come, without our own threads; "" when there are none."""
         self._take()
-        threads = map(_of_the_script, self._data.decode(errors="replace").split("\n\n"))
+        threads = map(_of_the_script, self._newest().decode(errors="replace").split("\n\n"))
         return "\n\n".join(thread for thread in threads if thread)
 
     def close(self) -> None:
-        """Close the pipe."""
-        os.close(self._fd)
+        """Close the pipes."""
+        os.close(self._questions)
+        os.close(self._answers)
+
+    def _mark(self) -> bytes:
+        return bytes([_MARKS[self._number]])
+
+    def _newest(self) -> bytes:
+        """Return the answer to the last question; what is left of earlier ones may be before it."""
+        before, *answer = self._data.split(self._mark())
+        return answer[0] if answer and answer[0] else _ANY_MARK.split(before)[-1]
 
     def _take(self) -> None:
         left = LIMIT_NBYTES  # at one time, in case that somebody writes there without end
         with contextlib.suppress(BlockingIOError):
-            while left > 0 and (more := os.read(self._fd, left)):
+            while left > 0 and (more := os.read(self._answers, left)):
                 left -= len(more)
                 self._data = (self._data + more)[:LIMIT_NBYTES]
 
@@ -109,30 +167,48 @@ class StackPipe:
 class StackRound:
     """Asks some ranks for their stacks at one time; over when each has told, or cannot.
 
-    A rank without a pipe has ended: its process id may be another process's by now. Poll `advance`
-    until it says so; times are `time.monotonic()` seconds. `told` is then each rank's stacks, or
-    in brackets why there are none.
+    A rank without a pipe has ended: its process id may be another process's by now. `silent` are
+    ranks whose threads are known not to run. Poll `advance` until it says that the round is over;
+    times are `time.monotonic()` seconds. `told` is then each rank's stacks, or in brackets why
+    there are none.
     """
 
-    def __init__(self, pipes: Mapping[int, StackPipe | None], now: float) -> None:
-        self._until = now + PATIENCE_S
+    def __init__(
+        self,
+        pipes: Mapping[int, StackPipe | None],
+        now: float,
+        silent: Collection[int] = (),
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self._insist_at, self._until = now + LOCKED_S, now + patience_s
+        self._patience_s = patience_s
         self._asked: dict[int, StackPipe] = {}
         self.told: dict[int, str] = {}
         for rank, pipe in pipes.items():
             refusal = "has ended" if pipe is None else pipe.ask()
+            if pipe is not None and rank in silent:
+                refusal = refusal or pipe.insist()
             if pipe is not None and not refusal:
                 self._asked[rank] = pipe
             else:
                 self.told[rank] = f"(it {refusal})"
 
+    def waiting_for(self) -> list[StackPipe]:
+        """Return the pipes of those that have not told all."""
+        return list(self._asked.values())
+
     def advance(self, now: float) -> bool:
         """Take what has come; whether the round is over."""
         for rank, pipe in list(self._asked.items()):
-            if pipe.complete() or now >= self._until:
-                nothing = "(none of its threads is in the script's code)"
-                if now >= self._until:
-                    nothing = f"(it has written nothing within {PATIENCE_S:g} s)"
-                self.told[rank] = pipe.text() or nothing
+            told = ""
+            if pipe.complete():
+                told = pipe.text() or "(none of its threads is in the script's code)"
+            elif now >= self._until:
+                told = pipe.text() or f"(it has written nothing within {self._patience_s:g} s)"
+            elif now >= self._insist_at and not pipe.signalled and (refusal := pipe.insist()):
+                told = f"(it {refusal})"
+            if told:
+                self.told[rank] = told
                 del self._asked[rank]
         return not self._asked
 

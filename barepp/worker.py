@@ -35,7 +35,7 @@ from barepp.failures import exit_code_of  # noqa: E402
 from barepp.lifeline import die_with_parent, leave_terminal  # noqa: E402
 from barepp.member import CUT_OFF, LENGTH  # noqa: E402
 from barepp.probe import rehearse  # noqa: E402
-from barepp.stack_dump import write_stacks_to  # noqa: E402
+from barepp.stack_dump import tell_stacks  # noqa: E402
 from transport.control import ControlClient  # noqa: E402
 from transport.errors import JobFailed, TransportError  # noqa: E402
 from transport.rendezvous import DOING_LIMIT  # noqa: E402
@@ -48,7 +48,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     die_with_parent(assignment.parent_pid)
     leave_terminal()
     _take_streams(pipes)
-    write_stacks_to(pipes.stacks.fileno())
+    tell_stacks(pipes.questions.fileno(), pipes.stacks.fileno())
     _undo_multiprocessing()
     _forget_exit_handlers()
     joining.one_compute_thread()

@@ -15,7 +15,7 @@ from transport_worlds import eventually
 import barepp
 from barepp.beats import AT_BARRIER, Beat, beat_of
 from barepp.stack_dump import process_state
-from barepp.watch import Said, Watch
+from barepp.watch import SILENT_S, Said, Watch
 from transport.errors import WaitTimeout
 from transport.work import Traffic
 
@@ -108,6 +108,20 @@ def test_what_a_rank_said_last_is_told_with_its_age():
     assert watch.ended(0, 1.74) == "in the script's own code, 0.2 s before"
     assert watch.ended(1, 2.0) == "computing 2F3, 0.5 s before"
     assert watch.ended(2, 2.0) == watch.ended(1, 2.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("heartbeat_s", "after_s"), [(10.0, SILENT_S), (1.0, 1.0), (0.0, SILENT_S)]
+)
+def test_a_rank_is_silent_that_has_not_spoken_for_longer_than_usual(heartbeat_s, after_s):
+    watch = watch_of(4, heartbeat_s)
+    watch.beat(0, busy(0.0), 3.0)
+    watch.beat(1, None, 3.0)
+    watch.beat(2, busy(4.0), 4.0)  # (nothing has been heard of rank 3)
+    assert watch.silent(3.0 + after_s - 0.1) == []
+    assert watch.silent(3.0 + after_s) == [0, 1]
+    watch.ended(1, 5.0)
+    assert watch.silent(3.0 + after_s) == [0]
 
 
 def test_what_a_rank_says_is_told_with_the_time_when_it_said_so_first():

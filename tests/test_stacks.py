@@ -16,8 +16,9 @@ from transport_worlds import SOON_S, eventually, start
 
 from barepp.door import Door
 from barepp.errors import JobEnded
-from barepp.stack_dump import PATIENCE_S, StackPipe, StackRound, process_state
+from barepp.stack_dump import LOCKED_S, PATIENCE_S, StackPipe, StackRound, process_state
 from barepp.stacks import main
+from barepp.watch import SILENT_S
 
 EVERYWHERE = """
     import ctypes, hashlib, os, signal, time
@@ -75,23 +76,35 @@ def test_every_rank_tells_where_it_is_wherever_it_is_and_goes_on(tmp_path, capsy
     assert ended.said(3) == ["slept True"]
 
 
-def test_a_rank_without_the_handler_is_not_asked_for_it_would_die(tmp_path):
-    go = tmp_path / "go"
-    script = f"""
-        import barepp, faulthandler, os, signal, time
-        with barepp.init() as world:
-            if world.rank:
-                faulthandler.unregister(signal.SIGQUIT)
-            world.barrier()
-            while not os.path.exists("{go}"):
-                time.sleep(0.01)
-    """
-    with watched_job(tmp_path, script) as job:
-        eventually(lambda: "in the script's own code" in job.line.status()[1][1].state)
+KEEPING_THE_LOCK = """
+    import barepp, ctypes, faulthandler, os, signal
+
+    # C functions that are called with Python's lock held, and do not let go of it.
+    read = ctypes.PyDLL(None).read
+    with barepp.init() as world:
+        fifo = os.open(f"{fifo}{world.rank}", os.O_RDWR)
+        if world.rank == 1:
+            faulthandler.unregister(signal.SIGQUIT)
+        world.barrier()
+        print("read", read(fifo, ctypes.create_string_buffer(1), 1))
+"""
+
+
+def test_a_rank_that_keeps_the_lock_tells_unless_the_signal_would_end_it(tmp_path):
+    fifos = [tmp_path / f"fifo{rank}" for rank in range(2)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    text = KEEPING_THE_LOCK.replace("{fifo}", str(tmp_path / "fifo"))
+    with watched_job(tmp_path, text, heartbeat_s=60.0) as job:
+        eventually(lambda: all((rank.silent_s or 0) > SILENT_S for rank in job.line.status()[1]))
         stacks = job.line.stacks()[1]
-        assert "script.py" in stacks[0] and "does not catch SIGQUIT" in stacks[1]
-        go.touch()
-    assert job.finish().code == 0, job.finish().report
+        assert 'script.py", line 11 in <module>' in stacks[0], stacks
+        assert "does not catch SIGQUIT any more" in stacks[1], stacks
+        for fifo in fifos:
+            fifo.write_bytes(b"x")
+    ended = job.finish()
+    assert ended.code == 0, ended.report
+    assert ended.said(0) == ended.said(1) == ["read 1"]
 
 
 TRAIN = """
@@ -162,26 +175,42 @@ def test_sigquit_to_the_launcher_prints_the_stacks_and_ends_nothing(tmp_path: Pa
 # -- the pipe, by itself ---------------------------------------------------------------------------
 
 
-class Process:
-    """A process that can write its stacks to a pipe, does what `before` says, and sleeps."""
+SLEEP = 'print("ready", flush=True); time.sleep(1000)'
+# From before it is ready, this lets no other thread have Python's lock. (A signal ends the sleep.)
+KEEP_THE_LOCK = """
+            sys.setswitchinterval(1000)
+            libc = ctypes.PyDLL(None)
+            libc.puts(b"ready")
+            libc.fflush(None)
+            while True:
+                libc.sleep(1000)
+""".strip()
 
-    def __init__(self, before: str = "") -> None:
+
+class Process:
+    """A process that can write its stacks to a pipe, does what `before` says, then `at_last`."""
+
+    def __init__(self, before: str = "", at_last: str = SLEEP) -> None:
+        answers, answering = os.pipe()
+        questions, asking = os.pipe()
         code = f"""
-            import os, signal, sys, time
-            from barepp.stack_dump import write_stacks_to
-            write_stacks_to({{fd}})
+            import ctypes, os, signal, sys, threading, time
+            from barepp.stack_dump import tell_stacks
+            tell_stacks({questions}, {answering})
             {before}
-            print("ready", flush=True); time.sleep(1000)
+            {at_last}
         """
-        reader, writer = os.pipe()
-        text = textwrap.dedent(code).replace("{fd}", str(writer))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", text], pass_fds=[writer], stdout=subprocess.PIPE, cwd=ROOT
+            [sys.executable, "-c", textwrap.dedent(code)],
+            pass_fds=[questions, answering],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
         )
-        os.close(writer)
+        os.close(questions)
+        os.close(answering)
         assert self.process.stdout is not None
         self.process.stdout.readline()
-        self.pipe = StackPipe(reader, self.process.pid)
+        self.pipe = StackPipe(asking, answers, self.process.pid)
 
     def __enter__(self) -> Process:
         return self
@@ -233,21 +262,32 @@ def test_each_round_tells_what_is_true_now():
 def test_what_came_too_late_for_one_round_is_no_part_of_the_next():
     with Process() as process:
         first = run_round(process)
-        process.process.send_signal(signal.SIGQUIT)
+        process.pipe.ask()
+        process.pipe.ask()
         eventually(process.pipe.complete)
+        assert process.pipe.text() == first
+        process.pipe.ask()
+        process.pipe.insist()  # two answers to one question
+        eventually(process.pipe.complete)
+        assert process.pipe.text() == first
         assert run_round(process) == first
 
 
-def test_a_long_dump_comes_whole():
-    many_threads = """
-            import threading
-            there = threading.Barrier(41)
+DEEP = """
             def deep(n):
                 if n:
                     deep(n - 1)
                 else:
-                    there.wait()
-                    time.sleep(1000)
+                    at_the_bottom()
+"""
+
+
+def test_a_long_dump_comes_whole():
+    many_threads = f"""{DEEP}
+            there = threading.Barrier(41)
+            def at_the_bottom():
+                there.wait()
+                time.sleep(1000)
             for _ in range(40):
                 threading.Thread(target=deep, args=(15,), daemon=True).start()
             there.wait()
@@ -257,9 +297,48 @@ def test_a_long_dump_comes_whole():
             assert run_round(process).count(" in deep") == 40 * 16
 
 
+def test_a_process_whose_stacks_move_outlives_every_question():
+    """A handler that looked at them would meet frames that are gone, within some dozen signals."""
+    recursing = f"""{DEEP}
+            def at_the_bottom():
+                pass
+            def recurse():
+                while True:
+                    deep(400)
+            threading.Thread(target=recurse, daemon=True).start()
+    """
+    with Process(recursing.strip()) as process:
+        for _ in range(200):
+            assert "in <module>" in run_round(process)
+        assert process.process.poll() is None
+
+
+def test_who_keeps_the_lock_is_sent_the_signal_a_while_later_or_at_once_when_known_to():
+    with Process(at_last=KEEP_THE_LOCK) as process:
+        asked = StackRound({0: process.pipe}, 100.0)
+        assert not asked.advance(100.0 + LOCKED_S - 0.1) and not process.pipe.signalled
+        eventually(lambda: asked.advance(100.0 + LOCKED_S))
+        assert 'File "<string>", line ' in asked.told[0]
+        at_once = StackRound({0: process.pipe}, 100.0, silent=[0])
+        eventually(lambda: at_once.advance(100.0))
+        assert at_once.told == asked.told
+
+
 def test_a_process_that_never_writes_is_waited_for_a_while():
-    with Process("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})") as process:
+    block = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})"
+    with Process(block, KEEP_THE_LOCK) as process:
         asked = StackRound({0: process.pipe}, 100.0)
         assert not asked.advance(100.0 + PATIENCE_S - 0.1)
         assert asked.advance(100.0 + PATIENCE_S)
         assert asked.told == {0: f"(it has written nothing within {PATIENCE_S:g} s)"}
+
+
+def test_a_process_that_has_closed_its_pipes_is_said_to_and_goes_on():
+    def told() -> str:
+        asked = StackRound({0: process.pipe}, 100.0)
+        asked.advance(100.0 + PATIENCE_S)
+        return asked.told[0]
+
+    with Process("os.closerange(3, 100)") as process:
+        eventually(lambda: "it does not listen any more" in told())
+        assert process.process.poll() is None
