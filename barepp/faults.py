@@ -26,8 +26,8 @@ from barepp.actions import Action
 from barepp.errors import UsageError
 
 WHEN: Final = ("before", "during", "after")
-# Signals that end a process which does nothing about them. Not SIGQUIT, which asks a rank for its
-# stack, nor SIGPIPE, which Python ignores.
+# Signals that end a process which does nothing about them. Not SIGQUIT, which can ask a rank for
+# its stack, nor SIGPIPE, which Python ignores.
 DEADLY: Final = (
     *("SIGKILL", "SIGTERM", "SIGHUP", "SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE"),
     *("SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU"),

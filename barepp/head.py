@@ -25,7 +25,7 @@ from transport.rendezvous import DOING_LIMIT, RendezvousServer
 
 LAST_REPORTS_S: Final = 2.0  # after the grace, for other launchers to say how their ranks ended
 STAY_S: Final = 2.0  # after a failure, for launchers that are still on their way: they are told
-ASK_S: Final = 0.5  # for other launchers to ask their ranks for their stacks
+STACKS_S: Final = 1.25  # for other launchers to take their ranks' stacks (see stack_dump.py)
 FAREWELL_S: Final = 1.0  # for other launchers to hang up at the end
 _FORWARDED: Final = (
     EventKind.JOINED,
@@ -51,7 +51,7 @@ class HeadReferee(Referee):
         hooks = dataclasses.replace(hooks, before_told=lambda f: self._tell_nodes(f, local))
         super().__init__(members, watch, server, events, hooks, far=True)
         self._links: dict[int, Link] = {}  # by node
-        self._asked: set[int] = set()  # nodes that have asked their ranks for their stacks
+        self._told_stacks: set[int] = set()  # nodes that have taken their ranks' stacks
         self._done: set[int] = set()  # nodes that have hung up, in order or not
         self._give_up_at: float | None = None
         self._stay_until: float | None = None
@@ -192,7 +192,7 @@ class HeadReferee(Referee):
                     link.send({"record": "refused", "message": message})
                     self.fail(Failure(-1, "rendezvous", message))
             case {"record": "asked"}:
-                self._asked.add(node)
+                self._told_stacks.add(node)
             case {"record": "started", "rank": int(rank), "pid": int(pid)}:
                 self._events.write("started", self._member(node, rank).rank, pid=pid)
             case {"record": "ended", "rank": int(rank), "status": int(status), "killed": killed}:
@@ -257,22 +257,21 @@ class HeadReferee(Referee):
         return self._lost(node, f"no sign of life from it or its ranks for {silence_s:g} s")
 
     def _tell_nodes(self, failure: Failure, local: Callable[[Failure], None]) -> None:
-        grace_s = self._options.grace_s
-        now = time.monotonic()
-        self._give_up_at = now + grace_s + LAST_REPORTS_S
-        interrupted = failure.rank < 0 and failure.cause == "signal"  # Ctrl-C waits for nobody
-        self._stay_until = now if interrupted else now + STAY_S
         for node, link in self._links.items():
             if node not in self._done:
                 link.send({"record": "failure", "failure": failure.to_record()})
         local(failure)
         if failure.cause == "hang":
             self._wait_for_stacks()
+        now = time.monotonic()
+        self._give_up_at = now + self._options.grace_s + LAST_REPORTS_S
+        interrupted = failure.rank < 0 and failure.cause == "signal"  # Ctrl-C waits for nobody
+        self._stay_until = now if interrupted else now + STAY_S
 
     def _wait_for_stacks(self) -> None:
-        """Let the ranks elsewhere write their stacks before the news of the hang unwinds those."""
-        deadline = time.monotonic() + ASK_S
-        while waiting := self._links.keys() - self._done - self._asked:
+        """Let the ranks elsewhere tell their stacks before the news of the hang unwinds those."""
+        deadline = time.monotonic() + STACKS_S
+        while waiting := self._links.keys() - self._done - self._told_stacks:
             left = deadline - time.monotonic()
             poll = select.poll()
             for node in waiting:

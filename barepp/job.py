@@ -1,7 +1,7 @@
 """One job seen from its launcher: starts the ranks, serves their referee, sees that all end.
 
 The launcher is the only authority on the cause; how it finds that is in referee.py. Nothing here
-blocks but the wait for the next event, and that has a deadline.
+blocks but the wait for the next event, with a deadline, and for the stacks of a job that hangs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.foresight import preloads
 from barepp.head import HeadReferee
-from barepp.member import Member, Options, Outcome, Rank, ResultReader, take_stacks
+from barepp.member import Member, Options, Outcome, Rank, ResultReader, stack_pipes
 from barepp.nodes import Nodes, share
 from barepp.nursery import Nursery
 from barepp.output import Output
 from barepp.reception import Reception
 from barepp.referee import Hooks, Referee
 from barepp.signals import signals_to
-from barepp.stack_dump import StackPipe, process_state
+from barepp.stack_dump import StackPipe, process_state, take_stacks
 from barepp.watch import Watch
 from transport.addresses import serve, serve_at
 from transport.control import BEAT_S
@@ -37,8 +37,7 @@ from transport.handshake import new_secret
 from transport.rendezvous import RendezvousServer
 
 ALONE_S: Final = 1.0  # from the end of the launcher to that of its ranks
-STACKS_S: Final = 0.25  # for all ranks to tell their stacks, before they are told of a hang
-FAR_GRACE_S: Final = 2 * BEAT_S  # ranks that lose node 0's host notice that by themselves
+FAR_GRACE_S: Final = 2 * BEAT_S  # how much later than their launcher ranks learn of a failure
 
 
 class _InterruptedError(Exception):
@@ -237,11 +236,13 @@ class Job:
     def _before_told(self, failure: Failure) -> None:
         """The job has failed: from now on its ranks have their grace to end."""
         self._reception.close()
+        if failure.cause == "hang":  # before the news of it unwinds the stacks
+            told = take_stacks(stack_pipes(self._ranks))
+            for rank in self._ranks:
+                rank.stacks = told[rank.rank]
         self._kill_at = time.monotonic() + self._options.grace_s
-        if self._nodes is not None and failure.cause == "lost":
+        if self._nodes is not None and failure.cause in ("hang", "lost"):
             self._kill_at += FAR_GRACE_S
-        if failure.cause == "hang":
-            take_stacks(self._ranks, self._watch.silent(time.monotonic()), STACKS_S)
 
     def _state_of(self, rank: int) -> str:
         member = self._members[rank]

@@ -7,14 +7,12 @@ import dataclasses
 import os
 import signal
 import struct
-import time
-from collections.abc import Collection, Iterable, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from typing import Final
 
 from barepp.assignment import Rehearsal
-from barepp.stack_dump import POLL_S, StackPipe, StackRound
+from barepp.stack_dump import StackPipe
 from transport.errors import Failure
 
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
@@ -153,15 +151,6 @@ class Rank(Member):
 def stack_pipes(ranks: Iterable[Rank]) -> dict[int, StackPipe | None]:
     """Return whom to ask for their stacks: not the ranks whose processes have ended."""
     return {r.rank: None if r.status is not None else r.stack_pipe for r in ranks}
-
-
-def take_stacks(ranks: Sequence[Rank], silent: Collection[int], patience_s: float) -> None:
-    """Set `stacks` of all ranks; block until all have told them, `patience_s` seconds at most."""
-    asked = StackRound(stack_pipes(ranks), time.monotonic(), silent, patience_s)
-    while not asked.advance(time.monotonic()):
-        wait([pipe.fileno() for pipe in asked.waiting_for()], POLL_S)
-    for rank in ranks:
-        rank.stacks = asked.told[rank.rank]
 
 
 @dataclasses.dataclass(frozen=True)

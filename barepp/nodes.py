@@ -11,7 +11,7 @@ Records, one msgpack map a frame:
     started {rank, pid}               a process of that node has begun
     ended {rank, status, killed,      it has ended; a negative status is a signal; cut_off is what
            cut_off}                   it was about when it lost its control connection, or nil
-    asked                             it has asked its ranks for their stacks, having been told
+    asked                             it has taken its ranks' stacks, having been told
     failed {failure}                  what befell the launcher itself: Ctrl-C, for example
     event {kind, rank, …}             what node 0 has heard from a rank of that node
     judged {rank}                     it has ended, and all that it had said has been heard

@@ -138,8 +138,7 @@ class Reception:
         """Let `take` be called when all ranks have told their stacks; one round serves all."""
         self._takers.append(take)
         if self._round is None:
-            now = time.monotonic()
-            self._round = StackRound(stack_pipes(self._ranks), now, self._watch.silent(now))
+            self._round = StackRound(stack_pipes(self._ranks), time.monotonic())
 
     def _tell_stacks(self, caller: Caller) -> None:
         assert self._round is not None and self._door is not None

@@ -7,14 +7,15 @@ writes into the same pipe. What rests on how they do that:
 1. The thread holds Python's lock while it writes, so that no stack moves. The handler does not: it
    may read a frame of another thread that has gone meanwhile, and the process dies of SIGSEGV
    (Python 3.11: once in 25 signals to a process with a thread that does nothing but recurse).
-   Hence the signal is only for those that have kept the lock for long, whose threads stand still.
+   Hence the signal is only for who has not answered for long: as good as always, because one
+   thread keeps the lock, and the others stand still.
 2. The thread puts a mark before and after what it writes, which tells the question as well.
 3. Nothing marks the end of what the handler writes; it is all here when the process has left the
    handler. While it is inside, the kernel blocks the signal for the thread that runs it, the main
    one. The kernel restarts the system call that it interrupted (SA_RESTART), and Python itself the
    few that are never restarted (epoll, poll, sleep: PEP 475).
 4. Whoever does not catch the signal would die of it: such a process is not sent it. Nor is one that
-   is stopped, which would write only once it goes on.
+   blocks it or is stopped, which would write only once it goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import re
 import select
 import signal
 import threading
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
 
@@ -35,11 +38,13 @@ import transport
 
 STACKS_SIGNAL: Final = signal.SIGQUIT  # as for Java and Go: "tell me where you are"
 LIMIT_NBYTES: Final = 256 * 1024
-LOCKED_S: Final = 1.0  # whose thread has not answered for so long does not let go of the lock
+LOCKED_S: Final = 1.0  # who has not answered for so long is taken to keep the lock
 PATIENCE_S: Final = 2.0  # how long a process may take to write
+LAST_LOCKED_S: Final = 0.3  # the same where the job is about to end anyway
+LAST_PATIENCE_S: Final = 1.0
 POLL_S: Final = 0.01  # between two looks whether the handler is over: no event says so
-_MARKS: Final = range(0x80, 0x100)  # bytes that are a question and mark its answer, by turns
-_ANY_MARK: Final = re.compile(rb"[\x80-\xff]")  # (faulthandler writes ASCII)
+_MARKS: Final = range(0xF8, 0x100)  # bytes that no text in UTF-8 has, each a question by turns
+_ANY_MARK: Final = re.compile(rb"[\xf8-\xff]")
 _FRAME: Final = re.compile(r'  File "([^"]*)", line \d+ in ')
 _HOMES: Final = tuple(str(Path(m.__file__ or "").parent) for m in (transport, barepp))
 _CALLERS: Final = ("<frozen runpy>", f"{_HOMES[1]}/worker.py")
@@ -53,6 +58,9 @@ _STATES: Final = {
 }
 
 
+# -- in the process --------------------------------------------------------------------------------
+
+
 def tell_stacks(questions: int, answers: int) -> None:
     """Write this process's stacks to `answers` whenever the launcher asks; returns at once.
 
@@ -60,16 +68,24 @@ def tell_stacks(questions: int, answers: int) -> None:
     """
     os.set_blocking(answers, False)
     faulthandler.register(STACKS_SIGNAL, file=answers, all_threads=True)
-    about = questions, answers
-    threading.Thread(target=_answer, args=about, name="barepp-stacks", daemon=True).start()
+    threading.Thread(
+        target=_answer, args=(questions, answers), name="barepp-stacks", daemon=True
+    ).start()
 
 
 def _answer(questions: int, answers: int) -> None:
+    ours = _files(questions, answers)
     with contextlib.suppress(OSError):  # the launcher has gone, or the script has closed them
-        while mark := os.read(questions, 1):
+        while mark := os.read(questions, 4096)[-1:]:  # (the newest question is the one that counts)
+            if _files(questions, answers) != ours:
+                return  # the script has closed them, and files of its own have their numbers
             _write_mark(answers, mark)
             faulthandler.dump_traceback(answers, all_threads=True)
             _write_mark(answers, mark)
+
+
+def _files(*fds: int) -> list[tuple[int, int]]:
+    return [(stat.st_dev, stat.st_ino) for stat in map(os.fstat, fds)]
 
 
 def _write_mark(fd: int, mark: bytes) -> None:
@@ -78,18 +94,24 @@ def _write_mark(fd: int, mark: bytes) -> None:
             os.write(fd, mark)
             return
         except BlockingIOError:  # the pipe is full
-            select.select([], [fd], [])
+            room = select.poll()
+            room.register(fd, select.POLLOUT)
+            room.poll()
+
+
+# -- in the launcher -------------------------------------------------------------------------------
 
 
 class StackPipe:
     """The launcher's ends of the pipes to and from process `pid`, which may be asked often."""
 
     def __init__(self, questions: int, answers: int, pid: int) -> None:
-        self.signalled = False  # whether it has been sent the signal, for the last question
         self._questions, self._answers = questions, answers
         self._pid = pid
         self._number = 0
         self._data = b""
+        self._signalled_at: int | None = None  # how much had come when the signal was sent
+        self._closed = False  # whether the process has no pipe any more
         for fd in (questions, answers):
             os.set_blocking(fd, False)
 
@@ -97,45 +119,57 @@ class StackPipe:
         """Return the descriptor that is readable whenever something has come."""
         return self._answers
 
+    def refusal(self) -> str:
+        """Return why the process cannot tell its stacks, in words, or "" when it can."""
+        state = _status(self._pid).get("State", "X")[0]
+        if state in "TtZX":
+            return _STATES.get(state, "has ended")
+        return "ends, or has closed the pipe in which it is asked" if self._closed else ""
+
     def ask(self) -> str:
         """Let the process write its stacks; return why it cannot, in words, or "" when it can.
 
         What is still here from an earlier time is thrown away.
         """
-        state = _status(self._pid).get("State", "X")[0]
-        if state in "TtZX":
-            return _STATES.get(state, "has ended")
+        if refusal := self.refusal():
+            return refusal
         self._take()
-        self._data, self.signalled = b"", False
+        self._data, self._signalled_at = b"", None
         self._number = (self._number + 1) % len(_MARKS)
         with contextlib.suppress(BlockingIOError):  # it has read no question for very long
             try:
                 os.write(self._questions, self._mark())
             except BrokenPipeError:
-                return "does not listen any more: it ends, or the script has closed the pipe"
-        return ""
+                self._closed = True
+        return self.refusal()
 
     def insist(self) -> str:
-        """Send the signal, to a process that has not answered; return why not, or ""."""
-        if not _signal_in(_status(self._pid), "SigCgt"):
+        """Send the signal, once, unless an answer has begun; return why it cannot be, or ""."""
+        if refusal := self.refusal():
+            return refusal
+        self._take()
+        if self._signalled_at is not None or self._mark() in self._data:
+            return ""
+        status = _status(self._pid)
+        if not _signal_in(status, "SigCgt") or _signal_in(status, "SigBlk"):
             return "is starting still, or keeps Python's lock and does not catch SIGQUIT any more"
         try:
             os.kill(self._pid, STACKS_SIGNAL)
         except ProcessLookupError:
             return "has ended"
-        self.signalled = True
+        self._signalled_at = len(self._data)
         return ""
 
     def complete(self) -> bool:
         """Take what has come; whether that is all. Never blocks."""
         # In this order: once there are bytes, the handler is running or over (rule 3), and what it
         # had written when it was seen to be over is in the pipe.
-        begun = bool(self._data)
+        begun = self._signalled_at is not None and len(self._data) > self._signalled_at
         status = _status(self._pid)
         self._take()
         inside = any(_signal_in(status, field) for field in ("SigPnd", "ShdPnd", "SigBlk"))
-        told = self.signalled and begun and not inside
-        return not status or told or self._data.count(self._mark()) == 2
+        handled = begun and not inside
+        return not status or self._closed or handled or self._data.count(self._mark()) == 2
 
     def text(self) -> str:
         """Return the stacks that have come, without our own threads; "" when there are none."""
@@ -152,14 +186,24 @@ class StackPipe:
         return bytes([_MARKS[self._number]])
 
     def _newest(self) -> bytes:
-        """Return the answer to the last question; what is left of earlier ones may be before it."""
+        """Return the answer to the last question.
+
+        That is what the thread has written between two marks. While the second is not there, it is
+        what the handler has written, before the first; and before that is what is left of earlier
+        answers.
+        """
         before, *answer = self._data.split(self._mark())
-        return answer[0] if answer and answer[0] else _ANY_MARK.split(before)[-1]
+        handlers = _ANY_MARK.split(before)[-1]
+        return answer[0] if len(answer) > 1 else handlers or b"".join(answer)
 
     def _take(self) -> None:
         left = LIMIT_NBYTES  # at one time, in case that somebody writes there without end
         with contextlib.suppress(BlockingIOError):
-            while left > 0 and (more := os.read(self._answers, left)):
+            while left > 0:
+                more = os.read(self._answers, left)
+                if not more:
+                    self._closed = True
+                    return
                 left -= len(more)
                 self._data = (self._data + more)[:LIMIT_NBYTES]
 
@@ -167,50 +211,60 @@ class StackPipe:
 class StackRound:
     """Asks some ranks for their stacks at one time; over when each has told, or cannot.
 
-    A rank without a pipe has ended: its process id may be another process's by now. `silent` are
-    ranks whose threads are known not to run. Poll `advance` until it says that the round is over;
-    times are `time.monotonic()` seconds. `told` is then each rank's stacks, or in brackets why
-    there are none.
+    A rank without a pipe has ended: its process id may be another process's by now. Who has not
+    answered after `locked_s` seconds is sent the signal, and after `patience_s` given up. Poll
+    `advance` until it says that the round is over; times are `time.monotonic()` seconds. `told` is
+    then each rank's stacks, or in brackets why there are none.
     """
 
     def __init__(
         self,
         pipes: Mapping[int, StackPipe | None],
         now: float,
-        silent: Collection[int] = (),
+        *,
+        locked_s: float = LOCKED_S,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self._insist_at, self._until = now + LOCKED_S, now + patience_s
+        self._insist_at, self._until = now + locked_s, now + patience_s
         self._patience_s = patience_s
         self._asked: dict[int, StackPipe] = {}
         self.told: dict[int, str] = {}
         for rank, pipe in pipes.items():
             refusal = "has ended" if pipe is None else pipe.ask()
-            if pipe is not None and rank in silent:
-                refusal = refusal or pipe.insist()
             if pipe is not None and not refusal:
                 self._asked[rank] = pipe
             else:
                 self.told[rank] = f"(it {refusal})"
 
-    def waiting_for(self) -> list[StackPipe]:
-        """Return the pipes of those that have not told all."""
-        return list(self._asked.values())
+    def wait(self) -> None:
+        """Block until something has come, or until it is time for another look."""
+        wait([pipe.fileno() for pipe in self._asked.values()], POLL_S)
 
     def advance(self, now: float) -> bool:
         """Take what has come; whether the round is over."""
         for rank, pipe in list(self._asked.items()):
-            told = ""
+            refusal, nothing = "", ""
             if pipe.complete():
-                told = pipe.text() or "(none of its threads is in the script's code)"
+                nothing = pipe.refusal()
+                nothing = (
+                    f"it {nothing}" if nothing else "none of its threads is in the script's code"
+                )
             elif now >= self._until:
-                told = pipe.text() or f"(it has written nothing within {self._patience_s:g} s)"
-            elif now >= self._insist_at and not pipe.signalled and (refusal := pipe.insist()):
-                told = f"(it {refusal})"
-            if told:
-                self.told[rank] = told
+                nothing = f"it has written nothing within {self._patience_s:g} s"
+            elif now >= self._insist_at and (refusal := pipe.insist()):
+                nothing = f"it {refusal}"
+            if nothing:
+                self.told[rank] = pipe.text() or f"({nothing})"
                 del self._asked[rank]
         return not self._asked
+
+
+def take_stacks(pipes: Mapping[int, StackPipe | None]) -> dict[int, str]:
+    """Return what a whole `StackRound` tells of a job that is about to end; may block for 1 s."""
+    asked = StackRound(pipes, time.monotonic(), locked_s=LAST_LOCKED_S, patience_s=LAST_PATIENCE_S)
+    while not asked.advance(time.monotonic()):
+        asked.wait()
+    return asked.told
 
 
 def _of_the_script(thread: str) -> str:

@@ -95,11 +95,6 @@ class Watch:
             return None
         return Said(self._beats.get(rank), self._said.get(rank, heard_at), heard_at)
 
-    def silent(self, now: float) -> list[int]:
-        """Return the ranks that have not spoken for longer than usual: their threads do not run."""
-        limit_s = min(SILENT_S, self._heartbeat_s)
-        return [rank for rank, at in self._heard_at.items() if now - at >= limit_s]
-
     def ended(self, rank: int, at: float) -> str:
         """Stop to watch a rank whose process ended at `at`; return what it had said last.
 

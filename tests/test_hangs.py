@@ -15,7 +15,7 @@ from transport_worlds import eventually
 import barepp
 from barepp.beats import AT_BARRIER, Beat, beat_of
 from barepp.stack_dump import process_state
-from barepp.watch import SILENT_S, Said, Watch
+from barepp.watch import Said, Watch
 from transport.errors import WaitTimeout
 from transport.work import Traffic
 
@@ -108,20 +108,6 @@ def test_what_a_rank_said_last_is_told_with_its_age():
     assert watch.ended(0, 1.74) == "in the script's own code, 0.2 s before"
     assert watch.ended(1, 2.0) == "computing 2F3, 0.5 s before"
     assert watch.ended(2, 2.0) == watch.ended(1, 2.0) == ""
-
-
-@pytest.mark.parametrize(
-    ("heartbeat_s", "after_s"), [(10.0, SILENT_S), (1.0, 1.0), (0.0, SILENT_S)]
-)
-def test_a_rank_is_silent_that_has_not_spoken_for_longer_than_usual(heartbeat_s, after_s):
-    watch = watch_of(4, heartbeat_s)
-    watch.beat(0, busy(0.0), 3.0)
-    watch.beat(1, None, 3.0)
-    watch.beat(2, busy(4.0), 4.0)  # (nothing has been heard of rank 3)
-    assert watch.silent(3.0 + after_s - 0.1) == []
-    assert watch.silent(3.0 + after_s) == [0, 1]
-    watch.ended(1, 5.0)
-    assert watch.silent(3.0 + after_s) == [0]
 
 
 def test_what_a_rank_says_is_told_with_the_time_when_it_said_so_first():
@@ -330,6 +316,31 @@ def test_a_rank_that_keeps_pythons_lock_shows_its_stack_all_the_same(tmp_path):
     assert job.code == 124 and job.failed["rank"] == 1
     assert "has not let go of Python's lock" in job.failed["message"]
     assert 'script.py", line 5' in job.report
+
+
+def test_a_rank_that_has_kept_the_lock_for_a_second_shows_its_stack_too(tmp_path):
+    """Nobody calls it silent yet."""
+    script = """
+        import barepp, re
+        with barepp.init() as world:
+            if world.rank == 1:
+                re.match("(a+)+$", "a" * 60 + "b")
+            world.recv(1 - world.rank)
+    """
+    job = run_job(tmp_path, script, timeout_s=1.0)
+    assert job.code == 124 and "no progress" in job.failed["message"]
+    assert 'script.py", line 5' in job.report
+
+
+def test_the_grace_begins_when_the_stacks_have_been_taken(tmp_path, monkeypatch):
+    def slowly(pipes):
+        threading.Event().wait(1.0)  # twice the grace
+        return dict.fromkeys(pipes, "here")
+
+    monkeypatch.setattr("barepp.job.take_stacks", slowly)
+    job = run_job(tmp_path, WAIT_IN_A_CIRCLE)
+    assert job.code == 124 and "    here" in job.report
+    assert "was killed" not in job.report
 
 
 def test_a_rank_in_an_endless_c_call_is_found_by_the_progress_limit(tmp_path):

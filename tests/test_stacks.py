@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 from pathlib import Path
 
+import pytest
 from jobs import ROOT, assert_nothing_left, launching, run_job, watched_job
 from transport_worlds import SOON_S, eventually, start
 
 from barepp.door import Door
 from barepp.errors import JobEnded
-from barepp.stack_dump import LOCKED_S, PATIENCE_S, StackPipe, StackRound, process_state
+from barepp.stack_dump import (
+    LOCKED_S,
+    PATIENCE_S,
+    StackPipe,
+    StackRound,
+    process_state,
+    take_stacks,
+)
 from barepp.stacks import main
 from barepp.watch import SILENT_S
 
@@ -37,8 +48,8 @@ EVERYWHERE = """
             print("read", read(fifo, ctypes.create_string_buffer(1), 1))  # reads in C
         elif world.rank == 3:
             began = time.monotonic()
-            time.sleep(3)  # sleeps
-            print("slept", time.monotonic() - began >= 3)
+            time.sleep(6)  # sleeps
+            print("slept", time.monotonic() - began >= 6)
         else:
             os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -161,7 +172,7 @@ def test_sigquit_to_the_launcher_prints_the_stacks_and_ends_nothing(tmp_path: Pa
         assert running.process.stderr is not None
         for _ in range(2):
             os.killpg(running.process.pid, signal.SIGQUIT)
-            for rank in range(2):  # (what was asked for while they started told of no line yet)
+            for rank in range(2):  # (what was asked for while they started may tell of no line)
                 line = "nothing"
                 while 'script.py", line ' not in line:
                     assert line, f"no stack of rank {rank}"
@@ -176,32 +187,31 @@ def test_sigquit_to_the_launcher_prints_the_stacks_and_ends_nothing(tmp_path: Pa
 
 
 SLEEP = 'print("ready", flush=True); time.sleep(1000)'
-# From before it is ready, this lets no other thread have Python's lock. (A signal ends the sleep.)
-KEEP_THE_LOCK = """
-            sys.setswitchinterval(1000)
-            libc = ctypes.PyDLL(None)
-            libc.puts(b"ready")
-            libc.fflush(None)
-            while True:
-                libc.sleep(1000)
-""".strip()
+# On one line, so that a stack is always the same. (A signal ends the sleep.)
+KEEP_THE_LOCK = "while libc.puts(b'ready') + libc.fflush(None) + libc.sleep(1000) >= 0: pass"
 
 
 class Process:
-    """A process that can write its stacks to a pipe, does what `before` says, then `at_last`."""
+    """A process that can write its stacks to a pipe, does what `before` says, then `at_last`.
 
-    def __init__(self, before: str = "", at_last: str = SLEEP) -> None:
+    When it is here, it has written "ready". With KEEP_THE_LOCK no other of its threads runs then.
+    """
+
+    def __init__(self, before: str = "", at_last: str = SLEEP, first: str = "") -> None:
         answers, answering = os.pipe()
         questions, asking = os.pipe()
-        code = f"""
-            import ctypes, os, signal, sys, threading, time
-            from barepp.stack_dump import tell_stacks
-            tell_stacks({questions}, {answering})
-            {before}
-            {at_last}
-        """
+        lines = [
+            "import ctypes, os, signal, sys, threading, time",
+            "from barepp.stack_dump import tell_stacks",
+            "libc = ctypes.PyDLL(None)  # its functions are called with Python's lock held",
+            "sys.setswitchinterval(1000)" if at_last == KEEP_THE_LOCK else "",
+            first,
+            f"tell_stacks({questions}, {answering})",
+            textwrap.dedent(before),
+            at_last,
+        ]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)],
+            [sys.executable, "-c", "\n".join(lines)],
             pass_fds=[questions, answering],
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -211,6 +221,10 @@ class Process:
         assert self.process.stdout is not None
         self.process.stdout.readline()
         self.pipe = StackPipe(asking, answers, self.process.pid)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: "is stopped" in process_state(self.process.pid))
 
     def __enter__(self) -> Process:
         return self
@@ -248,8 +262,7 @@ def test_each_round_tells_what_is_true_now():
     with Process() as process:
         first = run_round(process)
         assert first == run_round(process) != ""
-        process.process.send_signal(signal.SIGSTOP)
-        eventually(lambda: "is stopped" in process_state(process.process.pid))
+        process.stop()
         assert run_round(process) == "(it is stopped (SIGSTOP, or a terminal))"
         process.process.send_signal(signal.SIGCONT)
         eventually(lambda: "is stopped" not in process_state(process.process.pid))
@@ -259,86 +272,155 @@ def test_each_round_tells_what_is_true_now():
         assert run_round(process) == "(it has ended)"
 
 
-def test_what_came_too_late_for_one_round_is_no_part_of_the_next():
-    with Process() as process:
-        first = run_round(process)
-        process.pipe.ask()
-        process.pipe.ask()
-        eventually(process.pipe.complete)
-        assert process.pipe.text() == first
-        process.pipe.ask()
-        process.pipe.insist()  # two answers to one question
-        eventually(process.pipe.complete)
-        assert process.pipe.text() == first
-        assert run_round(process) == first
-
-
 DEEP = """
-            def deep(n):
-                if n:
-                    deep(n - 1)
-                else:
-                    at_the_bottom()
+    def deep(n):
+        if n:
+            deep(n - 1)
+        else:
+            at_the_bottom()
+"""
+MANY_THREADS = f"""{DEEP}
+    there = threading.Barrier(81)
+    def at_the_bottom():
+        there.wait()
+        time.sleep(1000)
+    for _ in range(80):
+        threading.Thread(target=deep, args=(DEPTH,), daemon=True).start()
+    there.wait()
 """
 
 
 def test_a_long_dump_comes_whole():
-    many_threads = f"""{DEEP}
-            there = threading.Barrier(41)
-            def at_the_bottom():
-                there.wait()
-                time.sleep(1000)
-            for _ in range(40):
-                threading.Thread(target=deep, args=(15,), daemon=True).start()
-            there.wait()
-    """
-    with Process(many_threads.strip()) as process:
+    with Process(MANY_THREADS.replace("DEPTH", "7")) as process:
         for _ in range(5):
-            assert run_round(process).count(" in deep") == 40 * 16
+            assert run_round(process).count(" in deep") == 80 * 8
+
+
+def test_of_a_dump_that_fills_the_pipe_the_beginning_comes_and_its_end_is_seen():
+    """(The end is lost, unless somebody has made room meanwhile.)"""
+    with Process(MANY_THREADS.replace("DEPTH", "39")) as process:
+        for _ in range(2):
+            assert process.pipe.ask() == ""
+            eventually(lambda: unread(process.pipe.fileno()) > 60_000)
+            eventually(process.pipe.complete)
+            assert 1000 < process.pipe.text().count(" in deep") <= 80 * 40
+
+
+def unread(fd: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_a_process_whose_stacks_move_outlives_every_question():
     """A handler that looked at them would meet frames that are gone, within some dozen signals."""
     recursing = f"""{DEEP}
-            def at_the_bottom():
-                pass
-            def recurse():
-                while True:
-                    deep(400)
-            threading.Thread(target=recurse, daemon=True).start()
+    def at_the_bottom():
+        pass
+    def recurse():
+        while True:
+            deep(400)
+    threading.Thread(target=recurse, daemon=True).start()
     """
-    with Process(recursing.strip()) as process:
-        for _ in range(200):
+    with Process(recursing) as process:
+        for _ in range(100):
             assert "in <module>" in run_round(process)
         assert process.process.poll() is None
 
 
-def test_who_keeps_the_lock_is_sent_the_signal_a_while_later_or_at_once_when_known_to():
+# Times are the round's own; the process has kept the lock before it, and does so after it.
+
+
+def test_who_keeps_the_lock_is_sent_the_signal_a_while_later():
     with Process(at_last=KEEP_THE_LOCK) as process:
         asked = StackRound({0: process.pipe}, 100.0)
-        assert not asked.advance(100.0 + LOCKED_S - 0.1) and not process.pipe.signalled
+        assert not asked.advance(100.0 + LOCKED_S - 0.1)
+        assert unread(process.pipe.fileno()) == 0
         eventually(lambda: asked.advance(100.0 + LOCKED_S))
-        assert 'File "<string>", line ' in asked.told[0]
-        at_once = StackRound({0: process.pipe}, 100.0, silent=[0])
-        eventually(lambda: at_once.advance(100.0))
-        assert at_once.told == asked.told
+        assert asked.told == {0: '  File "<string>", line 8 in <module>'}
+        assert take_stacks({0: process.pipe}) == asked.told
+
+
+@pytest.mark.parametrize(
+    ("first", "before"),
+    [
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})", ""),
+        ("import faulthandler", "faulthandler.unregister(signal.SIGQUIT)"),
+    ],
+)
+def test_who_keeps_the_lock_and_does_not_take_the_signal_is_not_sent_it(first, before):
+    with Process(before, KEEP_THE_LOCK, first) as process:
+        asked = StackRound({0: process.pipe}, 100.0)
+        assert asked.advance(100.0 + LOCKED_S)
+        assert "does not catch SIGQUIT any more" in asked.told[0]
+        assert process.process.poll() is None
+
+
+def test_who_stops_or_ends_before_it_answers_is_said_to():
+    with Process(at_last=KEEP_THE_LOCK) as process:
+        asked = StackRound({0: process.pipe}, 100.0)
+        process.stop()
+        assert asked.advance(100.0 + LOCKED_S)
+        assert asked.told == {0: "(it is stopped (SIGSTOP, or a terminal))"}
+        process.process.send_signal(signal.SIGCONT)
+        eventually(lambda: "is stopped" not in process_state(process.process.pid))
+        asked = StackRound({0: process.pipe}, 100.0)
+        process.process.kill()
+        eventually(lambda: asked.advance(100.0))
+        assert asked.told[0].startswith(("(it has ended", "(it ends"))
 
 
 def test_a_process_that_never_writes_is_waited_for_a_while():
-    block = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGQUIT})"
-    with Process(block, KEEP_THE_LOCK) as process:
+    with Process("signal.signal(signal.SIGQUIT, lambda *_: None)", KEEP_THE_LOCK) as process:
         asked = StackRound({0: process.pipe}, 100.0)
         assert not asked.advance(100.0 + PATIENCE_S - 0.1)
         assert asked.advance(100.0 + PATIENCE_S)
         assert asked.told == {0: f"(it has written nothing within {PATIENCE_S:g} s)"}
 
 
-def test_a_process_that_has_closed_its_pipes_is_said_to_and_goes_on():
-    def told() -> str:
-        asked = StackRound({0: process.pipe}, 100.0)
-        asked.advance(100.0 + PATIENCE_S)
-        return asked.told[0]
+@pytest.mark.parametrize(
+    ("came", "complete", "told"),  # 1 is the mark of the last question, 0 that of the one before
+    [
+        (b"1thread1", True, "thread"),
+        (b"late01thread1", True, "thread"),
+        (b"0late01thread1", True, "thread"),
+        (b"0late0handler", False, "handler"),
+        (b"0late0handler1", False, "handler"),
+        (b"handler1thr", False, "handler"),
+        (b"handler1thread1", True, "thread"),
+        (b"1thread1handler", True, "thread"),
+        (b"1thr", False, "thr"),
+        (b"0late0", False, ""),
+        ("1thrÜ1".encode(), True, "thrÜ"),
+    ],
+)
+def test_of_all_that_comes_the_answer_to_the_last_question_is_told(came, complete, told):
+    with contextlib.ExitStack() as stack:
+        (questions, asking), (answers, answering) = os.pipe(), os.pipe()
+        for fd in (questions, answering):
+            stack.callback(os.close, fd)
+        pipe = stack.enter_context(contextlib.closing(StackPipe(asking, answers, os.getpid())))
+        assert (pipe.ask(), pipe.ask()) == ("", "")
+        before, last = (bytes([mark]) for mark in os.read(questions, 2))
+        frame = '  File "script.py", line 2 in '
+        came = re.sub(rb"(thr|handler|late)", frame.encode() + rb"\1", came)
+        os.write(answering, came.replace(b"0", before).replace(b"1", last))
+        assert (pipe.complete(), pipe.text()) == (complete, told and frame + told)
 
+
+def test_a_process_that_has_closed_its_pipes_is_said_to_and_goes_on():
     with Process("os.closerange(3, 100)") as process:
-        eventually(lambda: "it does not listen any more" in told())
+        assert run_round(process) == "(it ends, or has closed the pipe in which it is asked)"
         assert process.process.poll() is None
+
+
+def test_a_file_of_the_scripts_that_has_the_pipes_number_gets_nothing(tmp_path):
+    mine = tmp_path / "mine"
+    mine.touch()
+    reopen = f"""
+    os.closerange(3, 100)
+    while os.open({str(mine)!r}, os.O_RDWR) < 50: pass
+    """
+    with Process(reopen) as process:
+        for _ in range(3):
+            assert run_round(process) == "(it ends, or has closed the pipe in which it is asked)"
+        assert process.process.poll() is None
+    assert mine.read_bytes() == b""
