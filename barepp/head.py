@@ -25,7 +25,7 @@ from transport.rendezvous import DOING_LIMIT, RendezvousServer
 
 LAST_REPORTS_S: Final = 2.0  # after the grace, for other launchers to say how their ranks ended
 STAY_S: Final = 2.0  # after a failure, for launchers that are still on their way: they are told
-STACKS_S: Final = 1.25  # for other launchers to take their ranks' stacks (see stack_dump.py)
+STACKS_S: Final = 1.25  # for all launchers to take their ranks' stacks (see stack_dump.py)
 FAREWELL_S: Final = 1.0  # for other launchers to hang up at the end
 _FORWARDED: Final = (
     EventKind.JOINED,
@@ -257,20 +257,20 @@ class HeadReferee(Referee):
         return self._lost(node, f"no sign of life from it or its ranks for {silence_s:g} s")
 
     def _tell_nodes(self, failure: Failure, local: Callable[[Failure], None]) -> None:
+        deadline = time.monotonic() + STACKS_S
         for node, link in self._links.items():
             if node not in self._done:
                 link.send({"record": "failure", "failure": failure.to_record()})
         local(failure)
         if failure.cause == "hang":
-            self._wait_for_stacks()
+            self._wait_for_stacks(deadline)
         now = time.monotonic()
         self._give_up_at = now + self._options.grace_s + LAST_REPORTS_S
         interrupted = failure.rank < 0 and failure.cause == "signal"  # Ctrl-C waits for nobody
         self._stay_until = now if interrupted else now + STAY_S
 
-    def _wait_for_stacks(self) -> None:
+    def _wait_for_stacks(self, deadline: float) -> None:
         """Let the ranks elsewhere tell their stacks before the news of the hang unwinds those."""
-        deadline = time.monotonic() + STACKS_S
         while waiting := self._links.keys() - self._done - self._told_stacks:
             left = deadline - time.monotonic()
             poll = select.poll()

@@ -20,7 +20,7 @@ from barepp.devices import check_forking
 from barepp.errors import UsageError
 from barepp.events import EventLog
 from barepp.foresight import preloads
-from barepp.head import HeadReferee
+from barepp.head import STACKS_S, HeadReferee
 from barepp.member import Member, Options, Outcome, Rank, ResultReader, stack_pipes
 from barepp.nodes import Nodes, share
 from barepp.nursery import Nursery
@@ -37,7 +37,7 @@ from transport.handshake import new_secret
 from transport.rendezvous import RendezvousServer
 
 ALONE_S: Final = 1.0  # from the end of the launcher to that of its ranks
-FAR_GRACE_S: Final = 2 * BEAT_S  # how much later than their launcher ranks learn of a failure
+FAR_GRACE_S: Final = 2 * BEAT_S  # ranks that lose node 0's host notice that by themselves
 
 
 class _InterruptedError(Exception):
@@ -241,8 +241,8 @@ class Job:
             for rank in self._ranks:
                 rank.stacks = told[rank.rank]
         self._kill_at = time.monotonic() + self._options.grace_s
-        if self._nodes is not None and failure.cause in ("hang", "lost"):
-            self._kill_at += FAR_GRACE_S
+        if self._nodes is not None:
+            self._kill_at += {"hang": STACKS_S, "lost": FAR_GRACE_S}.get(failure.cause, 0.0)
 
     def _state_of(self, rank: int) -> str:
         member = self._members[rank]

@@ -138,7 +138,8 @@ class Reception:
         """Let `take` be called when all ranks have told their stacks; one round serves all."""
         self._takers.append(take)
         if self._round is None:
-            self._round = StackRound(stack_pipes(self._ranks), time.monotonic())
+            pipes, now = stack_pipes(self._ranks), time.monotonic()
+            self._round = StackRound(pipes, now, self._watch.heard_at)
 
     def _tell_stacks(self, caller: Caller) -> None:
         assert self._round is not None and self._door is not None

@@ -7,8 +7,8 @@ writes into the same pipe. What rests on how they do that:
 1. The thread holds Python's lock while it writes, so that no stack moves. The handler does not: it
    may read a frame of another thread that has gone meanwhile, and the process dies of SIGSEGV
    (Python 3.11: once in 25 signals to a process with a thread that does nothing but recurse).
-   Hence the signal is only for who has not answered for long: as good as always, because one
-   thread keeps the lock, and the others stand still.
+   Hence the signal is only for who has neither answered nor given another sign of life for long:
+   as good as always, because one thread keeps the lock, and the others stand still.
 2. The thread puts a mark before and after what it writes, which tells the question as well.
 3. Nothing marks the end of what the handler writes; it is all here when the process has left the
    handler. While it is inside, the kernel blocks the signal for the thread that runs it, the main
@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import re
 import select
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
@@ -43,6 +44,7 @@ PATIENCE_S: Final = 2.0  # how long a process may take to write
 LAST_LOCKED_S: Final = 0.3  # the same where the job is about to end anyway
 LAST_PATIENCE_S: Final = 1.0
 POLL_S: Final = 0.01  # between two looks whether the handler is over: no event says so
+_NOTHING: Final = "none of its threads is in the script's code"
 _MARKS: Final = range(0xF8, 0x100)  # bytes that no text in UTF-8 has, each a question by turns
 _ANY_MARK: Final = re.compile(rb"[\xf8-\xff]")
 _FRAME: Final = re.compile(r'  File "([^"]*)", line \d+ in ')
@@ -78,10 +80,11 @@ def _answer(questions: int, answers: int) -> None:
     with contextlib.suppress(OSError):  # the launcher has gone, or the script has closed them
         while mark := os.read(questions, 4096)[-1:]:  # (the newest question is the one that counts)
             if _files(questions, answers) != ours:
-                return  # the script has closed them, and files of its own have their numbers
+                break  # the script has closed them, and files of its own have their numbers
             _write_mark(answers, mark)
             faulthandler.dump_traceback(answers, all_threads=True)
             _write_mark(answers, mark)
+    faulthandler.unregister(STACKS_SIGNAL)  # the handler has the same number
 
 
 def _files(*fds: int) -> list[tuple[int, int]]:
@@ -144,20 +147,21 @@ class StackPipe:
         return self.refusal()
 
     def insist(self) -> str:
-        """Send the signal, once, unless an answer has begun; return why it cannot be, or ""."""
+        """Send the signal, unless that has been done; return why it cannot be, or ""."""
         if refusal := self.refusal():
             return refusal
-        self._take()
-        if self._signalled_at is not None or self._mark() in self._data:
+        if self._signalled_at is not None:
             return ""
         status = _status(self._pid)
         if not _signal_in(status, "SigCgt") or _signal_in(status, "SigBlk"):
             return "is starting still, or keeps Python's lock and does not catch SIGQUIT any more"
+        self._take()
+        nbytes = len(self._data)
         try:
             os.kill(self._pid, STACKS_SIGNAL)
         except ProcessLookupError:
             return "has ended"
-        self._signalled_at = len(self._data)
+        self._signalled_at = nbytes
         return ""
 
     def complete(self) -> bool:
@@ -189,8 +193,8 @@ class StackPipe:
         """Return the answer to the last question.
 
         That is what the thread has written between two marks. While the second is not there, it is
-        what the handler has written, before the first; and before that is what is left of earlier
-        answers.
+        what the handler has written, before the first or after it. At the beginning may be what is
+        left of earlier answers.
         """
         before, *answer = self._data.split(self._mark())
         handlers = _ANY_MARK.split(before)[-1]
@@ -212,21 +216,23 @@ class StackRound:
     """Asks some ranks for their stacks at one time; over when each has told, or cannot.
 
     A rank without a pipe has ended: its process id may be another process's by now. Who has not
-    answered after `locked_s` seconds is sent the signal, and after `patience_s` given up. Poll
-    `advance` until it says that the round is over; times are `time.monotonic()` seconds. `told` is
-    then each rank's stacks, or in brackets why there are none.
+    answered for `locked_s` seconds, nor given the sign of life whose time `heard_at` tells, is sent
+    the signal; after `patience_s` it is given up. Poll `advance` until it says that the round is
+    over; times are `time.monotonic()` seconds. `told` is then each rank's stacks, or in brackets
+    why there are none.
     """
 
     def __init__(
         self,
         pipes: Mapping[int, StackPipe | None],
         now: float,
+        heard_at: Callable[[int], float] = lambda rank: -math.inf,
         *,
         locked_s: float = LOCKED_S,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self._insist_at, self._until = now + locked_s, now + patience_s
-        self._patience_s = patience_s
+        self._began, self._heard_at = now, heard_at
+        self._locked_s, self._patience_s = locked_s, patience_s
         self._asked: dict[int, StackPipe] = {}
         self.told: dict[int, str] = {}
         for rank, pipe in pipes.items():
@@ -243,16 +249,15 @@ class StackRound:
     def advance(self, now: float) -> bool:
         """Take what has come; whether the round is over."""
         for rank, pipe in list(self._asked.items()):
-            refusal, nothing = "", ""
+            nothing = ""
             if pipe.complete():
-                nothing = pipe.refusal()
-                nothing = (
-                    f"it {nothing}" if nothing else "none of its threads is in the script's code"
-                )
-            elif now >= self._until:
+                refusal = pipe.refusal()
+                nothing = f"it {refusal}" if refusal else _NOTHING
+            elif now - self._began >= self._patience_s:
                 nothing = f"it has written nothing within {self._patience_s:g} s"
-            elif now >= self._insist_at and (refusal := pipe.insist()):
-                nothing = f"it {refusal}"
+            elif now - max(self._began, self._heard_at(rank)) >= self._locked_s:
+                refusal = pipe.insist()
+                nothing = f"it {refusal}" if refusal else ""
             if nothing:
                 self.told[rank] = pipe.text() or f"({nothing})"
                 del self._asked[rank]

@@ -95,6 +95,10 @@ class Watch:
             return None
         return Said(self._beats.get(rank), self._said.get(rank, heard_at), heard_at)
 
+    def heard_at(self, rank: int) -> float:
+        """Return when a rank has spoken last; minus infinity if it never has, or has ended."""
+        return self._heard_at.get(rank, -math.inf)
+
     def ended(self, rank: int, at: float) -> str:
         """Stop to watch a rank whose process ended at `at`; return what it had said last.
 

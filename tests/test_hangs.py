@@ -334,11 +334,11 @@ def test_a_rank_that_has_kept_the_lock_for_a_second_shows_its_stack_too(tmp_path
 
 def test_the_grace_begins_when_the_stacks_have_been_taken(tmp_path, monkeypatch):
     def slowly(pipes):
-        threading.Event().wait(1.0)  # twice the grace
+        threading.Event().wait(2.5)
         return dict.fromkeys(pipes, "here")
 
     monkeypatch.setattr("barepp.job.take_stacks", slowly)
-    job = run_job(tmp_path, WAIT_IN_A_CIRCLE)
+    job = run_job(tmp_path, WAIT_IN_A_CIRCLE, grace_s=2.0)
     assert job.code == 124 and "    here" in job.report
     assert "was killed" not in job.report
 

@@ -64,7 +64,10 @@ def test_every_rank_tells_where_it_is_wherever_it_is_and_goes_on(tmp_path, capsy
     with watched_job(tmp_path, text, 5, heartbeat_s=60.0) as job:
         pids = [rank.pid or 0 for rank in job.line.status()[1]]
         eventually(lambda: "is stopped" in process_state(pids[4]))
-        eventually(lambda: job.line.stacks()[0].count("rank ") == 6)  # all have said something
+        said = [
+            f"rank {rank} {what}" for rank, what in enumerate(["waits for rank 1", *3 * ["is"]])
+        ]
+        eventually(lambda: all(words in job.line.stacks()[0] for words in said))
         for _ in range(5):
             graph, stacks = job.line.stacks()
             for rank, mark in enumerate(WHERE):
@@ -337,6 +340,9 @@ def test_who_keeps_the_lock_is_sent_the_signal_a_while_later():
         eventually(lambda: asked.advance(100.0 + LOCKED_S))
         assert asked.told == {0: '  File "<string>", line 8 in <module>'}
         assert take_stacks({0: process.pipe}) == asked.told
+        beating = StackRound({0: process.pipe}, 100.0, {0: 100.0 + LOCKED_S - 0.1}.__getitem__)
+        assert not beating.advance(100.0 + LOCKED_S)
+        assert unread(process.pipe.fileno()) == 0
 
 
 @pytest.mark.parametrize(
@@ -387,7 +393,7 @@ def test_a_process_that_never_writes_is_waited_for_a_while():
         (b"handler1thr", False, "handler"),
         (b"handler1thread1", True, "thread"),
         (b"1thread1handler", True, "thread"),
-        (b"1thr", False, "thr"),
+        (b"1handler", False, "handler"),
         (b"0late0", False, ""),
         ("1thrÜ1".encode(), True, "thrÜ"),
     ],
@@ -412,15 +418,35 @@ def test_a_process_that_has_closed_its_pipes_is_said_to_and_goes_on():
         assert process.process.poll() is None
 
 
-def test_a_file_of_the_scripts_that_has_the_pipes_number_gets_nothing(tmp_path):
+CHILD = """
+    leash, mine = os.pipe()
+    os.dup2(mine, 200)  # (the child ends with us)
+    os.close(mine)
+    if os.fork() == 0:
+        os.close(200)
+        os.read(leash, 1)
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("before", ["", CHILD], ids=["alone", "a child has the pipe"])
+def test_a_file_of_the_scripts_that_has_the_pipes_number_gets_nothing(tmp_path, before):
     mine = tmp_path / "mine"
     mine.touch()
-    reopen = f"""
+    reopen = f"""{before}
     os.closerange(3, 100)
     while os.open({str(mine)!r}, os.O_RDWR) < 50: pass
     """
     with Process(reopen) as process:
-        for _ in range(3):
-            assert run_round(process) == "(it ends, or has closed the pipe in which it is asked)"
+        asked = StackRound({0: process.pipe}, 100.0)
+        eventually(lambda: not catches_the_signal(process.process.pid))
+        assert asked.advance(100.0 + LOCKED_S)
+        why = "does not catch SIGQUIT any more" if before else "has closed the pipe"
+        assert why in asked.told[0]
         assert process.process.poll() is None
     assert mine.read_bytes() == b""
+
+
+def catches_the_signal(pid: int) -> bool:
+    [mask] = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGQUIT - 1) & 1)
