@@ -22,6 +22,7 @@ from starter import eventually
 
 SURVIVE = """
     import barepp, os, signal, sys
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, perhaps before one is told
     with barepp.init() as world:
         try:
             world.barrier()
@@ -48,14 +49,14 @@ def all_of_it(request: pytest.FixtureRequest) -> None:
         pytest.skip("pytest --torchrun runs it, in three minutes")
 
 
-def torchrun(folder: Path, text: str, *flags: str, ranks: int = 4, **extra: str) -> Ended:
+def torchrun(folder: Path, text: str, *, ranks: int = 4, **extra: str) -> Ended:
     """Run a script's text under torchrun, and check that nothing of it is left."""
     script, mark, temporary = write_script(folder, text), uuid.uuid4().hex, folder / "tmp"
     temporary.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), MARK: mark, **extra}
     done = subprocess.run(
-        [*command, "--master-port", str(free_port() - 1), *flags, str(script)],
+        [*command, "--master-port", str(free_port() - 1), str(script)],
         env=environ,
         capture_output=True,
         text=True,
@@ -109,12 +110,9 @@ def test_one_cause_of_any_kind(fault: str, transport: str, tmp_path: Path) -> No
     check_fault(fault, says, tmp_path, BAREPP_TRANSPORT=transport)
 
 
-SEES_LATE = ("--monitor-interval", "3")  # (it would end the others, perhaps before they are told)
-
-
 def check_fault(fault: str, says: str, folder: Path, **extra: str) -> None:
     text = SURVIVE.format(rank=2, fault=fault)
-    ended = torchrun(folder, text, *SEES_LATE, BAREPP_HEARTBEAT="2", **extra)
+    ended = torchrun(folder, text, BAREPP_HEARTBEAT="2", **extra)
     assert ended.code == 1
     told = re.findall(r"^told .*", ended.out, re.MULTILINE)
     assert len(told) == 3 and all(f"told {says}" in line for line in told), told
