@@ -11,52 +11,53 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from barepp import testing
-    from barepp.actions import Action, Kind
-    from barepp.balancing import balance
+    from barepp.cli import __version__
     from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
-    from barepp.joining import init
-    from barepp.layer_costs import LayerCost, stage_costs
-    from barepp.models import mlp
-    from barepp.pipeline import Pipeline
-    from barepp.profiling import profile
-    from barepp.run import run
-    from barepp.scaler import LossScaler
+    from barepp.launch.run import run
+    from barepp.plan.balance import balance
+    from barepp.plan.layer_costs import LayerCost, stage_costs
+    from barepp.program.actions import Action, Kind
     from barepp.schedules import Schedule, make_schedule, schedule_names
-    from barepp.stage import Stage
-    from barepp.summary import Summary, summarise
-    from barepp.trace import write_trace
-    from barepp.world import World
+    from barepp.trace.collect import write_trace
+    from barepp.trace.summary import Summary, summarise
+    from barepp.train.layer_profiler import profile
+    from barepp.train.loss_scaler import LossScaler
+    from barepp.train.models import mlp
+    from barepp.train.pipeline import Pipeline
+    from barepp.train.stage.stage import Stage
+    from barepp.worker.init import init
+    from barepp.worker.world import World
     from transport.errors import Failure, JobFailed
 
-__version__ = "0.1.0"  # (pyproject.toml says the same: a test compares them)
 
 _HOMES = {
-    "Action": "barepp.actions",
+    "__version__": "barepp.cli",
+    "Action": "barepp.program.actions",
     "BareppError": "barepp.errors",
     "DataError": "barepp.errors",
     "Failure": "transport.errors",
     "JobFailed": "transport.errors",
-    "Kind": "barepp.actions",
-    "LayerCost": "barepp.layer_costs",
-    "LossScaler": "barepp.scaler",
+    "Kind": "barepp.program.actions",
+    "LayerCost": "barepp.plan.layer_costs",
+    "LossScaler": "barepp.train.loss_scaler",
     "PartitionError": "barepp.errors",
-    "Pipeline": "barepp.pipeline",
+    "Pipeline": "barepp.train.pipeline",
     "Schedule": "barepp.schedules",
     "ScheduleError": "barepp.errors",
-    "Stage": "barepp.stage",
+    "Stage": "barepp.train.stage.stage",
     "UsageError": "barepp.errors",
-    "World": "barepp.world",
-    "balance": "barepp.balancing",
-    "init": "barepp.joining",
+    "World": "barepp.worker.world",
+    "balance": "barepp.plan.balance",
+    "init": "barepp.worker.init",
     "make_schedule": "barepp.schedules",
-    "mlp": "barepp.models",
-    "profile": "barepp.profiling",
-    "run": "barepp.run",
+    "mlp": "barepp.train.models",
+    "profile": "barepp.train.layer_profiler",
+    "run": "barepp.launch.run",
     "schedule_names": "barepp.schedules",
-    "Summary": "barepp.summary",
-    "stage_costs": "barepp.layer_costs",
-    "summarise": "barepp.summary",
-    "write_trace": "barepp.trace",
+    "Summary": "barepp.trace.summary",
+    "stage_costs": "barepp.plan.layer_costs",
+    "summarise": "barepp.trace.summary",
+    "write_trace": "barepp.trace.collect",
 }
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "Summary",
     "UsageError",
     "World",
+    "__version__",
     "balance",
     "init",
     "make_schedule",

@@ -1,6 +1,6 @@
 """`python -m barepp.stacks`: where every rank of a running job is, and who waits for whom.
 
-The job goes on meanwhile. How the stacks get here is in stack_dump.py. Exit code: 0; 2 when there
+The job goes on meanwhile. How the stacks get here is in stacks.py. Exit code: 0; 2 when there
 is no job to ask, or more than one and none is chosen; 130 after Ctrl-C, which ends no job.
 """
 
@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from barepp.ask import add_job_argument, line_to
-from barepp.command import reader_is_gone
+from barepp.cli import reader_is_gone
 from barepp.errors import BareppError
-from barepp.report import where_all_are
+from barepp.monitor.client import add_job_argument, line_to
+from barepp.monitor.stacks import where_all_are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,21 +9,18 @@ than one and none is chosen.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from barepp.ask import Line, add_job_argument, line_to
-from barepp.command import reader_is_gone
+from barepp.cli import reader_is_gone
 from barepp.errors import BareppError, JobEnded
-from barepp.output import Output
-from barepp.picture import MIN_INTERVAL_S, as_object, interval, picture
-from barepp.readings import Reading, Readings
-from barepp.screen import Screen, size_of
-from barepp.status import JobStatus
+from barepp.monitor.client import add_job_argument, line_to
+from barepp.monitor.rates import RankRates, looks
+from barepp.monitor.status import JobStatus
+from barepp.monitor.table import as_object, interval, picture
+from barepp.monitor.terminal import Screen, size_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,50 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def looks(
-    line: Line, interval_s: float, stop: threading.Event
-) -> Iterator[tuple[JobStatus, list[Reading]]]:
-    """Yield what can be seen of a job, every `interval_s` seconds until `stop` is set.
-
-    Raises:
-        JobEnded, NobodyAnswers: there is nothing more to see.
-    """
-    job, ranks = line.status()
-    readings = Readings(local=line.launcher_pid == job.pid)
-    yield job, readings.take(ranks)
-    while not stop.wait(interval_s):
-        job, ranks = line.status()
-        yield job, readings.take(ranks)
-
-
-@contextlib.contextmanager
-def watching(output: Output, interval_s: float) -> Iterator[None]:
-    """Show the job that this process launches in the block, below what its ranks print."""
-    stop = threading.Event()
-    thread = threading.Thread(
-        target=_watch_own_job, args=(output, interval_s, stop), name="barepp-watch", daemon=True
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        output.let_stand()
-
-
-def _watch_own_job(output: Output, interval_s: float, stop: threading.Event) -> None:
-    while not stop.wait(MIN_INTERVAL_S):
-        with (
-            contextlib.suppress(BareppError),  # it has not started yet, or has just ended
-            line_to(str(os.getpid())) as line,
-        ):
-            for job, readings in looks(line, interval_s, stop):
-                columns, height = size_of(2) or (None, None)
-                output.show_below(picture(job, readings, columns, height), columns)
-
-
-def _show_as_json(job: JobStatus, readings: Sequence[Reading]) -> None:
+def _show_as_json(job: JobStatus, readings: Sequence[RankRates]) -> None:
     print(json.dumps(as_object(job, readings)), flush=True)
 
 
@@ -104,7 +58,7 @@ class _Shown:
     def __init__(self) -> None:
         self._screen = Screen()
 
-    def __call__(self, job: JobStatus, readings: Sequence[Reading]) -> None:
+    def __call__(self, job: JobStatus, readings: Sequence[RankRates]) -> None:
         size = size_of(sys.stdout.fileno()) if sys.stdout.isatty() else None
         if size is None:
             print("\n".join(picture(job, readings)), end="\n\n", flush=True)

@@ -14,9 +14,10 @@ The net is that of the other steps, but wider, and its third layer is a block of
 width: as much work as eight of the others. As many layers in each stage is then not as much work in
 each stage, and all wait for the slowest, in every microbatch.
 
-So measure the layers, one after the other, each as a stage of its own (barepp/profiling.py); then
-cut where the slowest stage is as fast as it can be (barepp/balancing.py). What that will bring, the
-simulator says before anything is trained. In a script of your own all this is
+So measure the layers, one after the other, each as a stage of its own
+(barepp/train/layer_profiler.py); then cut where the slowest stage is as fast as it can be
+(barepp/plan/balance.py). What that will bring, the simulator says before anything is trained. In a
+script of your own all this is
 
     barepp.Pipeline(…, partition="balanced", sample=(inputs, targets))
 
@@ -40,8 +41,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import barepp
-from barepp.models import LayerBuilder, LinearReLU
-from barepp.simulate import simulate
+from barepp.plan.simulate import simulate
+from barepp.train.models import LayerBuilder, LinearReLU
 from transport.collectives import broadcast
 
 DEFAULTS = training.Flags(steps=60, batch=256, hidden=256)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from barepp.errors import DataError, UsageError
-from barepp.seeding import derive_seed
+from barepp.train.stage.seeding import derive_seed
 
 DIGITS = Path(__file__).parent / "data" / "digits.csv.gz"
 NUM_ROWS = 1797

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import barepp
-from barepp.joining import by_itself
+from barepp.worker.init import by_itself
 
 F = TypeVar("F")
 

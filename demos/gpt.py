@@ -37,8 +37,8 @@ from gpt_model import gpt, loss_fn
 from torch import Tensor
 
 import barepp
-from barepp.breakdown import RankTimes, table
-from barepp.seeding import derive_seed
+from barepp.trace.step_breakdown import RankTimes, table
+from barepp.train.stage.seeding import derive_seed
 from transport.collectives import broadcast
 
 HELD_OUT = 0.05  # of the text, at its end

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from barepp.models import LayerBuilder
+from barepp.train.models import LayerBuilder
 
 NUM_BYTES = 256
 

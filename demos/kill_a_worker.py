@@ -17,7 +17,8 @@ fault comes from outside. Choose another one:
     python demos/kill_a_worker.py --fault SIGSTOP --heartbeat 2
 
 `--at` is an action as `python -m barepp.plan --schedule 1f1b --stages 4 --microbatches 8` draws it;
-barepp/faults.py lists what can happen to a rank. A test of your own script is as short:
+barepp/worker/faults/kinds.py lists what can happen to a rank. A test of your own script is as
+short:
 
     outcome = barepp.testing.run_with_fault("train.py", world=4, rank=2, at="2F3")
     outcome.check(told_within_s=1.0)

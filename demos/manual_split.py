@@ -6,7 +6,8 @@ ends with
 
     34 of 34 gradients are those of the whole net, bit for bit
 
-What has to be handed over, and nothing else (barepp/boundary.py does the same between processes):
+What has to be handed over, and nothing else (barepp/train/stage/boundary.py does the same between
+processes):
 
     front half                              back half
     images → 8 layers → output ──[1]──→ received → 8 layers and the head → loss

@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn import functional
 
 import barepp
-from barepp.lowering import Step, lower
-from barepp.recorder import Recorder, Times
-from barepp.seeding import derive_seed
+from barepp.program.lowering import Step, lower
+from barepp.trace.recorder import Recorder, Times
+from barepp.train.stage.seeding import derive_seed
 
 
 def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:

@@ -17,9 +17,9 @@ from flags import check_at_least, check_positive, check_writable, run_demo
 from torch.nn import functional
 
 import barepp
-from barepp.breakdown import RankTimes, own_time, table
-from barepp.precision import HALVES
-from barepp.simulate import Costs, simulate
+from barepp.plan.simulate import Costs, simulate
+from barepp.trace.step_breakdown import RankTimes, own_time, table
+from barepp.train.stage.autocast import HALVES
 from transport.collectives import broadcast
 
 NUM_PROGRESS_LINES = 10

@@ -30,7 +30,8 @@ The gain shows where a layer's work outweighs the call into autograd that I take
 some 30 µs. The layers of this net do not: barepp/README.md has the figures.
 
 Qi et al. (2023), "Zero Bubble Pipeline Parallelism", section 2.2; what they call B is our I. The
-order itself is barepp/schedules/zb_h1.py; how a backward comes apart, barepp/backward.py.
+order itself is barepp/schedules/zb_h1.py; how a backward comes apart,
+barepp/train/stage/backward.py.
 """
 
 from functools import partial

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import troubles
 from troubles import CALLEE_NBYTES, CALLER_NBYTES, RENDEZVOUS, Act, Fault, Layout, Pace, Trouble
 
-from transport.handshake import HELLO
+from transport.sockets.handshake import HELLO
 
 if TYPE_CHECKING:
     from proxy import Address, Switch

@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from transport.gpu import CPU
-from transport.tensors import TensorSpec, bytes_type, tensor_over
+from transport.device import CPU
+from transport.message.specs import TensorSpec
+from transport.message.tensors import bytes_type, tensor_over
 
 MEMORY_NBYTES = 16 * 2**30  # of addresses; the kernel gives pages to what is touched
 MAX_EVENTS = 4096  # that are shared, of one GPU
@@ -128,7 +129,7 @@ class FakeMemory:
 
 
 class FakeGpu:
-    """What `transport.gpu.Gpu` asks for, and what a test needs to put numbers there and back."""
+    """What `transport.device.Gpu` asks for, and what a test needs to put numbers there and back."""
 
     device = CPU
 

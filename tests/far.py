@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import transport_worlds
 from hosts import IPV4, Hosts, enter
 
-import transport.call
-from transport.addresses import Address, dial
-from transport.tcp import TcpTransport
+import transport.sockets.dialer
+from transport.sockets.addresses import Address, dial
+from transport.sockets.transport import TcpTransport
 
 
 def arrange(delay_s: float) -> Hosts:
@@ -41,7 +41,7 @@ def arrange(delay_s: float) -> Hosts:
             return dial(address, unix=False)
 
     transport_worlds.SOCKETS["tcp"] = FarTcpTransport
-    transport.call.dial = far_dial
+    transport.sockets.dialer.dial = far_dial
     return hosts
 
 

@@ -22,16 +22,16 @@ import transport_worlds as worlds
 from fuzz_targets import LIMITS, RECORDS, SECRET, assert_shown
 from mutations import EDGES, altered, changed, cut, frame, message_meta, packed, stream
 
-from transport.addresses import Address
-from transport.arena import ALIGNMENT
 from transport.errors import InternalError, ProtocolError, TransportClosed, TransportError
-from transport.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
-from transport.listener import Listener
-from transport.notes import hear
-from transport.records import RecordStream
-from transport.rendezvous import EventKind, RendezvousServer
-from transport.tensors import MessageSpec
-from transport.wire import OFF_STREAM, FrameKind
+from transport.message.specs import MessageSpec
+from transport.rendezvous.server import EventKind, RendezvousServer
+from transport.shm.arena import ALIGNMENT
+from transport.sockets.addresses import Address
+from transport.sockets.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
+from transport.sockets.listener import Listener
+from transport.torch_dist.transport import hear
+from transport.wire.format import OFF_STREAM, FrameKind
+from transport.wire.records import RecordStream
 
 PATIENCE_S: Final = 20.0
 

@@ -13,19 +13,15 @@ from typing import Final
 import msgpack
 from mutations import altered, changed, cut, message_meta, packed, stream
 
-from barepp.beats import Beat
-from barepp.watch import Watch
-from transport.addresses import Address
-from transport.connection import _read_meta
-from transport.decoder import Decoder, PayloadDone
-from transport.errors import (
-    AuthenticationError,
-    Failure,
-    ProtocolError,
-)
-from transport.handshake import Acceptor, Hello, Initiator, Role, Verdict
-from transport.tensors import MessageSpec
-from transport.wire import Frame, FrameKind, Limits
+from barepp.launch.hang_detector import HangDetector
+from barepp.worker.heartbeat import Heartbeat
+from transport.errors import AuthenticationError, Failure, ProtocolError
+from transport.message.specs import MessageSpec
+from transport.sockets.addresses import Address
+from transport.sockets.connection import _read_meta
+from transport.sockets.handshake import Acceptor, Hello, Initiator, Role, Verdict
+from transport.wire.decoder import Decoder, PayloadDone
+from transport.wire.format import Frame, FrameKind, Limits
 
 SECRET: Final = bytes(range(32))
 LIMITS: Final = Limits(meta_nbytes=64 * 1024, payload_nbytes=1024 * 1024)
@@ -155,10 +151,10 @@ def words(rng: random.Random) -> bool:
 
 def watched(rng: random.Random) -> bool:
     """Let two ranks say anything of themselves, and the launcher judge by it."""
-    watch = Watch(range(2), 1e300, 0.5, lambda rank: "")
+    watch = HangDetector(range(2), 1e300, 0.5, lambda rank: "")
     accepted = False
     for now in range(6):
-        beat = Beat.from_record(msgpack.unpackb(msgpack.packb(altered(rng, BEAT, 0.05))))
+        beat = Heartbeat.from_record(msgpack.unpackb(msgpack.packb(altered(rng, BEAT, 0.05))))
         accepted = accepted or beat is not None
         watch.beat(now % 2, beat, float(now))
         hang = watch.check(float(now))

@@ -14,8 +14,8 @@ from typing import Any
 from fake_gpu import FakeGpu
 
 from transport.errors import TransportClosed
-from transport.handshake import new_secret
-from transport.tcp import TcpTransport
+from transport.sockets.handshake import new_secret
+from transport.sockets.transport import TcpTransport
 
 LIMIT_S = 60.0
 

@@ -23,15 +23,15 @@ from typing import Any
 
 import psutil
 
-from barepp.ask import Line, doors
-from barepp.assignment import Script
-from barepp.census import Census
 from barepp.errors import JobEnded
-from barepp.events import EventLog
-from barepp.job import Job
-from barepp.member import Options, Outcome
-from barepp.output import Output
-from barepp.report import tell
+from barepp.launch.job import Job
+from barepp.launch.output import Output
+from barepp.launch.processes.rank_process import Outcome
+from barepp.launch.report import tell
+from barepp.monitor.client import Line, socket_names
+from barepp.testing.leaks import LeakCheck
+from barepp.worker.event_log import EventLog
+from barepp.worker.spec import Options, Script
 
 ROOT = Path(__file__).parent.parent
 MARK = "BAREPP_TEST_MARK"  # an environment variable that a job's processes inherit
@@ -120,7 +120,7 @@ def watched_job(folder: Path, text: str, world_size: int = 2, **options: Any) ->
         target=lambda: ended.append(run_job(folder, text, world_size, **options))
     )
     thread.start()
-    while not (own := [door for door in doors() if door.pid == os.getpid()]):
+    while not (own := [door for door in socket_names() if door.pid == os.getpid()]):
         assert thread.is_alive(), ended[0].report
         time.sleep(0.01)
     with Line(own[0]) as line:
@@ -258,7 +258,7 @@ def listening_at(pids: Iterable[int]) -> set[str]:
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
     """Check that a block leaves no thread, descriptor, child or shared memory in this process."""
-    census = Census()
+    census = LeakCheck()
     yield
     assert not census.leftovers()
 

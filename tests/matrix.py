@@ -12,9 +12,9 @@ from typing import Final
 import torch
 
 import barepp
-from barepp.actions import Order
-from barepp.faults import WHEN
-from barepp.world import World
+from barepp.program.actions import Order
+from barepp.worker.faults.kinds import WHEN
+from barepp.worker.world import World
 from transport.errors import UnknownTransport
 from transport.registry import transport_class, transport_names
 

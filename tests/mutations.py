@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import msgpack
 
-from transport.tensors import DTYPES
-from transport.wire import MAGIC, SIGNED
+from transport.message.tensors import DTYPES
+from transport.wire.format import MAGIC, SIGNED
 
 EDGES: Final = [0, 1, -1, 2, 127, 128, 255, 256, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**32]
 EDGES += [2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**31), -(2**63)]

@@ -14,11 +14,11 @@ from proxy import Network
 from transport_worlds import SOCKETS
 from troubles import RENDEZVOUS, Trouble
 
-import barepp.job
-from transport.addresses import Address
+import barepp.launch.job
 from transport.errors import TransportClosed
-from transport.handshake import new_secret
-from transport.rendezvous import RendezvousServer
+from transport.rendezvous.server import RendezvousServer
+from transport.sockets.addresses import Address
+from transport.sockets.handshake import new_secret
 
 
 @contextlib.contextmanager
@@ -79,5 +79,5 @@ def job(
     """Run a script as `run_job` does, over TCP, with the network in between."""
     fronts = network.arrange(world_size, troubles)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(barepp.job, "RendezvousServer", behind(network, fronts))
+        patch.setattr(barepp.launch.job, "RendezvousServer", behind(network, fronts))
         return run_job(folder, text, world_size, transport="tcp", **options)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from transport.cuda_ipc import CudaIpcTransport
+from transport.cuda.transport import CudaIpcTransport
 from transport.inproc import InprocTransport
-from transport.shm import ShmTransport
-from transport.tcp import TcpTransport
-from transport.tensors import Message, fillable
+from transport.message.specs import Message
+from transport.message.tensors import fillable
+from transport.shm.transport import ShmTransport
+from transport.sockets.transport import TcpTransport
 
 
 def each(function: Any, message: Any) -> Any:

@@ -5,7 +5,7 @@ W. LOOP (the V shape) has stages 0 and 3 on rank 0, so that stages 1 and 2 are n
 and one backward is whole while the others are split.
 """
 
-from barepp.actions import parse_order
+from barepp.program.actions import parse_order
 
 INTERLEAVED = parse_order(
     [

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transport.gpu import CPU, Cuda
+from transport.cuda.device import Cuda
+from transport.device import CPU
 
 THERE = torch.cuda.device_count() > 0  # (by NVML: CUDA is not initialised)
 needs_cuda = [

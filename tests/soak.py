@@ -34,7 +34,7 @@ BLOCKS = 200  # Python's caches; an object that is kept each step is more, in a 
 
 SCRIPT = """
     import barepp, gc, json, os, psutil, sys, torch
-    from barepp.recorder import Recorder
+    from barepp.trace.recorder import Recorder
     STEPS, EVERY = {steps}, {every}
     def look(step, process):
         with process.oneshot():

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barepp.boundary import Gradient, Value
-from barepp.models import LayerBuilder
-from barepp.partition import partition
-from barepp.stage import Stage
+from barepp.plan.partition import partition
+from barepp.train.models import LayerBuilder
+from barepp.train.stage.boundary import Gradient, Value
+from barepp.train.stage.stage import Stage
 
 
 def every_partition(num_layers: int) -> list[list[int]]:

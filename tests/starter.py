@@ -113,8 +113,7 @@ def main() -> None:
     """Be that process until its stdin ends."""
     import torch._dynamo  # noqa: F401  (every optimizer imports it)
 
-    import barepp.adopted
-    import barepp.pipeline  # noqa: F401
+    import barepp.train.pipeline  # noqa: F401
 
     for line in sys.stdin.buffer:
         name, *arguments = json.loads(line)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from barepp.actions import Action, Kind, order_text, parse_order
 from barepp.errors import ScheduleError
+from barepp.program.actions import Action, Kind, order_text, parse_order
 
 
 @pytest.mark.parametrize("kind", list(Kind))

@@ -28,10 +28,10 @@ from torch.nn import functional
 from zoo import Model, layer, linear
 
 import barepp
-from barepp.profiling import profile
-from barepp.recompute import RECOMPUTE
-from barepp.seeding import derive_seed
-from barepp.stage import Stage
+from barepp.train.layer_profiler import profile
+from barepp.train.stage.recompute import RECOMPUTE
+from barepp.train.stage.seeding import derive_seed
+from barepp.train.stage.stage import Stage
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from zoo import ZOO, Model, data, layer, linear
 
-from barepp.backward import _TORCH_HAS_EDGES
 from barepp.errors import ScheduleError
-from barepp.microbatch import microbatch_sizes, split
-from barepp.models import LayerBuilder
-from barepp.stage import Stage
+from barepp.train.batch import microbatch_sizes, split
+from barepp.train.models import LayerBuilder
+from barepp.train.stage.backward import _TORCH_HAS_EDGES
+from barepp.train.stage.stage import Stage
 
 ROWS, MICROBATCHES = 11, 4  # 3, 3, 3, 2
 
@@ -268,7 +268,7 @@ def test_each_part_frees_what_the_other_does_not_need() -> None:
         gc.enable()
 
 
-@pytest.mark.skipif(not _TORCH_HAS_EDGES, reason="see barepp/backward.py")
+@pytest.mark.skipif(not _TORCH_HAS_EDGES, reason="see barepp/train/stage/backward.py")
 def test_an_output_is_not_kept_for_its_place_in_the_graph() -> None:
     made: list[weakref.ref] = []
 

@@ -24,13 +24,13 @@ from barepp.bench import bubbles as bubbles_bench
 from barepp.bench import growth as growth_bench
 from barepp.bench import start as start_bench
 from barepp.bench import training
-from barepp.bench.alone import Alone
 from barepp.bench.case import Case
 from barepp.bench.figures import growth, ratio, spread, table
-from barepp.bench.member import serve
-from barepp.bench.ours import Ours
-from barepp.bench.teams import BenchError, Conductor, environment, step_times
-from barepp.world import World
+from barepp.bench.teams.barepp_rank import Ours
+from barepp.bench.teams.conductor import BenchError, Conductor, environment, step_times
+from barepp.bench.teams.member import serve
+from barepp.bench.teams.one_process import Alone
+from barepp.worker.world import World
 from transport.inproc import InprocHub, InprocTransport
 
 TINY = Case(layers=3, hidden=8, batch=6, microbatches=3)

@@ -15,13 +15,13 @@ import pytest
 from jobs import LIMIT_S, ROOT
 from starter import eventually
 
-from barepp.bench import faults_run
 from barepp.bench.__main__ import main
-from barepp.bench.faults_kinds import FAULTS, NO_FAULT, VICTIM
-from barepp.bench.faults_run import Seen, watch
-from barepp.bench.faults_table import BAREPP, TORCH, is_right, root_cause, row_of
+from barepp.bench.faults import watch as faults_run
+from barepp.bench.faults.kinds import FAULTS, NO_FAULT, VICTIM
+from barepp.bench.faults.table import BAREPP, TORCH, is_right, root_cause, row_of
+from barepp.bench.faults.watch import Seen, watch
 from barepp.errors import BareppError
-from barepp.failures import failure_of, failure_of_exit
+from barepp.worker.failures import failure_of, failure_of_exit
 from transport.errors import Failure, JobFailed
 
 # -- one real run ----------------------------------------------------------------------------------
@@ -288,5 +288,5 @@ def test_every_fault_says_what_its_launcher_owes():
     for name, fault in FAULTS.items():
         assert fault.name == name and fault.words and fault.theirs and fault.code
         assert VICTIM not in fault.told or fault.code in (130, 137)
-    assert os.path.basename(faults_run.barepp_command(FAULTS["stop"])[-1]) == "faults_barepp.py"
+    assert os.path.basename(faults_run.barepp_command(FAULTS["stop"])[-1]) == "script_barepp.py"
     assert "--heartbeat" in faults_run.barepp_command(FAULTS["stop"])

@@ -9,8 +9,10 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, start
 
-from transport import mailbox, progress, tensors
-from transport.addresses import (
+from transport.errors import WaitTimeout
+from transport.message import mailbox, tensors
+from transport.sockets import event_loop as progress
+from transport.sockets.addresses import (
     BUFFER_NBYTES,
     BUFFER_OF_LARGE_NBYTES,
     LARGE_NBYTES,
@@ -18,7 +20,6 @@ from transport.addresses import (
     tune,
     tune_for,
 )
-from transport.errors import WaitTimeout
 
 
 def set_to(nbytes: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from barepp.canonical import ALIGNMENT, canonical, canonical_output
+from barepp.train.stage.canonical import ALIGNMENT, canonical, canonical_output
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.complex64, torch.int64, torch.bool]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import barepp
-from barepp.clocks import EXCHANGES, Reading, clock_name, compare_clocks, on_rank_0s_clock
+from barepp.trace.clock_sync import EXCHANGES, Reading, clock_name, compare_clocks, on_rank_0s_clock
 
 SECOND = 1_000_000_000
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transport_worlds import NAMES, SOON_S, on_all_ranks, start, world
 
+from transport.base import Transport
 from transport.collectives import all_reduce, barrier, broadcast
-from transport.contract import Transport
 from transport.errors import (
     InvalidArgument,
     MessageMismatch,

@@ -22,13 +22,13 @@ from fake_gpu import FakeGpu
 from gpu_ranks import processes, told
 from transport_worlds import SOON_S, eventually, on_all_ranks, start
 
-from transport import ipc_arena
-from transport.cuda_ipc import CudaIpcTransport
+from transport.cuda import ipc_sender as ipc_arena
+from transport.cuda.ipc_sender import SLOTS, TABLE_NBYTES
+from transport.cuda.transport import CudaIpcTransport
 from transport.errors import DeviceError, PeerLeft, PeerLost, ProtocolError, UnknownTransport
-from transport.ipc_arena import SLOTS, TABLE_NBYTES
+from transport.message.tensors import prepare
 from transport.registry import AUTO_ON_GPU, NEED_GPU, transport_class
-from transport.tensors import prepare
-from transport.wire import FrameKind
+from transport.wire.format import FrameKind
 
 LATE_S = 0.004
 BIG = 150_000

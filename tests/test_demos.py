@@ -16,10 +16,10 @@ from conftest import ROOT
 from traces import check_format
 
 from barepp import LayerCost, balance, make_schedule
-from barepp.plan import main as plan
-from barepp.show import main as show
-from barepp.simulate import Costs, simulate
-from barepp.tracereader import read_trace
+from barepp.plan.__main__ import main as plan
+from barepp.plan.simulate import Costs, simulate
+from barepp.timeline import main as show
+from barepp.trace.chrome_reader import read_trace
 
 DEMOS = ROOT / "demos"
 PIPELINES = {

@@ -17,18 +17,18 @@ from torch import nn
 from traces import check_format
 
 import barepp
-from barepp.breakdown import RankTimes
-from barepp.clocks import on_rank_0s_clock
-from barepp.device_clock import HOST_CLOCK, DeviceClock, clock_of, took_s
-from barepp.device_recorder import MOST_DEFERRED, DeviceRecorder, recorder_for
-from barepp.measured import copies, measured, rank_times
-from barepp.optimizers import watch_optimizers
-from barepp.recorder import Recorder
-from barepp.show import main as show
-from barepp.summary import summarise
-from barepp.trace import told_weakly, write_trace
-from barepp.tracereader import read_trace
-from transport.gpu import Copy
+from barepp.timeline import main as show
+from barepp.trace.analysis import copies, measured, rank_times
+from barepp.trace.chrome_reader import read_trace
+from barepp.trace.clock_sync import on_rank_0s_clock
+from barepp.trace.collect import told_weakly, write_trace
+from barepp.trace.device_clock import HOST_CLOCK, DeviceClock, clock_of, took_s
+from barepp.trace.device_recorder import MOST_DEFERRED, DeviceRecorder, recorder_for
+from barepp.trace.optimizer_hooks import watch_optimizers
+from barepp.trace.recorder import Recorder
+from barepp.trace.step_breakdown import RankTimes
+from barepp.trace.summary import summarise
+from transport.device import Copy
 
 MS = 1_000_000
 US = 1_000

@@ -11,13 +11,14 @@ import pytest
 import torch
 from gpus import why_no_gpu
 from jobs import LIMIT_S, ROOT, launch
-from test_adopted import free_port
+from test_external import free_port
 
 import barepp
-from barepp import devices, threads
-from barepp.devices import chosen_device, num_gpus, on_gpus
-from barepp.environment import options_from
-from transport import gpu as gpu_module
+from barepp.launch import threads
+from barepp.worker import devices
+from barepp.worker.devices import chosen_device, num_gpus, on_gpus
+from barepp.worker.external.environment import options_from
+from transport.cuda import device as gpu_module
 from transport.errors import JobFailed, UnknownTransport
 from transport.registry import NEED_GPU, transport_names
 
@@ -105,7 +106,7 @@ def counts_of(found: list[int]):
 
 
 def test_a_rank_without_a_gpu_keeps_all_others_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from barepp import joining
+    from barepp.worker import init as joining
 
     monkeypatch.setattr(joining, "num_gpus", counts_of([2, 0, 1]))
     monkeypatch.setattr(joining, "own_gpu", lambda *_: pytest.fail("nobody may use one"))
@@ -119,7 +120,7 @@ def test_a_rank_without_a_gpu_keeps_all_others_on_the_cpu(monkeypatch: pytest.Mo
 
 def test_ranks_share_the_gpus_that_their_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each asks for the GPU of its number among the ranks of its host, modulo their count."""
-    from barepp import joining
+    from barepp.worker import init as joining
 
     def own_gpu(local_rank: int, count: int) -> None:
         raise barepp.UsageError(f"GPU {local_rank % count} of {count} for {local_rank}")
@@ -245,9 +246,9 @@ def asked(*_):
     raise SystemExit("CUDA was asked")
 for name in ("is_available", "device_count", "init", "_lazy_init", "set_device", "current_device"):
     setattr(torch.cuda, name, asked)
-import barepp.preload, barepp.worker, barepp.pipeline, barepp.scaler, barepp.launch, barepp.run
-import transport.tcp, transport.shm, transport.gpu, transport.inproc
-assert not torch.cuda.is_initialized()
+import barepp.launch.processes.preload, barepp.worker, barepp.train.pipeline,
+barepp.train.loss_scaler, barepp.launch, barepp.run import transport.sockets.transport,
+transport.shm, transport.cuda.device, transport.inproc assert not torch.cuda.is_initialized()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(

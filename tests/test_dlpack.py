@@ -17,7 +17,7 @@ import torch
 from jobs import ROOT
 from transport_worlds import SOON_S
 
-from transport.dlpack import DeviceType, tensor_at
+from transport.cuda.dlpack import DeviceType, tensor_at
 
 HERE = (DeviceType.CPU, 0)
 
@@ -103,7 +103,7 @@ def test_what_is_freed_when_the_interpreter_ends_breaks_nothing() -> None:
     script = """
         import ctypes, sys, threading
         import torch
-        from transport.dlpack import DeviceType, tensor_at
+        from transport.cuda.dlpack import DeviceType, tensor_at
         memory = (ctypes.c_char * 4096)()
         class Box: pass
         box = Box()

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from barepp.environment import Started, node_names, options_from, started_by_others
 from barepp.errors import UsageError
-from barepp.member import Options
+from barepp.worker.external.environment import Started, node_names, options_from, started_by_others
+from barepp.worker.spec import Options
 from transport.errors import UnknownTransport
 
 TORCHRUN = {

@@ -19,9 +19,9 @@ from torch.nn import functional
 from zoo import ZOO, Model, linear
 
 import barepp
-from barepp.recompute import RECOMPUTE
-from barepp.seeding import derive_seed
-from barepp.simulate import Costs, simulate
+from barepp.plan.simulate import Costs, simulate
+from barepp.train.stage.recompute import RECOMPUTE
+from barepp.train.stage.seeding import derive_seed
 
 SEED = 3
 LAYERS, HIDDEN = 16, 24  # and the head: 17 layers, so at most 17 ranks

@@ -18,9 +18,9 @@ import torch
 from jobs import Finished, loaded_machine, nothing_left, run_job
 
 import barepp
-from barepp.failures import failure_of
-from barepp.member import Member
-from barepp.report import report
+from barepp.launch.processes.rank_process import Member
+from barepp.launch.report import report
+from barepp.worker.failures import failure_of
 from transport.errors import RECORD_TEXT_LIMIT, Failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -662,7 +662,7 @@ def test_a_late_launcher_still_finds_the_first_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher is held up for a second: by then a survivor has complained of its lost peer."""
-    from barepp.job import Job
+    from barepp.launch.job import Job
 
     turn = Job._turn
 

@@ -26,8 +26,8 @@ import pytest
 from matrix import MICROBATCHES, STEPS, THREADS, WORLD_SIZES, Case, cases, sample, train, transports
 
 import barepp
-from barepp.faults import WHEN
 from barepp.testing import run_with_fault
+from barepp.worker.faults.kinds import WHEN
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 

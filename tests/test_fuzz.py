@@ -10,9 +10,9 @@ import fuzz
 import pytest
 from fuzz import TARGETS, Finding, Tally, Target, run_case
 
-from transport import wire
 from transport.errors import ProtocolError
-from transport.wire import Limits
+from transport.wire import format as wire
+from transport.wire.format import Limits
 
 SEED = 20
 CASES = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_demos import alone, as_pattern, launch, promised_lines, the_command
 
-from barepp.tracereader import read_trace
+from barepp.trace.chrome_reader import read_trace
 
 __all__ = ["alone"]  # (a fixture)
 

@@ -20,11 +20,11 @@ from gpu_ranks import processes, told
 from jobs import ROOT
 from real_gpu import RealGpu, needs_cuda
 
-from transport import driver
-from transport.cuda_ipc import CudaIpcTransport
+from transport.cuda import driver
+from transport.cuda.transport import CudaIpcTransport
 from transport.errors import PeerLost
-from transport.shm import ShmTransport
-from transport.tcp import TcpTransport
+from transport.shm.transport import ShmTransport
+from transport.sockets.transport import TcpTransport
 
 pytestmark = needs_cuda
 
@@ -45,7 +45,10 @@ def test_ranks_lend_each_other_memory(world_size: int) -> None:
 
 def swap(transport: Any, pipe: Any) -> bool:
     """Exchange messages by which a copy that comes too late or too early would be seen."""
-    gpu, peers = transport.gpu, [r for r in range(transport.world_size) if r != transport.rank]
+    gpu, peers = (
+        transport.cuda.device,
+        [r for r in range(transport.world_size) if r != transport.rank],
+    )
     for i in range(30):
         mine = torch.full((1 + 100_000 * (i % 3),), float(i), device=gpu.device)
         works = [transport.isend((torch.tensor([i]), mine), peer) for peer in peers]
@@ -73,7 +76,9 @@ def until_killed(transport: Any, pipe: Any) -> str:
     other = 1 - transport.rank
     try:
         for i in range(10**6):
-            transport.isend(torch.full((10**6,), float(i), device=transport.gpu.device), other)
+            transport.isend(
+                torch.full((10**6,), float(i), device=transport.cuda.device.device), other
+            )
             got = transport.recv(other, timeout=30)
             if i == 20:
                 torch.cuda.synchronize()

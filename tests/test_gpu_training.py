@@ -24,11 +24,11 @@ from torch.nn import functional
 from traces import check_format
 
 import barepp
-from barepp.measured import copies
-from barepp.models import LayerBuilder, LinearReLU
 from barepp.testing import run_with_fault
-from barepp.trace import write_trace
-from barepp.tracereader import read_trace
+from barepp.trace.analysis import copies
+from barepp.trace.chrome_reader import read_trace
+from barepp.trace.collect import write_trace
+from barepp.train.models import LayerBuilder, LinearReLU
 from transport.registry import transport_names
 
 pytestmark = pytest.mark.gpu

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from transport import handshake
 from transport.errors import AuthenticationError
-from transport.handshake import (
+from transport.sockets import handshake
+from transport.sockets.handshake import (
     HELLO,
     NONCE_NBYTES,
     PROOF_NBYTES,

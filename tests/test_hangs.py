@@ -13,28 +13,28 @@ from jobs import LIMIT_S, launch, loaded_machine, nothing_left, run_job
 from transport_worlds import eventually
 
 import barepp
-from barepp.beats import AT_BARRIER, Beat, beat_of
-from barepp.stack_dump import process_state
-from barepp.watch import Said, Watch
+from barepp.launch.hang_detector import HangDetector, Said
+from barepp.monitor.stacks import process_state
+from barepp.worker.heartbeat import AT_BARRIER, Heartbeat, beat_of
 from transport.errors import WaitTimeout
-from transport.work import Traffic
+from transport.message.work import Traffic
 
 # -- the watch itself: no process, no clock --------------------------------------------------------
 
 
-def waiting(at: float, *peers: int, sent=None, received=None) -> Beat:
-    return Beat(at, "waiting", peers, True, sent or {}, received or {})
+def waiting(at: float, *peers: int, sent=None, received=None) -> Heartbeat:
+    return Heartbeat(at, "waiting", peers, True, sent or {}, received or {})
 
 
-def busy(at: float) -> Beat:
-    return Beat(at, "computing 2F3", None, False, {}, {})
+def busy(at: float) -> Heartbeat:
+    return Heartbeat(at, "computing 2F3", None, False, {}, {})
 
 
-def watch_of(ranks: int, heartbeat_s: float = 10.0, timeout_s: float = 300.0) -> Watch:
-    return Watch(range(ranks), heartbeat_s, timeout_s)
+def watch_of(ranks: int, heartbeat_s: float = 10.0, timeout_s: float = 300.0) -> HangDetector:
+    return HangDetector(range(ranks), heartbeat_s, timeout_s)
 
 
-def tell_all(watch: Watch, beats: dict[int, Beat], times: int = 3) -> None:
+def tell_all(watch: HangDetector, beats: dict[int, Heartbeat], times: int = 3) -> None:
     for turn in range(times):
         for rank, beat in beats.items():
             at = turn * 0.5
@@ -140,7 +140,7 @@ def test_a_barrier_that_all_have_reached_is_no_deadlock_but_one_that_a_rank_miss
 
 
 def test_silence_is_found_at_the_limit_and_names_the_rank_that_fell_silent_first():
-    watch = Watch(range(3), 10.0, 300.0, lambda rank: f"is stopped, rank {rank}")
+    watch = HangDetector(range(3), 10.0, 300.0, lambda rank: f"is stopped, rank {rank}")
     for rank, at in ((0, 5.0), (1, 2.0), (2, 3.0)):
         watch.beat(rank, None, at)
     assert watch.next_deadline() == 12.0
@@ -195,18 +195,18 @@ def test_zero_switches_a_limit_off():
 
 
 def test_a_beat_survives_its_record_and_nonsense_does_not():
-    beat = Beat(1.5, "computing", (1, 2), True, {1: 5}, {2: 7}, 100, 200, 3, 24.5)
+    beat = Heartbeat(1.5, "computing", (1, 2), True, {1: 5}, {2: 7}, 100, 200, 3, 24.5)
     record = {**beat.to_record(), "waits_for": [1, 2], "sent": [[1, 5]], "received": [[2, 7]]}
-    assert Beat.from_record(record) == beat
+    assert Heartbeat.from_record(record) == beat
     rng = random.Random(0)
     for _ in range(500):
         key = rng.choice(list(record))
         wrong = rng.choice([None, 1, "x", [1], [[1]], [["a", 1]], {}, [[1, 2, 3]], -1.0, True])
         changed = {**record, key: wrong}
-        found = Beat.from_record(changed)
-        assert found is None or isinstance(found, Beat)
-    assert Beat.from_record(None) is None
-    assert Beat.from_record({}) is None
+        found = Heartbeat.from_record(changed)
+        assert found is None or isinstance(found, Heartbeat)
+    assert Heartbeat.from_record(None) is None
+    assert Heartbeat.from_record({}) is None
 
 
 def test_a_thread_of_the_script_that_does_not_wait_makes_the_rank_busy():
@@ -337,7 +337,7 @@ def test_the_grace_begins_when_the_stacks_have_been_taken(tmp_path, monkeypatch)
         threading.Event().wait(2.5)
         return dict.fromkeys(pipes, "here")
 
-    monkeypatch.setattr("barepp.job.take_stacks", slowly)
+    monkeypatch.setattr("barepp.launch.job.take_stacks", slowly)
     job = run_job(tmp_path, WAIT_IN_A_CIRCLE, grace_s=2.0)
     assert job.code == 124 and "    here" in job.report
     assert "was killed" not in job.report

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transport_worlds import on_all_ranks
 
-from barepp.models import mlp
-from barepp.pipeline import Pipeline
-from barepp.world import World
+from barepp.train.models import mlp
+from barepp.train.pipeline import Pipeline
+from barepp.worker.world import World
 from transport.errors import WaitTimeout
 from transport.inproc import InprocHub, InprocTransport
-from transport.work import Receive, Work
+from transport.message.work import Receive, Work
 
 ACK_TAG = -3
 PATIENCE_S = 1.0  # a send that is not received for so long never will be: nobody computes here

@@ -27,9 +27,9 @@ from jobs import (
 )
 from transport_worlds import eventually
 
-from barepp.launch import main
-from barepp.nursery import REQUEST_FDS
-from barepp.signals import signals_to
+from barepp.launch.__main__ import main
+from barepp.launch.processes.fork_server import REQUEST_FDS
+from barepp.launch.processes.signals import signals_to
 
 # -- a healthy run, looked at from every side -----------------------------------------------------
 
@@ -436,16 +436,16 @@ def test_more_ranks_than_the_machine_can_hold_is_a_sentence(tmp_path: Path) -> N
 
 SHORT_OF_DESCRIPTORS = """
 import errno, os, resource
-from barepp.nursery import REQUEST_FDS, Nursery
+from barepp.launch.processes.fork_server import REQUEST_FDS, ForkServer
 
-nursery = Nursery(fork=False)
-server = nursery.parent_pid
+fork_server = ForkServer(fork=False)
+server = fork_server.parent_pid
 usual = resource.getrlimit(resource.RLIMIT_NOFILE)
 for limit in range(3, 3 * REQUEST_FDS + max(map(int, os.listdir("/proc/self/fd")))):
-    process = nursery.context.Process(target=print, args=(f"limit {limit}",))
+    process = fork_server.context.Process(target=print, args=(f"limit {limit}",))
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, usual[1]))
     try:
-        nursery.start(process)
+        fork_server.start(process)
     except OSError as error:
         assert error.errno == errno.EMFILE, error
     finally:
@@ -453,8 +453,8 @@ for limit in range(3, 3 * REQUEST_FDS + max(map(int, os.listdir("/proc/self/fd")
     if process.pid is not None:
         process.join()
 assert process.exitcode == 0, process
-assert nursery.parent_pid == server, "the fork server is another one"
-nursery.end()
+assert fork_server.parent_pid == server, "the fork server is another one"
+fork_server.end()
 """
 
 
@@ -540,7 +540,7 @@ def test_a_rank_that_alone_loses_the_launcher_says_why_it_ends(
     """The launcher sees an exit code; what it means, only the rank knows."""
     text = """
         import barepp, socket, time
-        from barepp import joining
+        from barepp.worker import init as joining
         with barepp.init() as world:
             world.barrier()
             if world.rank == 1:

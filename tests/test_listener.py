@@ -17,12 +17,13 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, start
 
-from transport import addresses, call, listener
-from transport.addresses import Address
 from transport.errors import PeerLost, ProtocolError, TransportClosed
-from transport.handshake import Hello, Initiator, Role, Verdict, new_secret
-from transport.listener import Listener
-from transport.wire import MAGIC, FrameKind, encode
+from transport.sockets import addresses, listener
+from transport.sockets import dialer as call
+from transport.sockets.addresses import Address
+from transport.sockets.handshake import Hello, Initiator, Role, Verdict, new_secret
+from transport.sockets.listener import Listener
+from transport.wire.format import MAGIC, FrameKind, encode
 
 SECRET = new_secret()
 

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
-from barepp.actions import Kind, Order
 from barepp.errors import ScheduleError
-from barepp.lowering import MAX_TAG, Program, activation_tag, gradient_tag, lower, placement
+from barepp.program.actions import Kind, Order
+from barepp.program.lowering import MAX_TAG, Program, activation_tag, gradient_tag, lower, placement
 from barepp.schedules import make_schedule
 
 ORDERS: dict[str, tuple[Order, int]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from barepp.errors import UsageError
-from barepp.models import HeLinear, LinearReLU, mlp
+from barepp.train.models import HeLinear, LinearReLU, mlp
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 16])

@@ -14,7 +14,6 @@ from proxy import Network
 from transport_worlds import SOON_S, eventually, on_all_ranks, start
 from troubles import Act, Fault, Pace, Part, Spot, Trouble
 
-from transport import call, listener, peers
 from transport.errors import (
     AuthenticationError,
     InternalError,
@@ -24,8 +23,10 @@ from transport.errors import (
     TransportError,
     WaitTimeout,
 )
-from transport.tensors import MessageSpec
-from transport.wire import HEADER
+from transport.message.specs import MessageSpec
+from transport.sockets import dialer as call
+from transport.sockets import listener, peers
+from transport.wire.format import HEADER
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from clusters import FAIL, SECRET, Cluster, check_fault
 from jobs import listening_at
 from starter import Starter, eventually
 
-from barepp.beats import Beat
-from barepp.launch import main
-from barepp.nodes import Link, node_of, share
-from barepp.watch import Watch
-from transport.knock import knock
+from barepp.launch.__main__ import main
+from barepp.launch.hang_detector import HangDetector
+from barepp.launch.hosts.protocol import Link, node_of, share
+from barepp.worker.heartbeat import Heartbeat
+from transport.rendezvous.dial import dial
 
 
 @pytest.fixture
@@ -213,7 +213,8 @@ def test_a_node_that_starts_nothing_says_why(script: str, cluster: Cluster, tmp_
 
 
 def test_a_node_that_comes_after_the_failure_is_told(cluster: Cluster) -> None:
-    stay = "import barepp.head as head; head.STAY_S = head.LAST_REPORTS_S = 30.0\n"
+    stay = "import barepp.launch.hosts.head_referee as head\n"
+    stay += "head.STAY_S = head.LAST_REPORTS_S = 30.0\n"
     cluster.start("raise ImportError('no such module')", only=[0], prelude=stay)
     history = cluster.log_dir(0) / "events.jsonl"
     eventually(lambda: history.exists() and history.read_text().count('"ended"') == 2)
@@ -225,10 +226,10 @@ def test_a_node_that_comes_after_the_failure_is_told(cluster: Cluster) -> None:
 
 NO_FORK = """
 import errno, os
-import barepp.job
+import barepp.launch.job
 def start(self, process):
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-barepp.job.Nursery.start = start
+barepp.launch.job.ForkServer.start = start
 """
 
 
@@ -287,7 +288,7 @@ def test_a_launcher_that_makes_no_sense_is_lost(
 ) -> None:
     cluster.start(HEALTHY, only=[0])
     where, secret = ("127.0.0.1", cluster.port), SECRET["BAREPP_SECRET"].encode()
-    link = Link(knock(where, secret, -2, time.monotonic() + 60.0, patient=True), 0.0)
+    link = Link(dial(where, secret, -2, time.monotonic() + 60.0, patient=True), 0.0)
     if record is not None:
         link.send(record)
     else:
@@ -316,11 +317,11 @@ def test_a_deadlock_across_nodes_is_proven(cluster: Cluster) -> None:
 
 
 def test_the_clocks_of_other_hosts_prove_nothing() -> None:
-    def beat(made_at: float, moved: int) -> Beat:
-        return Beat(made_at, "", (1,), True, {0: moved}, {0: moved})
+    def beat(made_at: float, moved: int) -> Heartbeat:
+        return Heartbeat(made_at, "", (1,), True, {0: moved}, {0: moved})
 
-    def watch(*, overlap: bool) -> Watch:
-        made = Watch(range(2), 10.0, 0.0)
+    def watch(*, overlap: bool) -> HangDetector:
+        made = HangDetector(range(2), 10.0, 0.0)
         for second in range(4):
             # Rank 1's clock is far ahead. Its last beat was made after 1.5 s of ours, or after 0.5.
             made.beat(0, beat(float(second), 0), float(second), after=second - 0.5)

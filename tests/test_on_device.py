@@ -18,10 +18,10 @@ from torch.nn import functional
 from zoo import ZOO, Model, data
 
 import barepp
-from barepp.batches import Batch, moved
-from barepp.recompute import Buffers
-from barepp.seeding import PROCESS_LOCK
-from barepp.world import World
+from barepp.train.batch import Batch, moved
+from barepp.train.stage.recompute import Buffers
+from barepp.train.stage.seeding import PROCESS_LOCK
+from barepp.worker.world import World
 from transport.errors import LATE, DeviceError, JobFailed
 from transport.inproc import InprocHub, InprocTransport
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from orders import BY_HAND
 
-from barepp.actions import Kind, Order, parse_order
 from barepp.errors import ScheduleError
-from barepp.lowering import lower, placement
+from barepp.program.actions import Kind, Order, parse_order
+from barepp.program.lowering import lower, placement
+from barepp.program.validation import validate
 from barepp.schedules import make_schedule
-from barepp.validation import validate
 
 theirs: Any = pytest.importorskip("torch.distributed.pipelining.schedules")
 for _name in ("_Action", "_add_send_recv", "_simulate_comms_compute", "_validate_schedule"):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from barepp import output as output_module
-from barepp.output import MAX_LINE_NBYTES, Output, write_to_descriptor
+from barepp.launch import output as output_module
+from barepp.launch.output import MAX_LINE_NBYTES, Output, write_to_descriptor
 
 SOON_S = 20.0
 

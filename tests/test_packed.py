@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from barepp.actions import Action, Kind, parse_order
 from barepp.errors import ScheduleError
-from barepp.packed import PackedActions, packed
+from barepp.program.actions import Action, Kind, parse_order
+from barepp.program.packed import PackedActions, packed
 
 ROW = parse_order(["0F0 3I12 1048575W7 2B1099511627775 0F1"])[0]
 
@@ -64,7 +64,7 @@ def test_an_action_takes_eight_bytes_and_not_a_hundred() -> None:
     code = """if True:
         import re
         from barepp.schedules import make_schedule
-        from barepp.simulate import Costs, simulate
+        from barepp.plan.simulate import Costs, simulate
 
         def high_water_kib():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

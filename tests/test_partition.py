@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from barepp.errors import PartitionError
-from barepp.partition import partition
+from barepp.plan.partition import partition
 
 GRID = [(layers, stages) for layers in range(1, 25) for stages in range(1, layers + 1)]
 

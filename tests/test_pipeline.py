@@ -13,16 +13,16 @@ from zoo import ZOO, WritingLinear
 from zoo import data as zoo_data
 
 import barepp
-from barepp.bench.sleepy import SleepyLinear
+from barepp.bench.case import SleepyLinear
 from barepp.errors import PartitionError, ScheduleError, UsageError
-from barepp.parcels import (
+from barepp.plan.simulate import Costs, simulate
+from barepp.train.messages import (
     copied,
     pack_activation,
     pack_gradient,
     unpack_activation,
     unpack_gradient,
 )
-from barepp.simulate import Costs, simulate
 from transport.errors import ProtocolError
 
 SCHEDULES = ["naive", "gpipe", "1f1b"]  # the others: tests/test_exactness.py

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from barepp.actions import order_text
-from barepp.plan import main
+from barepp.plan.__main__ import main
+from barepp.plan.simulate import Costs, simulate
+from barepp.plan.theory import bubble_in_theory
+from barepp.program.actions import order_text
 from barepp.schedules import make_schedule, schedule_names
-from barepp.simulate import Costs, simulate
-from barepp.theory import bubble_in_theory
 
 
 def planned(capsys: pytest.CaptureFixture[str], line: str) -> Any:

@@ -17,8 +17,8 @@ from zoo import ZOO, layer, linear
 
 import barepp
 from barepp.errors import UsageError
-from barepp.recompute import RECOMPUTE, Buffers, is_recomputed, recompute_of_stages
-from barepp.stage import Stage
+from barepp.train.stage.recompute import RECOMPUTE, Buffers, is_recomputed, recompute_of_stages
+from barepp.train.stage.stage import Stage
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 from transport_worlds import SOON_S, eventually, start
 
-from transport import knock
-from transport.addresses import Address, dial, serve
-from transport.control import ControlClient
 from transport.errors import (
     RECORD_TEXT_LIMIT,
     AuthenticationError,
@@ -27,11 +24,14 @@ from transport.errors import (
     TransportClosed,
     WaitTimeout,
 )
-from transport.handshake import ANY_RANK, new_secret
-from transport.listener import MAX_PENDING
-from transport.records import RECORD_LIMITS, RecordStream
-from transport.rendezvous import Event, EventKind, RendezvousServer
-from transport.wire import HEADER, MAGIC, FrameKind, encode
+from transport.rendezvous import dial as dial_module
+from transport.rendezvous.client import ControlClient
+from transport.rendezvous.server import Event, EventKind, RendezvousServer
+from transport.sockets.addresses import Address, dial, serve
+from transport.sockets.handshake import ANY_RANK, new_secret
+from transport.sockets.listener import MAX_PENDING
+from transport.wire.format import HEADER, MAGIC, FrameKind, encode
+from transport.wire.records import RECORD_LIMITS, RecordStream
 
 AT_ONCE_S = 2.0  # far below every timeout in these tests, far above what it takes
 
@@ -646,7 +646,7 @@ def test_a_name_that_no_host_can_have_is_an_error_like_one_that_none_has(name: s
 
 
 def test_strangers_at_the_door_disturb_no_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knock, "KNOCK_AGAIN_S", 0.2)
+    monkeypatch.setattr(dial_module, "DIAL_AGAIN_S", 0.2)
     with serving(4) as served:
         where = served.server.address
         strangers = [socket.create_connection(where) for _ in range(MAX_PENDING)]

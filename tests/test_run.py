@@ -21,8 +21,8 @@ from jobs import nothing_left
 from transport_worlds import SOON_S, start
 
 import barepp
-from barepp.threads import Crew, ThreadControl
-from barepp.world import World
+from barepp.launch.threads import Crew, ThreadControl
+from barepp.worker.world import World
 from transport.errors import WaitTimeout
 from transport.registry import transport_names
 

@@ -5,9 +5,11 @@ from itertools import pairwise, product
 
 import pytest
 
-from barepp.actions import Action, Kind, order_text, parse_order
-from barepp.draw import draw
 from barepp.errors import ScheduleError
+from barepp.plan.simulate import Costs, simulate
+from barepp.plan.text_chart import draw
+from barepp.program.actions import Action, Kind, order_text, parse_order
+from barepp.program.validation import validate
 from barepp.schedules import Schedule, ScheduleFunction, make_schedule, schedule_names
 from barepp.schedules.gpipe import gpipe_order
 from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
@@ -15,8 +17,6 @@ from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
 from barepp.schedules.zb_h1 import zb_h1_order
 from barepp.schedules.zb_v import zb_v_order
-from barepp.simulate import Costs, simulate
-from barepp.validation import validate
 
 STAGES = range(1, 9)
 MICROBATCHES = range(1, 13)

@@ -14,7 +14,7 @@ from jobs import ROOT
 from transport_worlds import SOON_S, start
 
 from barepp.errors import UsageError
-from barepp.secret import SharedSecret, _started, given_secret
+from barepp.worker.external.secret import SharedSecret, _started, given_secret
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_what_a_dead_process_has_left_is_not_believed_and_removed(temporary_fold
     shared = SharedSecret("x")
     killed = f"""
 import sys, os, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
-from barepp.secret import SharedSecret
+from barepp.worker.external.secret import SharedSecret
 shared = SharedSecret("x"); shared.publish()
 os.link(shared.path, str(shared.path) + f".{{os.getpid()}}")   # as if it died in between
 """
@@ -106,12 +106,12 @@ def test_a_dead_process_of_the_same_launcher_was_rank_0_of_this_very_job(
     """One of another launcher may be of an earlier run; one without a launcher, of any."""
     published = f"""
 import sys, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
-from barepp.secret import SharedSecret
+from barepp.worker.external.secret import SharedSecret
 SharedSecret("x", launched=bool(int(sys.argv[1]))).publish()
 """
     reading = f"""
 import sys, tempfile; tempfile.tempdir = {str(temporary_folder)!r}
-from barepp.secret import SharedSecret
+from barepp.worker.external.secret import SharedSecret
 print(SharedSecret("x", launched=bool(int(sys.argv[1]))).read(0.05).alive)
 """
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}

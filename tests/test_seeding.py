@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barepp.seeding import LayerRandomness, derive_seed
+from barepp.train.stage.seeding import LayerRandomness, derive_seed
 
 GRID = list(itertools.product((0, 1, 7), ("init", "forward"), range(6), range(20), range(8)))
 

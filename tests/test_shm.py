@@ -12,26 +12,26 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S
 
-from transport.arena import ALIGNMENT, Borrowed, Lender, layout
 from transport.errors import ProtocolError
-from transport.shm import LEND_NBYTES, LendingCarrier
-from transport.tensors import MessageSpec
-from transport.wire import FrameKind
+from transport.message.specs import MessageSpec
+from transport.shm.arena import ALIGNMENT, BorrowedMemory, LendingArena, layout
+from transport.shm.transport import LEND_NBYTES, LendingConnection
+from transport.wire.format import FrameKind
 
 KIB = 1024
 BIG = 16 * LEND_NBYTES
 
 
-def arena(nbytes: int = 1024 * KIB) -> tuple[Lender, Borrowed]:
-    lender = Lender(nbytes)
-    return lender, Borrowed(os.dup(lender.fd), nbytes)
+def arena(nbytes: int = 1024 * KIB) -> tuple[LendingArena, BorrowedMemory]:
+    lender = LendingArena(nbytes)
+    return lender, BorrowedMemory(os.dup(lender.fd), nbytes)
 
 
 @pytest.fixture
 def lent():
     made = []
 
-    def make(nbytes: int = 1024 * KIB) -> tuple[Lender, Borrowed]:
+    def make(nbytes: int = 1024 * KIB) -> tuple[LendingArena, BorrowedMemory]:
         made.append(arena(nbytes))
         return made[-1]
 
@@ -40,7 +40,9 @@ def lent():
         lender.close()
 
 
-def through(lender: Lender, borrowed: Borrowed, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def through(
+    lender: LendingArena, borrowed: BorrowedMemory, *tensors: torch.Tensor
+) -> list[torch.Tensor]:
     spec = MessageSpec.of(tensors)
     offset = lender.lend(spec, tensors)
     assert offset is not None
@@ -113,9 +115,9 @@ def test_a_kept_tensor_does_not_keep_what_lies_around_it_from_large_blocks(lent)
 
 
 def test_nothing_is_lent_to_who_has_not_mapped_the_arena() -> None:
-    lender = Lender(64 * KIB)
+    lender = LendingArena(64 * KIB)
     assert not lender.wanted(stream_busy=True)
-    Borrowed(os.dup(lender.fd), 64 * KIB)
+    BorrowedMemory(os.dup(lender.fd), 64 * KIB)
     assert lender.wanted(stream_busy=False)
     lender.close()
 
@@ -161,15 +163,15 @@ def test_memory_that_could_shrink_under_its_reader_is_refused() -> None:
     fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, 4096)
     with pytest.raises(ProtocolError, match="not sealed"):
-        Borrowed(fd)
+        BorrowedMemory(fd)
     with pytest.raises(OSError):
         os.fstat(fd)  # it was closed
     with open(os.devnull) as file, pytest.raises(ProtocolError, match="cannot be mapped"):
-        Borrowed(os.dup(file.fileno()))
+        BorrowedMemory(os.dup(file.fileno()))
     for nbytes in (8192, 1):
-        lender = Lender(nbytes)
+        lender = LendingArena(nbytes)
         with pytest.raises(ProtocolError, match=f"{nbytes} bytes of lent memory, at most 4096"):
-            Borrowed(os.dup(lender.fd), 4096)
+            BorrowedMemory(os.dup(lender.fd), 4096)
         lender.close()
 
 
@@ -228,8 +230,8 @@ def test_what_goes_into_the_receivers_tensor_comes_over_the_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the first; and what is used where it lies is lent again, after one more."""
-    take, taken = Borrowed.take, []
-    monkeypatch.setattr(Borrowed, "take", lambda *args: taken.append(1) or take(*args))
+    take, taken = BorrowedMemory.take, []
+    monkeypatch.setattr(BorrowedMemory, "take", lambda *args: taken.append(1) or take(*args))
     with worlds.world("shm", 2) as ranks:
         connected(ranks)
         into = torch.zeros(BIG)
@@ -249,17 +251,17 @@ def test_a_receiver_without_descriptors_gets_everything_over_the_stream(
 ) -> None:
     """The kernel cannot hand over the arena's; or Python cannot have the one that its map keeps."""
     name = "_take_greeting" if when == "on the way" else "_map"
-    whole = getattr(LendingCarrier, name)
+    whole = getattr(LendingConnection, name)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    def without_descriptors(self: LendingCarrier, *args: int) -> object:
+    def without_descriptors(self: LendingConnection, *args: int) -> object:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             return whole(self, *args)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    monkeypatch.setattr(LendingCarrier, name, without_descriptors)
+    monkeypatch.setattr(LendingConnection, name, without_descriptors)
     with worlds.world("shm", 2) as ranks:
         connected(ranks)
         for a, b in ((0, 1), (1, 0)):
@@ -271,7 +273,7 @@ def test_a_receiver_without_descriptors_gets_everything_over_the_stream(
 def test_when_nothing_is_free_the_stream_takes_it_and_order_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("transport.shm.Lender", lambda: Lender(3 * BIG))
+    monkeypatch.setattr("transport.shm.transport.LendingArena", lambda: LendingArena(3 * BIG))
     with worlds.world("shm", 2) as ranks:
         connected(ranks)
         for number in range(10):
@@ -284,10 +286,10 @@ def test_when_nothing_is_free_the_stream_takes_it_and_order_is_kept(
 def test_without_memory_for_an_arena_everything_goes_over_the_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_memory() -> Lender:
+    def no_memory() -> LendingArena:
         raise OSError("no memory")
 
-    monkeypatch.setattr("transport.shm.Lender", no_memory)
+    monkeypatch.setattr("transport.shm.transport.LendingArena", no_memory)
     with worlds.world("shm", 2) as ranks:
         connected(ranks)
         ranks[0].isend(torch.ones(BIG), 1)
@@ -356,12 +358,12 @@ def test_a_greeting_that_is_none(greeting: bytes, monkeypatch: pytest.MonkeyPatc
     """A peer that says it shows memory and does not, or shows some and says it does not."""
 
     def show(self, sock: socket.socket) -> None:
-        lender = Lender(4096)
+        lender = LendingArena(4096)
         socket.send_fds(sock, [greeting], [] if greeting == b"\1" else [lender.fd])
         lender.close()
 
     with worlds.world("shm", 2) as ranks:
-        monkeypatch.setattr("transport.shm.LendingCarrier._show_arena", show)
+        monkeypatch.setattr("transport.shm.transport.LendingConnection._show_arena", show)
         waiting = ranks[1].irecv(0)
         with pytest.raises(ProtocolError, match="is no greeting"):
             waiting.wait(SOON_S)

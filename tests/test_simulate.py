@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 
-from barepp.actions import Action, Kind, Order, parse_order
-from barepp.dependencies import dependencies, result_name
-from barepp.draw import draw
 from barepp.errors import ScheduleError, UsageError
+from barepp.plan.simulate import Costs, simulate
+from barepp.plan.text_chart import draw
+from barepp.plan.timeline import Span, Timeline
+from barepp.program.actions import Action, Kind, Order, parse_order
+from barepp.program.dependencies import dependencies, result_name
 from barepp.schedules import make_schedule, schedule_names
-from barepp.simulate import Costs, simulate
-from barepp.timeline import Span, Timeline
 
 STAGES = range(1, 9)
 MICROBATCHES = range(1, 13)

@@ -18,9 +18,8 @@ import pytest
 from jobs import ROOT, assert_nothing_left, launching, run_job, watched_job
 from transport_worlds import SOON_S, eventually, start
 
-from barepp.door import Door
 from barepp.errors import JobEnded
-from barepp.stack_dump import (
+from barepp.monitor.stacks import (
     LOCKED_S,
     PATIENCE_S,
     StackPipe,
@@ -28,8 +27,9 @@ from barepp.stack_dump import (
     process_state,
     take_stacks,
 )
+from barepp.monitor.status import SILENT_S
+from barepp.monitor.status_socket import StatusSocket
 from barepp.stacks import main
-from barepp.watch import SILENT_S
 
 EVERYWHERE = """
     import ctypes, hashlib, os, signal, time
@@ -205,7 +205,7 @@ class Process:
         questions, asking = os.pipe()
         lines = [
             "import ctypes, os, signal, sys, threading, time",
-            "from barepp.stack_dump import tell_stacks",
+            "from barepp.monitor.stacks import tell_stacks",
             "libc = ctypes.PyDLL(None)  # its functions are called with Python's lock held",
             "sys.setswitchinterval(1000)" if at_last == KEEP_THE_LOCK else "",
             first,
@@ -255,7 +255,7 @@ def test_ctrl_c_ends_the_wait_for_a_launcher_that_does_not_answer(capsys):
             door.serve()
         os.kill(os.getpid(), signal.SIGINT)
 
-    with contextlib.closing(Door(lambda question, caller: asked.append(question))) as door:
+    with contextlib.closing(StatusSocket(lambda question, caller: asked.append(question))) as door:
         interrupted = start(interrupt)
         assert main([str(os.getpid())]) == 130
         interrupted.result(SOON_S)

@@ -1,7 +1,7 @@
 """GPU tensors over streams: order of streams, where each part comes to lie, and every error.
 
 The GPU is the one of fake_gpu.py. Each test of an order fails when the wait that it is about is
-taken out of staging.py: its numbers are wrong then.
+taken out of gpu_stager.py or gpu_mailbox.py: its numbers are wrong then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import transport_worlds as worlds
 from fake_gpu import POISON, FakeGpu
 from transport_worlds import SOON_S, eventually, start
 
-from transport import metadata
 from transport.errors import (
     DeviceError,
     InvalidArgument,
@@ -27,8 +26,10 @@ from transport.errors import (
     TransportClosed,
     WaitTimeout,
 )
-from transport.tensors import MessageSpec, TensorSpec, prepare
-from transport.wire import Limits
+from transport.message import specs as metadata
+from transport.message.specs import MessageSpec, TensorSpec
+from transport.message.tensors import prepare
+from transport.wire.format import Limits
 
 STREAMS = ["tcp", "unix", "shm", "gloo"]
 streams_only = pytest.mark.parametrize("name", STREAMS)  # where a send is copied by a thread
@@ -286,7 +287,7 @@ def test_cpu_messages_have_the_same_bytes_as_ever() -> None:
     assert again == spec == MessageSpec.of((torch.zeros(2), torch.zeros(3)))
     for wrong in ("@gpu", "float32@gpu@gpu", "gpu", "float32@tpu"):
         with pytest.raises(ProtocolError, match="dtype"):
-            metadata.read(metadata.pack([False, wrong, [1]]).data)
+            metadata.read_meta(metadata.pack([False, wrong, [1]]).data)
     gpu.close()
 
 

@@ -10,18 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from transport import tensors as room
 from transport.errors import InvalidArgument, MessageMismatch, ProtocolError
-from transport.tensors import (
-    DTYPES,
-    MessageSpec,
-    TensorSpec,
-    fillable,
-    memory,
-    payload_sum,
-    prepare,
-)
-from transport.wire import pack
+from transport.message import tensors as room
+from transport.message.specs import MessageSpec, TensorSpec
+from transport.message.tensors import DTYPES, fillable, memory, payload_sum, prepare
+from transport.wire.format import pack
 
 GENERATOR = torch.Generator().manual_seed(7)
 

@@ -22,9 +22,9 @@ from terminal import Terminal
 from transport_worlds import eventually
 
 import barepp
-from barepp.ask import doors, line_to
-from barepp.readings import Readings
-from barepp.status import RankStatus
+from barepp.monitor.client import line_to, socket_names
+from barepp.monitor.rates import Rates
+from barepp.monitor.status import RankStatus
 from barepp.top import main
 
 TRAIN_AND_WAIT = """
@@ -132,7 +132,7 @@ def test_rates_of_a_job_that_moves(tmp_path):
     """
     go = tmp_path / "go"
     with watched_job(tmp_path, script.replace("{go}", str(go))) as job:
-        readings = Readings(local=True)
+        readings = Rates(local=True)
         taken = []
 
         def moves() -> bool:
@@ -172,7 +172,7 @@ def test_the_picture_of_a_job_that_hangs_names_who_waits_who_is_busy_and_who_is_
     go = tmp_path / "go"
     options = {"heartbeat_s": 60.0, "timeout_s": 60.0}
     with watched_job(tmp_path, HANG.replace("{go}", str(go)), 3, **options) as job:
-        readings = Readings(local=True)
+        readings = Rates(local=True)
         taken = []
 
         def told() -> bool:
@@ -225,7 +225,7 @@ def test_a_job_of_a_function_is_named_by_it(tmp_path):
     results: list[list[int]] = []
     thread = threading.Thread(target=lambda: results.append(barepp.run(wait_for_the_test, 2)))
     thread.start()
-    eventually(lambda: os.getpid() in [door.pid for door in doors()])
+    eventually(lambda: os.getpid() in [door.pid for door in socket_names()])
     with line_to(str(os.getpid())) as line:
         assert line.status()[0].task.endswith("wait_for_the_test()")
     go.touch()
@@ -268,10 +268,10 @@ def test_the_launcher_shows_the_picture_and_its_door_ends_with_it(tmp_path: Path
             rows = [running.process.stderr.readline().decode() for _ in range(5)]  # one picture
             assert rows[0].startswith(f"job {running.process.pid}: "), rows
             assert rows[1].startswith("rank ") and rows[4] == "\n"
-        assert running.process.pid in [door.pid for door in doors()]
+        assert running.process.pid in [door.pid for door in socket_names()]
         running.process.send_signal(signal.SIGKILL)
         running.process.wait(10)
-        eventually(lambda: running.process.pid not in [door.pid for door in doors()])
+        eventually(lambda: running.process.pid not in [door.pid for door in socket_names()])
         assert_nothing_left(running)
 
 

@@ -23,8 +23,7 @@ from transport_worlds import SOON_S, eventually, start
 
 import barepp
 from barepp.testing import run_with_fault
-from transport import apart
-from transport.addresses import Address
+from transport.cuda.device import local_gpu
 from transport.errors import (
     InvalidArgument,
     PeerLeft,
@@ -33,12 +32,14 @@ from transport.errors import (
     TransportClosed,
     UnknownTransport,
 )
-from transport.gpu import local_gpu
-from transport.handshake import Hello, Role, Verdict
+from transport.message.specs import MessageSpec
+from transport.message.tensors import fillable, prepare
 from transport.registry import transport_class
-from transport.tensors import MessageSpec, fillable, prepare
-from transport.torch_dist import TAG, GlooGroup, NcclTransport, PairStore
-from transport.wire import Frame, FrameKind
+from transport.sockets.addresses import Address
+from transport.sockets.handshake import Hello, Role, Verdict
+from transport.torch_dist import off_stream as apart
+from transport.torch_dist.transport import TAG, GlooGroup, NcclTransport, PairStore
+from transport.wire.format import Frame, FrameKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -236,14 +237,14 @@ def test_a_goodbye_that_is_read_after_the_lane_broke_is_a_goodbye(
     ranks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lane has said all that it will say, so nothing is awaited but the stream's word."""
-    begin, broke = apart.ApartCarrier._begin, apart.ApartCarrier._on_send_broke
+    begin, broke = apart.OffStreamConnection._begin, apart.OffStreamConnection._on_send_broke
     left, all_said = threading.Event(), threading.Event()
 
     def move(*_: object) -> None:
         assert left.wait(SOON_S)
         raise RuntimeError("there is nobody")
 
-    def begin_late(carrier: apart.ApartCarrier, frame: Frame) -> bool:
+    def begin_late(carrier: apart.OffStreamConnection, frame: Frame) -> bool:
         if frame.kind is FrameKind.GOODBYE and not all_said.is_set():
             carrier._hold(frame)
             return False
@@ -259,7 +260,7 @@ def test_a_goodbye_that_is_read_after_the_lane_broke_is_a_goodbye(
 
     monkeypatch.setattr(carrier.outgoing._group, "move", move)
     monkeypatch.setattr(carrier.outgoing, "_on_break", break_first)
-    monkeypatch.setattr(apart.ApartCarrier, "_begin", begin_late)
+    monkeypatch.setattr(apart.OffStreamConnection, "_begin", begin_late)
     sending = ranks[1].isend(torch.zeros(3), 0)
     ranks[0].close(SOON_S)
     left.set()

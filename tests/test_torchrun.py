@@ -1,6 +1,6 @@
 """The real torchrun: the same bits, one cause told to every rank, and nothing left behind.
 
-What it tells its ranks is simulated elsewhere (test_adopted.py, test_two_hosts.py), in a tenth of
+What it tells its ranks is simulated elsewhere (test_external.py, test_two_hosts.py), in a tenth of
 the time. Here is what only itself can show: its store at MASTER_PORT, its way to end ranks.
 """
 

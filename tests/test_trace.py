@@ -14,17 +14,17 @@ from torch.optim import optimizer as torch_optimizer
 from traces import check_format
 
 import barepp
-import barepp.trace
-from barepp.actions import Action, Kind, parse_order
-from barepp.clocks import Reading
+import barepp.trace.collect
 from barepp.errors import UsageError
-from barepp.lowering import lower
-from barepp.measured import rank_times, transfers
-from barepp.recorder import ACTIVATIONS, GRADIENTS, KEPT_STEPS, LOSS, NUM_ROWS, Recorder
-from barepp.summary import summarise
-from barepp.tracefile import messages
-from barepp.tracereader import read_trace
-from barepp.world import World
+from barepp.program.actions import Action, Kind, parse_order
+from barepp.program.lowering import lower
+from barepp.trace.analysis import rank_times, transfers
+from barepp.trace.chrome_format import messages
+from barepp.trace.chrome_reader import read_trace
+from barepp.trace.clock_sync import Reading
+from barepp.trace.recorder import ACTIVATIONS, GRADIENTS, KEPT_STEPS, LOSS, NUM_ROWS, Recorder
+from barepp.trace.summary import summarise
+from barepp.worker.world import World
 from transport.inproc import InprocHub, InprocTransport
 
 MS = 1_000_000

@@ -11,8 +11,8 @@ import fake_gpu
 import pytest
 import torch.distributed
 
-from transport.bench import Settings, main, measure
-from transport.handshake import new_secret
+from transport.bench.__main__ import Settings, main, measure
+from transport.sockets.handshake import new_secret
 
 FIGURES = ("half_round_trip_us", "fresh_us", "one_way_gb_per_s", "both_ways_gb_per_s")
 

@@ -1,4 +1,4 @@
-"""The contract of transport/contract.py, rule by rule, on every transport."""
+"""The contract of transport/base.py, rule by rule, on every transport."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import transport_worlds as worlds
 from transport_worlds import SOON_S, eventually, on_all_ranks, start
 
-from transport.contract import TAG_LIMIT, Transport, Work
+from transport.base import TAG_LIMIT, Transport, Work
 from transport.errors import Failure as FailureRecord
 from transport.errors import (
     InternalError,
@@ -28,8 +28,9 @@ from transport.errors import (
     TransportClosed,
     WaitTimeout,
 )
-from transport.tensors import MessageSpec, TensorSpec, memory, payload_sum
-from transport.wire import FrameKind, Limits, encode
+from transport.message.specs import MessageSpec, TensorSpec
+from transport.message.tensors import memory, payload_sum
+from transport.wire.format import FrameKind, Limits, encode
 
 MIB = 1024 * 1024
 ON_GPU = [pytest.param(n, marks=pytest.mark.gpu) if "+cuda" in n else n for n in worlds.ON_GPU]

@@ -19,7 +19,7 @@ from jobs import LIMIT_S, write_script
 from ports import free_port
 from starter import Started, Starter, eventually
 
-from barepp.nodes import Link
+from barepp.launch.hosts.protocol import Link
 
 LOADED_S = 3.0  # what a machine that does other things too may take longer
 

@@ -6,11 +6,11 @@ import time
 import pytest
 from orders import BY_HAND
 
-from barepp.actions import Action, Kind, Order, order_text, parse_order
-from barepp.dependencies import dependencies
 from barepp.errors import ScheduleError
+from barepp.program.actions import Action, Kind, Order, order_text, parse_order
+from barepp.program.dependencies import dependencies
+from barepp.program.validation import validate
 from barepp.schedules import make_schedule
-from barepp.validation import validate
 
 VALID: dict[str, tuple[Order, int]] = {
     **BY_HAND,
@@ -304,8 +304,8 @@ def test_four_times_the_actions_take_four_times_as_long_not_sixteen() -> None:
 
 
 def test_the_rules_at_the_head_of_the_file_are_those_that_are_tested() -> None:
-    import barepp.validation
+    import barepp.program.validation
 
-    text = barepp.validation.__doc__ or ""
+    text = barepp.program.validation.__doc__ or ""
     assert [rule for rule in range(1, 10) if f"\n{rule}. " in text] == [1, 2, 3, 4, 5, 6]
     assert order_text(VALID["split"][0])[1][1] == "1I0"

@@ -10,10 +10,10 @@ import zlib
 
 import pytest
 
-from transport import wire
-from transport.decoder import SCRATCH_NBYTES, Decoder, PayloadDone
 from transport.errors import InvalidArgument, ProtocolError
-from transport.wire import HEADER, MAGIC, OFF_STREAM, Frame, FrameKind, Limits, encode
+from transport.wire import format as wire
+from transport.wire.decoder import SCRATCH_NBYTES, Decoder, PayloadDone
+from transport.wire.format import HEADER, MAGIC, OFF_STREAM, Frame, FrameKind, Limits, encode
 
 
 def header(

@@ -12,8 +12,8 @@ from jobs import LIMIT_S, ROOT, nothing_left
 from transport_worlds import SOON_S, start, world
 
 import barepp
-from barepp.world import World
-from transport.contract import TAG_LIMIT
+from barepp.worker.world import World
+from transport.base import TAG_LIMIT
 from transport.errors import (
     Failure,
     InvalidArgument,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from barepp.lowering import lower
+from barepp.plan.simulate import Costs, simulate
+from barepp.program.lowering import lower
 from barepp.schedules import make_schedule
-from barepp.simulate import Costs, simulate
-from barepp.tracefile import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace
+from barepp.trace.chrome_format import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace
 
 MS = 1_000_000
 

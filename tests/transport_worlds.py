@@ -13,15 +13,15 @@ import on_gpu
 import real_gpu
 from fake_gpu import FakeGpu
 
-from transport.addresses import Address
-from transport.contract import Transport
-from transport.cuda_ipc import CudaIpcTransport
+from transport.base import Transport
+from transport.cuda.transport import CudaIpcTransport
 from transport.errors import TransportClosed
-from transport.handshake import new_secret
 from transport.inproc import InprocHub
-from transport.shm import ShmTransport
-from transport.tcp import TcpTransport, UnixTransport
-from transport.torch_dist import GlooTransport
+from transport.shm.transport import ShmTransport
+from transport.sockets.addresses import Address
+from transport.sockets.handshake import new_secret
+from transport.sockets.transport import TcpTransport, UnixTransport
+from transport.torch_dist.transport import GlooTransport
 
 SOCKETS: dict[str, type[TcpTransport]] = {
     "tcp": TcpTransport,

@@ -17,8 +17,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from transport.handshake import ANY_RANK, HELLO, NONCE_NBYTES, PROOF_NBYTES
-from transport.wire import HEADER, OFF_STREAM
+from transport.sockets.handshake import ANY_RANK, HELLO, NONCE_NBYTES, PROOF_NBYTES
+from transport.wire.format import HEADER, OFF_STREAM
 
 RENDEZVOUS: Final = ANY_RANK
 CALLER_NBYTES: Final = HELLO.size + PROOF_NBYTES  # of the handshake, from the side that calls

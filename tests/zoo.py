@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from barepp.boundary import Value
-from barepp.models import LayerBuilder, mlp
-from barepp.seeding import derive_seed
+from barepp.train.models import LayerBuilder, mlp
+from barepp.train.stage.boundary import Value
+from barepp.train.stage.seeding import derive_seed
 
 
 class Lambda(nn.Module):

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transport.contract import Transport
+    from transport.base import Transport
     from transport.errors import (
         DeviceError,
         Failure,
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         TransportError,
         WaitTimeout,
     )
+    from transport.message.specs import MessageSpec, TensorSpec
+    from transport.message.work import Work
     from transport.registry import transport_class, transport_names
-    from transport.tensors import MessageSpec, TensorSpec
-    from transport.work import Work
 
 _HOMES = {
     "DeviceError": "transport.errors",
@@ -29,15 +29,15 @@ _HOMES = {
     "InvalidArgument": "transport.errors",
     "JobFailed": "transport.errors",
     "MessageMismatch": "transport.errors",
-    "MessageSpec": "transport.tensors",
+    "MessageSpec": "transport.message.tensors",
     "PeerLeft": "transport.errors",
     "PeerLost": "transport.errors",
     "ProtocolError": "transport.errors",
-    "TensorSpec": "transport.tensors",
-    "Transport": "transport.contract",
+    "TensorSpec": "transport.message.tensors",
+    "Transport": "transport.base",
     "TransportError": "transport.errors",
     "WaitTimeout": "transport.errors",
-    "Work": "transport.work",
+    "Work": "transport.message.work",
     "transport_class": "transport.registry",
     "transport_names": "transport.registry",
 }

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from transport.errors import InvalidArgument, WaitTimeout
-from transport.work import deadline_after, remaining
+from transport.message.work import deadline_after, remaining
 
 if TYPE_CHECKING:
-    from transport.contract import Transport
-    from transport.tensors import Message
+    from transport.base import Transport
+    from transport.message.specs import Message
 
 BROADCAST_TAG: Final = -1  # negative tags are the transport's own
 REDUCE_TAG: Final = -2

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import signal as signals
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 RECORD_TEXT_LIMIT = 64 * 1024  # characters of a failure's message or traceback, each
 _CUT_NOTE_LENGTH = 60  # "... 123456 characters left out ...", at most
@@ -220,3 +220,17 @@ class JobFailed(TransportError):
         if self.failure.traceback:
             text += f"\nTraceback of rank {self.failure.rank}:\n{self.failure.traceback.rstrip()}"
         return text
+
+
+# Tells CUDA's errors from others: they show at whatever call comes next, not where they are.
+
+# What torch's messages have in them ("CUDA error: device-side assert triggered", and so on).
+_SIGNS: Final = ("CUDA error", "cuDNN error", "CUBLAS_STATUS_", "CUDA out of memory")
+_TYPES: Final = ("AcceleratorError", "OutOfMemoryError")  # of torch; the first since 2.8
+
+
+def is_from_cuda(error: BaseException) -> bool:
+    """Whether an exception is what torch makes of an error of CUDA's."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ in _TYPES or any(sign in str(error) for sign in _SIGNS)

@@ -8,12 +8,10 @@ stop, so here the bound on messages that nobody has asked for (rule 5 of the con
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-
-from transport.contract import Transport
+from transport.base import Transport
+from transport.device import Gpu, gate
 from transport.errors import (
     InvalidArgument,
     JobFailed,
@@ -23,11 +21,10 @@ from transport.errors import (
     TransportError,
     fresh,
 )
-from transport.gpu import Gpu, Stream, gate
-from transport.mailbox import Arrival, Mailbox
-from transport.staging import GpuMailbox, keep
-from transport.tensors import Message, MessageSpec, overwrite, prepare
-from transport.work import Receive, Send, Work, deadline_after, remaining
+from transport.message.mailbox import Arrival, Mailbox
+from transport.message.specs import Message, MessageSpec
+from transport.message.tensors import overwrite, prepare
+from transport.message.work import Receive, Send, Work, deadline_after, remaining
 
 
 class InprocHub:
@@ -46,43 +43,6 @@ class InprocHub:
         return [InprocTransport(self, rank) for rank in range(self.world_size)]
 
 
-class Handed:
-    """A message from one rank's GPU to another's, which has still to be copied there.
-
-    Its sender's current stream comes after the copy by `wait`, its receiver's by `written`.
-    """
-
-    def __init__(
-        self, mine: Gpu, theirs: Gpu | None, spec: MessageSpec, tensors: Sequence[torch.Tensor]
-    ) -> None:
-        self.in_place = True
-        self._mine, self._theirs = mine, theirs
-        self.tensors = [tensor.clone() for tensor in tensors if not mine.holds(tensor)]
-        mine.now().wait(mine.sends)
-        if theirs is not None:  # whose `receives` may have used its fresh memory before
-            theirs.mark(theirs.receives).wait(mine.sends)
-        for i, (tensor, each) in enumerate(zip(tensors, spec.tensors, strict=True)):
-            if each.on_gpu:
-                room = mine.pinned(each) if theirs is None else theirs.fresh(each)
-                mine.copy(room, tensor, mine.sends)
-                keep(mine, tensor, mine.sends)
-                self.tensors.insert(i, room)
-        self.written = mine.mark(mine.sends)
-        if theirs is None:  # who has no GPU cannot wait in a stream of it
-            self.written.synchronize()
-        self.used(mine.sends)
-
-    def used(self, stream: Stream) -> None:
-        """Take note that a stream was given work that uses it."""
-        for tensor in self.tensors:
-            if self._theirs is not None and self._theirs.holds(tensor):
-                self._theirs.used(tensor, stream)
-
-    def wait(self) -> None:
-        """Let the sender's current stream come after the copy."""
-        self.written.wait(self._mine.current())
-
-
 class InprocTransport(Transport):
     """One rank of an `InprocHub`."""
 
@@ -92,7 +52,11 @@ class InprocTransport(Transport):
         super().__init__(rank, hub.world_size, gpu)
         self._hub = hub
         room = MessageSpec.allocate
-        self._mailbox = Mailbox(room) if gpu is None else GpuMailbox(rank, gpu, room)
+        self._mailbox = Mailbox(room)
+        if gpu is not None:
+            from transport.message.gpu_mailbox import GpuMailbox
+
+            self._mailbox = GpuMailbox(rank, gpu, room)
         self._ended: TransportError | None = None  # what every later call raises
         with hub.changed:
             if not 0 <= rank < hub.world_size or rank in hub.ranks:
@@ -112,6 +76,8 @@ class InprocTransport(Transport):
                 raise InvalidArgument(f"rank {dst} has not joined this hub yet")
             arrival = Arrival(self.rank, tag, spec)
             if self.gpu is not None and spec.on_gpu:
+                from transport.message.gpu_mailbox import Handed
+
                 with gate(self.rank, work.description):
                     handed = Handed(self.gpu, peer.gpu, spec, tensors)
                 arrival.tensors, arrival.loan, work.ready = handed.tensors, handed, handed

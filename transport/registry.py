@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Final
 from transport.errors import UnknownTransport
 
 if TYPE_CHECKING:
-    from transport.contract import Transport
+    from transport.base import Transport
 
 _CLASSES: Final = {
-    "cuda_ipc": "transport.cuda_ipc:CudaIpcTransport",
-    "gloo": "transport.torch_dist:GlooTransport",
+    "cuda_ipc": "transport.cuda.transport:CudaIpcTransport",
+    "gloo": "transport.torch_dist.transport:GlooTransport",
     "inproc": "transport.inproc:InprocTransport",
-    "nccl": "transport.torch_dist:NcclTransport",
-    "shm": "transport.shm:ShmTransport",
-    "tcp": "transport.tcp:TcpTransport",
-    "unix": "transport.tcp:UnixTransport",
+    "nccl": "transport.torch_dist.transport:NcclTransport",
+    "shm": "transport.shm.transport:ShmTransport",
+    "tcp": "transport.sockets.transport:TcpTransport",
+    "unix": "transport.sockets.transport:UnixTransport",
 }
 AUTO: Final = ("shm", "unix", "tcp")  # what "auto" tries, the fastest first
 AUTO_ON_GPU: Final = ("cuda_ipc", *AUTO)  # likewise, when tensors are on a GPU

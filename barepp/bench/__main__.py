@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, cast
 
-from barepp.bench.machine import machine, sentence
+from barepp.bench.figures import machine, sentence
 from barepp.errors import BareppError, UsageError
 
 BENCHMARKS: Final = {

@@ -34,11 +34,11 @@ from typing import Any, Final
 
 from barepp.bench.case import Case
 from barepp.bench.figures import flat, spread, table
-from barepp.bench.teams import Conductor, Team, step_times
+from barepp.bench.teams.conductor import Conductor, Team, step_times
 from barepp.bench.training import check_same_gradients
 from barepp.errors import UsageError
+from barepp.plan.simulate import Costs, simulate
 from barepp.schedules import make_schedule, schedule_names, usual_stages
-from barepp.simulate import Costs, simulate
 
 BOUND: Final = 0.02  # of the measured bubble, beside the predicted one
 ALIKE: Final = 0.03  # of the step times that are predicted to be the same

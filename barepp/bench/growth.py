@@ -27,7 +27,7 @@ from typing import Any, Final
 from barepp.bench.case import Case
 from barepp.bench.figures import growth, spread, table
 from barepp.bench.start import launch_barepp
-from barepp.bench.teams import BenchError, Conductor, Team, environment, step_times
+from barepp.bench.teams.conductor import BenchError, Conductor, Team, environment, step_times
 from barepp.errors import UsageError
 
 ROWS: Final = 4  # of a microbatch
@@ -173,9 +173,9 @@ def _rendezvous(sizes: list[int], rounds: int) -> list[Row]:
 
 
 def _crowd(size: int) -> Row:
-    """Run `barepp.bench.crowd` in a process without torch: its forks are then cheap."""
+    """Run `barepp.bench.rendezvous_load` in a process without torch: its forks are then cheap."""
     done = subprocess.run(
-        [sys.executable, "-m", "barepp.bench.crowd", str(size)],
+        [sys.executable, "-m", "barepp.bench.rendezvous_load", str(size)],
         capture_output=True,
         text=True,
         env=environment(),

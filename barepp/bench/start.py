@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from barepp.bench.figures import ratio, spread, table
-from barepp.bench.teams import BenchError, environment
+from barepp.bench.teams.conductor import BenchError, environment
 from barepp.errors import UsageError
 
 LIMIT_S: Final = 300.0

@@ -1,25 +1,36 @@
-"""The schedules by name, and the one door to them: `make_schedule`.
+"""The schedules by name: `make_schedule` makes, validates and returns one.
 
 A schedule is a pure function (num_stages, num_microbatches, num_ranks) -> each rank's list, in a
 file of its own. To add one, write that file and add its line to `_SCHEDULES`; it is then validated,
 drawn, simulated and executed like the others.
+
+In reading order:
+
+    naive.py             one microbatch at a time
+    gpipe.py             all forwards, then all backwards
+    one_f_one_b.py       a backward as soon as there is one
+    layout.py            which rank holds which stage, with several stages a rank
+    interleaved_1f1b.py  1F1B with several stages a rank
+    zb_h1.py             backwards in two parts: the input's gradient first
+    zb_v.py              the same with two stages a rank, placed in a V
+    user_schedule.py     a schedule from a file of yours
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from barepp.actions import Action, Order
 from barepp.errors import ScheduleError
-from barepp.packed import PackedActions
+from barepp.program.actions import Action, Order
+from barepp.program.packed import PackedActions
+from barepp.program.validation import check_sizes, validate
 from barepp.schedules.gpipe import gpipe_order
 from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
 from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
-from barepp.schedules.own import is_own, own_order
+from barepp.schedules.user_schedule import is_own, own_order
 from barepp.schedules.zb_h1 import zb_h1_order
 from barepp.schedules.zb_v import zb_v_order
-from barepp.validation import check_sizes, validate
 
 ScheduleFunction = Callable[[int, int, int], Iterable[list[Action]]]
 

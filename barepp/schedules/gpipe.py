@@ -7,7 +7,7 @@ here they run from the first, which takes the same time and adds gradients in mi
 
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 

@@ -9,7 +9,7 @@ any m will do, see `interleaved_1f1b_order`.
 
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_equal_share
 
 

@@ -5,7 +5,7 @@ Huang et al. 2019, "GPipe", arXiv 1811.06965, figure 2(b): model parallelism wit
 
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 

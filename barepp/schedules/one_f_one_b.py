@@ -7,7 +7,7 @@ the gain is memory, since rank r keeps min(m, p - r) activations instead of m.
 
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 

@@ -8,7 +8,7 @@ min(m, p) microbatches, as many as the first rank of 1F1B.
 
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_one_stage_per_rank
 
 

@@ -11,7 +11,7 @@ nothing before that. (With few microbatches, below (3p-1)/2, it is ZB-H1's 2m + 
 from collections import defaultdict
 from collections.abc import Iterator
 
-from barepp.actions import Action, Kind
+from barepp.program.actions import Action, Kind
 from barepp.schedules.layout import require_two_stages_per_rank
 
 

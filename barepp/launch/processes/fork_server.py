@@ -1,0 +1,232 @@
+"""Where the ranks' processes come from: a fork server that imports torch once, or this process.
+
+multiprocessing has a fork server but only one a program, which cannot be ended. A job wants one of
+its own: it must not disturb another job, nor the program that calls `barepp.run`. So this file,
+and no other, reaches for parts of multiprocessing that are not documented:
+
+    forkserver.ForkServer               one server; multiprocessing makes a single one of them
+    forkserver.connect_to_new_process   through which `Process.start` asks for a child
+    current_process()._config           names the folder in which the server's socket is made
+
+They are the same in Python 3.10 to 3.14. Where one is missing, multiprocessing's own server is used
+as it is; then it outlives the job, until the program ends.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import inspect
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import termios
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkContext, ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Final
+
+from barepp.worker.process import PARENT_PID
+from barepp.worker.spec import Call, Script, Task
+
+PRELOAD: Final = ["barepp.launch.processes.preload"]
+
+REQUEST_FDS: Final = 8  # a request takes five, for a moment; `Job._start` keeps seven after it
+
+_borrowing = threading.Lock()  # held while something that all jobs share is replaced
+
+
+class ForkServer:
+    """Makes and starts the processes of one job; `end` leaves nothing of it behind.
+
+    `preloads` are modules that the fork server imports besides what every rank needs.
+    """
+
+    def __init__(self, preloads: Sequence[str] = (), *, fork: bool) -> None:
+        self._fork = fork
+        self._server: Any = None
+        self._folder: str | None = None
+        self.context: ForkContext | ForkServerContext
+        if fork:
+            self.context = multiprocessing.get_context("fork")
+            return
+        self.context = multiprocessing.get_context("forkserver")
+        modules = [*PRELOAD, *preloads]
+        if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
+            self._server = forkserver.ForkServer()
+            self._server.set_forkserver_preload(modules)
+            with _blocked(signal.SIGQUIT):  # (by itself, because it unblocks SIGINT)
+                resource_tracker.ensure_running()
+            deaf = _blocked(signal.SIGINT, signal.SIGQUIT)
+            with _borrowing, self._own_folder(), _own_pid_in_environment(), deaf:
+                self._server.ensure_running()
+        else:
+            self.context.set_forkserver_preload(modules)
+
+    @property
+    def parent_pid(self) -> int:
+        """The process id of the ranks' parent; 0 when nobody knows it."""
+        return os.getpid() if self._fork else getattr(self._server, "_forkserver_pid", None) or 0
+
+    def start(self, process: BaseProcess) -> None:
+        """Start a process that was made with `context`; the first one waits for torch's import."""
+        if self._server is None:
+            process.start()
+            return
+        with _borrowing:
+            _be_sure_of_descriptors()
+            usual = forkserver.connect_to_new_process
+            forkserver.connect_to_new_process = self._server.connect_to_new_process
+            try:
+                process.start()
+            finally:
+                forkserver.connect_to_new_process = usual
+
+    def end_descriptor(self, process: BaseProcess) -> int:
+        """Return a new descriptor that is readable once the process has ended.
+
+        A forked process's own sentinel is held open by whatever the rank has forked in turn.
+        """
+        if self._fork and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # a kernel without it
+                assert process.pid is not None
+                return os.pidfd_open(process.pid)
+        return os.dup(process.sentinel)
+
+    def remove_folder(self) -> None:
+        """Remove the server's socket from the disk; no process can be started any more."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def tells_nothing(self, ended_fd: int) -> bool:
+        """Whether the fork server has died, told by the end of a process that it started.
+
+        The server writes how a process ended into that process's pipe (`ended_fd`, readable now). A
+        pipe at its end with nothing in it is the server's own end. (Whether that can be waited for
+        yet is another question: the kernel closes a dying process's descriptors before.)
+        """
+        if self._fork:
+            return False
+        unread = fcntl.ioctl(ended_fd, termios.FIONREAD, bytes(4))
+        return not any(unread)
+
+    def end(self) -> None:
+        """End the fork server now.
+
+        It would leave by itself when we do, but only after torch's teardown, up to a second later.
+        """
+        pid = getattr(self._server, "_forkserver_pid", None)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # its socket's file is gone already
+                self._server._stop()
+        self.remove_folder()
+
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Have the server's socket made in a folder that we can remove before the job ends.
+
+        multiprocessing removes its own at the end of the program, which a killed one never has.
+        """
+        config = getattr(multiprocessing.current_process(), "_config", None)
+        if not isinstance(config, dict):
+            yield
+            return
+        usual = config.get("tempdir")
+        self._folder = config["tempdir"] = tempfile.mkdtemp(prefix="pymp-barepp-")
+        try:
+            yield
+        finally:
+            config["tempdir"] = usual
+
+
+def _be_sure_of_descriptors() -> None:
+    """Raise what a lack of file descriptors raises, before the server has heard of anything.
+
+    A request that breaks off in the middle ends the server, with a traceback (until Python 3.13).
+    """
+    with contextlib.ExitStack() as taken:
+        for _ in range(REQUEST_FDS):
+            taken.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+@contextlib.contextmanager
+def _own_pid_in_environment() -> Iterator[None]:
+    os.environ[PARENT_PID] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT_PID, None)
+
+
+@contextlib.contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Start processes with these signals of the terminal blocked: they are for the launcher alone.
+
+    The server unblocks them when it has left the terminal. Until then Ctrl-C would make it print a
+    traceback, and Ctrl-\\ kill it. What comes here meanwhile comes afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# What the ranks will import, seen from the script's text, so that the fork server does it once.
+#
+# An optimizer imports torch._dynamo at its first use, which takes as long as importing torch
+# itself. Done by every rank that is seconds for each; done before the ranks are forked it is once
+# for all. A script without an optimizer should not wait for it at all. So the text is asked: the
+# script's own, and that of the modules beside it that it imports. Where that misleads, a rank
+# imports it itself.
+
+OPTIMIZERS: Final = "optim"  # as in torch.optim.Adam
+NEEDED_BY_OPTIMIZERS: Final = "torch._dynamo"
+
+
+def preloads(task: Task) -> list[str]:
+    """Return the modules that are worth importing before the ranks are forked."""
+    if isinstance(task, Script):
+        path: str | None = task.path
+    elif isinstance(task, Call):
+        try:
+            path = inspect.getsourcefile(task.function)
+        except TypeError:  # a callable object, a partial
+            path = None
+    else:
+        path = None
+    mentioned = path is not None and _mentions(Path(path), OPTIMIZERS, set())
+    return [NEEDED_BY_OPTIMIZERS] if mentioned else []
+
+
+def _mentions(path: Path, word: str, seen: set[Path]) -> bool:
+    """Whether the word is in a Python file, or in one beside it that it imports."""
+    seen.add(path)
+    try:
+        text = path.read_text()
+        if word in text:
+            return True
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):  # who runs it will say so
+        return False
+    beside = (path.parent / f"{name}.py" for name in _imported(tree))
+    return any(_mentions(other, word, seen) for other in beside if other not in seen)
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}

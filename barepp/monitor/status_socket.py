@@ -1,0 +1,141 @@
+"""The launcher's door for this user's other processes: questions in, answers out, no file anywhere.
+
+1. The door is a Unix socket with an abstract name (unix(7)), which ends with the process: nothing
+   can be left behind. Everybody can see the name, so it holds nothing but who may come in.
+2. The kernel says who calls (SO_PEERCRED). Another user is hung up on before a byte is read.
+3. A question is one record with a name and nothing else; what it holds besides is not looked at.
+   A caller asks one at a time: with a second question, before it has taken the first one's
+   answer, it is hung up on, as with bytes that make no sense. So a caller that does not read
+   costs one answer, and nobody waits for it.
+4. Nothing here blocks. The owner polls `fileno()` for reading and calls `serve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from transport.wire.format import Limits
+from transport.wire.records import RecordStream
+
+MAX_CALLERS: Final = 16  # at one time; for one more the one that has been quiet longest has to go
+QUESTION_LIMITS: Final = Limits(meta_nbytes=1024, payload_nbytes=0)
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
+
+
+def socket_prefix(uid: int) -> str:
+    """Return how the names of all doors of a user begin; launcher's pid and a token follow."""
+    return f"barepp-job-{uid}-"
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """Return the process id and the user id of the other side, as the kernel knows them."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
+
+
+@dataclasses.dataclass
+class Caller:
+    """One connection; `answer` it once for each question."""
+
+    stream: RecordStream
+    records: Iterator[dict[str, Any]] = dataclasses.field(default_factory=lambda: iter(()))
+    asked: bool = False  # and not answered in full
+
+    def answer(self, records: Iterable[dict[str, Any]]) -> None:
+        """Let the door send these, one after the other, as fast as the caller takes them."""
+        self.records = iter([*records, {"record": "end"}])
+
+
+class StatusSocket:
+    """Lets callers in, and hands each question to `on_question` with the caller to be answered."""
+
+    def __init__(self, on_question: Callable[[str, Caller], None]) -> None:
+        self._on_question = on_question
+        self._callers: dict[int, Caller] = {}  # by descriptor; who asked last stands last
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listening.setblocking(False)
+        # The token keeps another user from taking the name before us.
+        name = f"{socket_prefix(os.getuid())}{os.getpid()}-{secrets.token_hex(4)}"
+        self._listening.bind("\0" + name)
+        self._listening.listen(MAX_CALLERS)
+        self._epoll = select.epoll()
+        self._epoll.register(self._listening, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable whenever `serve` has something to do."""
+        return self._epoll.fileno()
+
+    def serve(self) -> None:
+        """Serve whoever is there, each with one question at most."""
+        for fd, _ in self._epoll.poll(0):
+            caller = self._callers.get(fd)
+            if caller is not None:
+                self._attend(fd, caller)
+            elif fd == self._listening.fileno():
+                self._let_in()
+
+    def send(self, caller: Caller) -> None:
+        """Send what the kernel takes of a caller's answer, if the caller is still there."""
+        fd = caller.stream.socket.fileno()
+        if fd not in self._callers:
+            return
+        try:
+            caller.stream.flush()
+            while not caller.stream.unsent:
+                record = next(caller.records, None)
+                if record is None:
+                    break
+                caller.stream.send(record)
+                caller.asked = record["record"] != "end"
+        except OSError:
+            self._hang_up(fd)
+            return
+        waits = select.EPOLLOUT if caller.stream.unsent else 0
+        self._epoll.modify(fd, select.EPOLLIN | waits)
+
+    def close(self) -> None:
+        """Hang up on everyone, and close the door."""
+        for fd in list(self._callers):
+            self._hang_up(fd)
+        self._listening.close()
+        self._epoll.close()
+
+    def _let_in(self) -> None:
+        try:
+            sock, _ = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor is left: whoever knocks would wake us for ever
+            self._epoll.unregister(self._listening)
+            return
+        if peer_of(sock)[1] != os.getuid():
+            sock.close()
+            return
+        if len(self._callers) == MAX_CALLERS:
+            self._hang_up(next(iter(self._callers)))
+        sock.setblocking(False)
+        self._callers[sock.fileno()] = Caller(RecordStream(sock, QUESTION_LIMITS))
+        self._epoll.register(sock, select.EPOLLIN)
+
+    def _attend(self, fd: int, caller: Caller) -> None:
+        questions, goes_on = caller.stream.receive()
+        if not goes_on or len(questions) + caller.asked > 1:
+            self._hang_up(fd)
+            return
+        for question in questions:
+            caller.asked = True
+            self._callers[fd] = self._callers.pop(fd)
+            self._on_question(question["record"], caller)
+        self.send(caller)
+
+    def _hang_up(self, fd: int) -> None:
+        self._epoll.unregister(fd)
+        self._callers.pop(fd).stream.socket.close()

@@ -1,0 +1,67 @@
+"""How the process of a rank ends that has failed: the news first, then at once.
+
+What the launcher's own workers and the ranks of other launchers have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+
+from barepp.worker.event_log import EventLog
+from barepp.worker.failures import failure_of
+from barepp.worker.faults.fault_hook import note_told
+from barepp.worker.process_state import current_world
+from transport.errors import JobFailed
+from transport.rendezvous.client import ControlClient
+
+
+def fail(rank: int, control: ControlClient, error: BaseException, notes: EventLog) -> None:
+    """Report, unless it only repeats what the launcher has told us; then end at once."""
+    if isinstance(error, JobFailed):
+        note_told(notes, rank, error)
+        control.say_doing(error.doing)
+        leave(1)
+    world = current_world()
+    failure = failure_of(rank, error, world.position() if world is not None else "")
+    control.report(failure)
+    leave(failure.exit_code or 1)
+
+
+def leave(exit_code: int) -> None:
+    """Flush Python's and C's streams and end without any further teardown."""
+    flush()
+    os._exit(exit_code)
+
+
+def flush() -> None:
+    """Flush Python's and C's streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the script may have closed or replaced them
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+def report_threads(
+    rank: int, control: ControlClient, notes: EventLog, *, show: bool = False
+) -> None:
+    """An exception that ends a background thread is this rank's failure as well.
+
+    `show` is for a rank whose launcher does not show it.
+    """
+    usual = threading.excepthook
+    myself = os.getpid()
+
+    def on_thread(args: threading.ExceptHookArgs) -> None:
+        if os.getpid() != myself:
+            usual(args)
+        elif args.exc_value is not None and not isinstance(args.exc_value, JobFailed):
+            # (A thread that was told of another rank's failure leaves it to the main thread.)
+            if show:
+                usual(args)
+            fail(rank, control, args.exc_value, notes)
+
+    threading.excepthook = on_thread

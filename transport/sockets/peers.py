@@ -1,0 +1,175 @@
+"""Brings the one connection to each peer into being: by our call at first use, or by theirs.
+
+When both call at once, the lower rank's call goes ahead, on both sides by the same rule. A peer
+that was lost is never connected to again: a stream that broke is not continued by another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+from transport.errors import PeerLost, TransportError
+from transport.sockets.addresses import Address, within_host
+from transport.sockets.connection import Carrier
+from transport.sockets.dialer import CALL_TIMEOUT_S, Dialer
+from transport.sockets.event_loop import Progress
+from transport.sockets.handshake import Hello, Role, Verdict
+from transport.sockets.listener import Listener
+from transport.sockets.reachability import Reachability
+
+
+class Peer:
+    """What this rank knows of another one."""
+
+    def __init__(self, connection: Carrier) -> None:
+        self.connection = connection
+        self.call: Dialer | None = None  # our own attempt to connect, while it runs
+        self.lost = False  # its stream broke, or it could not be reached
+        self.ended: TransportError | None = None  # why nothing can be sent or received any more
+
+    @property
+    def flushed(self) -> bool:
+        """Whether it needs no more waiting for what is queued for this peer."""
+        left = self.lost or self.ended is not None or self.connection.flushed
+        return left and self.connection.settled
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one rank is among the others.
+
+    Attributes:
+        rank, world_size: who it is.
+        addresses: where each rank listens, by rank.
+        listening: this rank's own listening sockets.
+        secret: the job's secret, with which every connection is authenticated.
+        unix: whether ranks of one host use a Unix stream.
+        silence_s: how long another host may acknowledge nothing of what is sent to it; 0 for as
+            long as TCP goes on trying.
+    """
+
+    rank: int
+    world_size: int
+    addresses: Mapping[int, Address]
+    listening: list[socket.socket]
+    secret: bytes
+    unix: bool
+    silence_s: float = 0.0
+
+
+class Peers:
+    """The peers of one rank. Every method is called under the lock of `Progress`.
+
+    `connect(rank)` makes a connection without a socket; `lose(peer, error)` is told when a peer
+    cannot be reached.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        place: Place,
+        connect: Callable[[int], Carrier],
+        lose: Callable[[Peer, TransportError], None],
+    ) -> None:
+        self.known: dict[int, Peer] = {}
+        self._progress = progress
+        self.place = place
+        self._connect = connect
+        self._lose = lose
+        self._expiry_due: float | None = None
+        self._closed = False
+        self.listener = Listener(place.secret, Role.DATA, place.rank, place.listening)
+        progress.register(self.listener.fileno(), select.EPOLLIN, self._on_callers)
+
+    def get(self, rank: int) -> Peer:
+        """Return the peer, and start to connect at first use."""
+        peer = self.known.get(rank)
+        if peer is None:
+            peer = self.known[rank] = Peer(self._connect(rank))
+            self._call(peer)
+        return peer
+
+    def close(self) -> None:
+        """Stop listening; the connections are their owner's to end."""
+        self._closed = True
+        self._progress.unregister(self.listener.fileno())
+        self.listener.close()
+
+    def _call(self, peer: Peer) -> None:
+        def finish(sock: socket.socket | None, error: TransportError | None) -> None:
+            peer.call = None
+            if sock is not None:
+                self._attach(peer, sock)
+            elif error is not None:
+                self._lose(peer, error)
+            else:
+                self._progress.call_at(time.monotonic() + CALL_TIMEOUT_S, check_called)
+
+        def check_called() -> None:
+            if not peer.connection.connected:
+                self._lose(peer, PeerLost(f"rank {rank} did not call within {CALL_TIMEOUT_S} s"))
+
+        rank, place = peer.connection.peer, self.place
+        peer.call = Dialer(
+            self._progress,
+            place.addresses[rank],
+            (place.rank, rank),
+            place.secret,
+            unix=place.unix,
+            finish=finish,
+        )
+
+    def _attach(self, peer: Peer, sock: socket.socket) -> None:
+        if self.place.silence_s:
+            with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
+                if not within_host(sock):
+                    self._look_after(peer, sock, self.place.silence_s)
+        peer.connection.attach(sock)
+
+    def _look_after(self, peer: Peer, sock: socket.socket, silence_s: float) -> None:
+        why = f"nothing that was sent to it has been acknowledged for {silence_s:g} s"
+        lost = PeerLost(f"rank {peer.connection.peer} cannot be reached: {why}")
+        Reachability(self._progress, sock, silence_s, lambda: self._lose(peer, lost))
+
+    def _on_callers(self, mask: int) -> None:
+        for sock, hello in self.listener.poll():
+            verdict = self._judge(hello)
+            with contextlib.suppress(OSError):  # a caller that is gone shows when it is read
+                sock.send(bytes([verdict]))
+            if verdict is not Verdict.ACCEPTED:
+                sock.close()
+                continue
+            peer = self.known.get(hello.rank)
+            if peer is None:
+                peer = self.known[hello.rank] = Peer(self._connect(hello.rank))
+            elif peer.call is not None:
+                peer.call.cancel()
+                peer.call = None
+            self._attach(peer, sock)
+        deadline = self.listener.next_deadline()
+        if deadline is not None and self._expiry_due is None:  # one timer at a time
+            self._expiry_due = deadline
+            self._progress.call_at(deadline, self._expire_callers)
+
+    def _expire_callers(self) -> None:
+        self._expiry_due = None
+        if not self._closed:
+            self._on_callers(0)
+
+    def _judge(self, hello: Hello) -> Verdict:
+        place = self.place
+        peer = self.known.get(hello.rank)
+        if hello.rank == place.rank or not 0 <= hello.rank < place.world_size:
+            return Verdict.TAKEN
+        if peer is None:
+            return Verdict.ACCEPTED
+        if peer.connection.connected or peer.lost or peer.ended is not None:
+            return Verdict.TAKEN
+        if peer.call is not None and place.rank < hello.rank:
+            return Verdict.YIELD
+        return Verdict.ACCEPTED

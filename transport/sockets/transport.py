@@ -1,0 +1,304 @@
+"""The socket transport: one stream a pair of ranks, opened at first use, tensors sent as frames.
+
+Ranks of one host talk over a Unix stream, others over TCP: the same code, another address family.
+The transport named "tcp" uses TCP everywhere; "unix" is this file with both families.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from typing import ClassVar, Final
+
+from transport.base import DEFAULT_UNEXPECTED_LIMIT, Transport
+from transport.device import Gpu
+from transport.errors import (
+    DeviceError,
+    InternalError,
+    PeerLeft,
+    ProtocolError,
+    TransportClosed,
+    TransportError,
+    WaitTimeout,
+    fresh,
+)
+from transport.message.mailbox import Arrival, Mailbox
+from transport.message.specs import Message, MessageSpec
+from transport.message.tensors import prepare, unsupported_host
+from transport.message.work import Farewell, Receive, Send, Work
+from transport.sockets.addresses import Address, listen
+from transport.sockets.buffer_pool import Pool
+from transport.sockets.connection import Carrier, Connection
+from transport.sockets.event_loop import Progress
+from transport.sockets.peers import Peer, Peers, Place
+from transport.wire.format import MESSAGES, Frame, FrameKind, Limits
+
+CLOSED: Final = "this rank has closed its transport"
+FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
+
+
+class TcpTransport(Transport):
+    """One rank's connections to the others; see `contract.Transport` for what it promises.
+
+    Args:
+        rank, world_size, addresses, listening, secret, silence_s: see `peers.Place`.
+        lost_grace_s: after the loss of a peer, seconds to wait for `abort` to name the cause
+            before the waiting calls raise `PeerLost`.
+        unexpected_limit: bytes of messages that nobody has asked for, held per peer.
+        limits: upper bounds of a frame, for both directions.
+        checksum: whether each payload that is sent carries a sum, which its receiver checks.
+        gpu: this rank's GPU, whose tensors are moved as well; None: CPU tensors alone.
+    """
+
+    name: ClassVar[str] = "tcp"
+    unix: ClassVar[bool] = False
+    carrier: ClassVar[type[Carrier]] = Carrier  # how payloads travel: there may be a better way
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        addresses: Mapping[int, Address],
+        listening: list[socket.socket],
+        secret: bytes,
+        *,
+        silence_s: float = 0.0,
+        lost_grace_s: float = 0.0,
+        unexpected_limit: int = DEFAULT_UNEXPECTED_LIMIT,
+        limits: Limits | None = None,
+        checksum: bool = False,
+        gpu: Gpu | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, gpu)
+        self._lost_grace_s = lost_grace_s
+        self._unexpected_limit = unexpected_limit
+        self._limits = limits or Limits()
+        self._checksum = checksum
+        self._pool = Pool()
+        room = self._pool.allocate
+        self._mailbox = Mailbox(room)
+        if gpu is not None:
+            from transport.message.gpu_mailbox import GpuMailbox
+
+            self._mailbox = GpuMailbox(rank, gpu, room)
+        self._farewell: Work | None = None  # set by `close`, done when all is flushed
+        self._ended: TransportError | None = None
+        self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
+        self._lock, self._guard = self._progress.lock, self._progress.guard
+        with self._lock, self._guard:
+            place = Place(rank, world_size, addresses, listening, secret, self.unix, silence_s)
+            self._contacts = Peers(self._progress, place, self._connect, self._lose)
+        self._peers = self._contacts.known
+
+    @staticmethod
+    def viable() -> str | None:
+        """Return why this machine cannot use sockets for tensors, None when it can."""
+        return unsupported_host()
+
+    @classmethod
+    def listen(cls, bind: str = "127.0.0.1") -> tuple[list[socket.socket], Address]:
+        """Open the listening sockets that a rank of this transport needs."""
+        return listen(unix=cls.unix, bind=bind)
+
+    # -- the contract -----------------------------------------------------------------------------
+
+    def post_send(self, message: Message, dst: int, tag: int) -> Work:
+        """Hand the message to the kernel as far as it takes it now; queue the rest."""
+        spec, tensors = prepare(message, self.gpu)
+        work = Send(self, dst, tag)
+        with self._lock, self._guard:
+            self._peer(dst).connection.send(spec, tensors, work)
+            self.traffic.sent[dst] += 1
+            self.traffic.sent_nbytes += spec.nbytes
+        return work
+
+    def post_receive(self, receive: Receive) -> None:
+        """Match the receive with what is here already, or let it wait."""
+        with self._lock, self._guard:
+            self._raise_if_ended()
+            self._mailbox.post(receive)
+            peer = self._peers.get(receive.peer) or self._contacts.get(receive.peer)
+            if peer.connection.pending is not None:
+                peer.connection.resume()
+            if peer.ended is not None and not receive.done:
+                self._mailbox.fail(peer.ended, receive.peer)
+
+    def withdraw(self, receive: Receive) -> bool:
+        """Take a posted receive back; False when it is done already."""
+        with self._lock, self._guard:
+            arriving = self._contacts.get(receive.peer).connection.arriving
+            return self._mailbox.withdraw(receive, arriving)
+
+    def progress_until(self, work: Work, timeout: float | None) -> bool:
+        """Move bytes on all connections until the work is done; False when time ran out."""
+        return self._progress.run_until(work, timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what is queued, say goodbye to every peer and end."""
+        with self._lock, self._guard:
+            if self._farewell is not None:
+                return
+            farewell = self._farewell = Farewell(self, self.rank, 0)
+            if self._ended is None:
+                for peer in list(self._peers.values()):
+                    if peer.ended is None and not peer.lost:
+                        peer.connection.queue(FrameKind.GOODBYE, None)
+                self._check_farewell()
+            else:
+                farewell.complete()
+        try:
+            if not self._progress.run_until(farewell, timeout):
+                slow = sorted(rank for rank, peer in self._peers.items() if not peer.flushed)
+                raise WaitTimeout(f"ranks {slow} did not take what is queued within {timeout} s")
+            farewell.wait()
+        finally:
+            self.abort(TransportClosed(CLOSED))
+
+    def abort(self, error: TransportError) -> None:
+        """Fail everything that waits, close every socket and stop."""
+        with self._lock, self._guard:
+            self._end(error)
+        self._progress.stop()
+        for peer in list(self._peers.values()):
+            peer.connection.join()
+
+    def _end(self, error: TransportError) -> None:
+        if self._ended is not None:
+            return
+        self._ended = error
+        self._progress.end(error)
+        self._contacts.close()
+        self._pool.close()
+        self._mailbox.fail(error)
+        for peer in self._peers.values():
+            self._end_peer(peer, error)
+        if self._farewell is not None and not self._farewell.done:
+            self._farewell.fail(error)
+
+    def _on_crash(self, error: BaseException) -> None:
+        """End, because nobody knows in which state that error has left a stream."""
+        broken = InternalError(
+            f"rank {self.rank}'s transport broke: {type(error).__name__}: {error}"
+        )
+        broken.__cause__ = error
+        self._end(error if isinstance(error, DeviceError) else broken)
+
+    def _peer(self, rank: int) -> Peer:
+        """Return a peer that a message can still go to, and connect at first use."""
+        self._raise_if_ended()
+        peer = self._peers.get(rank) or self._contacts.get(rank)
+        if peer.ended is not None:
+            raise fresh(peer.ended)
+        return peer
+
+    def _raise_if_ended(self) -> None:
+        if self._ended is not None:
+            raise fresh(self._ended)
+        if self._farewell is not None:
+            raise TransportClosed(CLOSED)
+
+    def _check_farewell(self) -> None:
+        if self._farewell is None or self._farewell.done:
+            return
+        if all(peer.flushed for peer in self._peers.values()):
+            self._farewell.complete()
+        else:
+            self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
+
+    def _resume_all(self) -> None:
+        """Read on from every peer, because some thread begins to wait: to stop could deadlock."""
+        for peer in self._peers.values():
+            if peer.connection.pending is not None and self._farewell is None:
+                with self._guard:
+                    peer.connection.resume()
+
+    # -- a peer's beginning and end ---------------------------------------------------------------
+
+    def _connect(self, rank: int) -> Carrier:
+        made = self.carrier(self._progress, self, rank, self._limits, checksum=self._checksum)
+        if self.gpu is not None:
+            from transport.sockets.gpu_stager import Stager
+
+            made.stager = Stager(self.gpu, (self.rank, rank), self._progress, self._on_crash)
+        return made
+
+    def _lose(self, peer: Peer, error: TransportError) -> None:
+        """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
+        if peer.lost or peer.ended is not None:
+            return
+        peer.lost = True
+        peer.connection.close_socket()
+        if self._lost_grace_s:
+            due = time.monotonic() + self._lost_grace_s
+            self._progress.call_at(due, lambda: self._end_peer(peer, error))
+        else:
+            self._end_peer(peer, error)
+
+    def _end_peer(self, peer: Peer, error: TransportError) -> None:
+        if peer.ended is not None:
+            return
+        peer.ended = error
+        if peer.call is not None:
+            peer.call.cancel()
+        peer.connection.detach(error)
+        arrival, peer.connection.arriving = peer.connection.arriving, None
+        if arrival is not None and arrival.receive is not None:
+            arrival.receive.fail(error)
+        self._mailbox.fail(error, peer.connection.peer)
+        self._progress.wake()  # other threads may wait for what has just failed
+
+    # -- what a connection asks (see connection.Owner) --------------------------------------------
+
+    def on_frame(self, connection: Connection, frame: Frame) -> bool:
+        """Match a message with the receive that wants it, or hold it within the bound."""
+        src, kind, tag = connection.peer, frame.kind, frame.tag
+        if kind not in MESSAGES:
+            raise ProtocolError(f"rank {src} sent a {kind.name} out of place")
+        spec: MessageSpec = frame.meta
+        if spec.nbytes != frame.payload_nbytes:
+            spec.fit(frame.payload_nbytes)  # says so
+        waiting = self._progress.driver is not None and self._farewell is None
+        if not waiting and not connection.ending and not self._mailbox.wanted(src, tag):
+            held = self._mailbox.held_nbytes(src)
+            if held + spec.nbytes > self._unexpected_limit:
+                return False
+        arrival = connection.arriving = Arrival(src, tag, spec)
+        try:
+            if kind is not FrameKind.MESSAGE:
+                self._peers[src].connection.fetch(frame, arrival)
+            self._mailbox.arrive(arrival)
+        except RuntimeError as error:  # torch's allocator
+            raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
+        return True
+
+    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
+        """Complete the message."""
+        src = connection.peer
+        self._peers[src].connection.finish(arrival)
+        connection.arriving = None
+        self.traffic.received[src] += 1
+        self.traffic.received_nbytes += arrival.spec.nbytes
+        self._mailbox.complete(arrival)
+
+    def on_goodbye(self, connection: Connection) -> None:
+        """Act on a goodbye."""
+        gone = f"rank {connection.peer} has left, so nothing more comes from it"
+        self._end_peer(self._peers[connection.peer], PeerLeft(gone))
+
+    def on_end(self, connection: Connection, error: TransportError) -> None:
+        """The stream broke, or its bytes made no sense: it is never used again."""
+        peer = self._peers[connection.peer]
+        if isinstance(error, ProtocolError):
+            self._end_peer(peer, ProtocolError(f"from rank {connection.peer}: {error}"))
+        elif self._farewell is not None and connection.flushed:
+            self._end_peer(peer, TransportClosed(CLOSED))  # it hung up in answer to our goodbye
+        else:
+            self._lose(peer, error)
+
+
+class UnixTransport(TcpTransport):
+    """The socket transport with Unix streams between ranks of one host and TCP between others."""
+
+    name: ClassVar[str] = "unix"
+    unix: ClassVar[bool] = True
