@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from jobs import LIMIT_S, ROOT
 from starter import eventually
 
 from barepp.bench.__main__ import main
-from barepp.bench.faults import watch as faults_run
 from barepp.bench.faults.kinds import FAULTS, NO_FAULT, VICTIM
 from barepp.bench.faults.table import BAREPP, TORCH, is_right, root_cause, row_of
 from barepp.bench.faults.watch import Seen, watch
@@ -61,6 +61,9 @@ def test_wrong_usage_is_a_sentence(flags, why, capsys):
 
 
 # -- what is seen of a job -------------------------------------------------------------------------
+
+# (`from barepp.bench.faults import watch` is its function.)
+faults_run = importlib.import_module("barepp.bench.faults.watch")
 
 PRELUDE = """
 import json, os, subprocess, sys, time

@@ -246,9 +246,10 @@ def asked(*_):
     raise SystemExit("CUDA was asked")
 for name in ("is_available", "device_count", "init", "_lazy_init", "set_device", "current_device"):
     setattr(torch.cuda, name, asked)
-import barepp.launch.processes.preload, barepp.worker, barepp.train.pipeline,
-barepp.train.loss_scaler, barepp.launch, barepp.run import transport.sockets.transport,
-transport.shm, transport.cuda.device, transport.inproc assert not torch.cuda.is_initialized()
+import barepp.launch.processes.preload, barepp.worker.main, barepp.train.pipeline
+import barepp.train.loss_scaler, barepp.launch.job, barepp.launch.run
+import transport.sockets.transport, transport.shm.transport, transport.cuda.device, transport.inproc
+assert not torch.cuda.is_initialized()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(

@@ -444,12 +444,14 @@ def test_rank_0_that_never_comes_is_named(starter: Starter, tmp_path: Path) -> N
         assert "cannot be reached: Connection refused" in job.wait()[1].err
 
 
-@pytest.mark.parametrize("name", ["barepp", "torch"])
-def test_other_software_on_a_rank_is_refused(name: str, starter: Starter, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "home"), [("barepp", "barepp.cli"), ("torch", "torch")])
+def test_other_software_on_a_rank_is_refused(
+    name: str, home: str, starter: Starter, tmp_path: Path
+) -> None:
     text = f"""
-        import barepp, os, {name}
+        import barepp, os, {home}
         if os.environ["RANK"] == "1":
-            {name}.__version__ = "0.0.7"
+            {home}.__version__ = "0.0.7"
         barepp.init()
     """
     with crew(starter, tmp_path, text, 2) as job:

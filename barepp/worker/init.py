@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from barepp.cli import __version__
+from barepp import cli
 from barepp.errors import UsageError
 from barepp.worker.devices import chosen_device, num_gpus, on_gpus, own_gpu
 from barepp.worker.external.environment import started_by_others
@@ -136,7 +136,7 @@ def _listen(
 
 def _versions(device: str) -> dict[str, str]:
     """Return what must be the same on all ranks for their results to fit together."""
-    versions = {"barepp": __version__, "torch": str(torch.__version__)}
+    versions = {"barepp": cli.__version__, "torch": str(torch.__version__)}
     return {**versions, "on device": device}  # ("it runs on device cpu, but rank 0 …")
 
 
