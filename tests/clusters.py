@@ -17,9 +17,9 @@ from starter import Ended, Started, Starter, eventually
 SECRET = {"BAREPP_SECRET": "a secret of sixteen characters"}
 LAUNCH = """
 import functools, sys
-import barepp.launch
-barepp.launch.Job = functools.partial(barepp.launch.Job, fork=True)   # torch is imported already
-sys.exit(barepp.launch.main())
+from barepp.launch import __main__ as launch
+launch.Job = functools.partial(launch.Job, fork=True)   # torch is imported already
+sys.exit(launch.main())
 """
 
 

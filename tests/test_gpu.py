@@ -46,7 +46,7 @@ def test_ranks_lend_each_other_memory(world_size: int) -> None:
 def swap(transport: Any, pipe: Any) -> bool:
     """Exchange messages by which a copy that comes too late or too early would be seen."""
     gpu, peers = (
-        transport.cuda.device,
+        transport.gpu,
         [r for r in range(transport.world_size) if r != transport.rank],
     )
     for i in range(30):
@@ -76,9 +76,7 @@ def until_killed(transport: Any, pipe: Any) -> str:
     other = 1 - transport.rank
     try:
         for i in range(10**6):
-            transport.isend(
-                torch.full((10**6,), float(i), device=transport.cuda.device.device), other
-            )
+            transport.isend(torch.full((10**6,), float(i), device=transport.gpu.device), other)
             got = transport.recv(other, timeout=30)
             if i == 20:
                 torch.cuda.synchronize()

@@ -418,7 +418,8 @@ def test_more_ranks_than_the_machine_can_hold_is_a_sentence(tmp_path: Path) -> N
     script = write_script(tmp_path, "print('hello')")
     limited = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (40, 40)); "
     command = (
-        "from barepp.launch import main; raise SystemExit(main(['--world', '40', 'script.py']))"
+        "from barepp.launch.__main__ import main; "
+        "raise SystemExit(main(['--world', '40', 'script.py']))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", limited + command],

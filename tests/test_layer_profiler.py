@@ -18,6 +18,7 @@ from zoo import ZOO, WritingLinear, data, layer, linear
 import barepp
 from barepp.bench.case import SleepyLinear
 from barepp.errors import UsageError
+from barepp.plan.partition import partition
 from barepp.train.layer_profiler import profile
 from barepp.train.models import LayerBuilder
 
@@ -309,4 +310,4 @@ def test_by_hand_it_is_a_list_for_the_pipeline() -> None:
     sizes = barepp.balance(costs, barepp.make_schedule("1f1b", 3, 8))
     assert sizes == [2, 1, 3]
     with pytest.raises(UsageError, match=r"barepp\.balance makes a list of it"):
-        barepp.partition.partition(6, 3, "balanced")
+        partition(6, 3, "balanced")
