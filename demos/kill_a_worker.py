@@ -25,7 +25,7 @@ short:
 
 `check` wants what should be true after any failure: the cause names the rank and what happened to
 it, every other rank was told that same cause, in time, and nothing is left behind.
-tests/test_fault_matrix.py does so for each action of each schedule.
+tests/testing/test_fault_matrix.py does so for each action of each schedule.
 """
 
 import argparse

@@ -7,7 +7,6 @@ import signal
 import statistics
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ from gpus import why_no_gpu
 pytest.register_assert_rewrite("jobs", "clusters")  # their assertions explain themselves as well
 
 from clusters import TRAIN, the_digest  # noqa: E402
-from jobs import write_script  # noqa: E402
+from jobs import ROOT, write_script  # noqa: E402
 from starter import Starter  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 
 SEED = pytest.StashKey[int]()

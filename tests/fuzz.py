@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
 import fuzz_sockets  # noqa: E402
 import fuzz_targets  # noqa: E402

@@ -235,7 +235,7 @@ def _type_name(thing: object) -> str:
 # through hooks. A type of your own says so by `plain = True` in its own class body; what is
 # inherited does not count, for a subclass may do anything. A layer with hooks, with a forward of
 # its own, that is compiled or works in place is not plain. Results are the same either way, bit for
-# bit: tests/test_plain_layers.py holds each type to its word.
+# bit: tests/train/stage/test_plain_layers.py holds each type to its word.
 
 PLAIN: Final = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU})
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_chrome_format import every_shape
-from traces import MS, made
+from traces import MS, every_shape, made
 
 from barepp.errors import DataError, UsageError
 from barepp.plan.simulate import Costs, simulate

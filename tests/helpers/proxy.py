@@ -47,7 +47,7 @@ class Network:
 
     def __init__(self) -> None:
         here = Path(__file__).parent
-        paths = [str(here), str(here.parent)]
+        paths = [str(here), str(here.parent.parent)]
         self._pipe, theirs = Pipe()
         code = f"import sys; sys.path[:0] = {paths!r}; import proxy; proxy.main({theirs.fileno()})"
         command = [sys.executable, "-c", code]

@@ -5,23 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from traces import check_format, made
+from traces import check_format, every_shape, made
 
 from barepp.errors import DataError
 from barepp.program.actions import order_text
 from barepp.trace.chrome_format import messages, to_events
 from barepp.trace.chrome_reader import read_trace
-
-SHAPES = [
-    ("naive", 3, 2, None),
-    ("gpipe", 4, 3, None),
-    ("1f1b", 4, 8, None),
-    ("interleaved_1f1b", 6, 3, 3),
-    ("zb_h1", 4, 5, None),
-    ("zb_v", 6, 4, None),
-    ("1f1b", 1, 2, None),
-]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
 
 
 @every_shape

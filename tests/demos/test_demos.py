@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from jobs import ROOT
 from traces import check_format
 
 from barepp import LayerCost, balance, make_schedule

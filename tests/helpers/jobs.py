@@ -33,7 +33,7 @@ from barepp.testing.leaks import LeakCheck
 from barepp.worker.event_log import EventLog
 from barepp.worker.spec import Options, Script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MARK = "BAREPP_TEST_MARK"  # an environment variable that a job's processes inherit
 LIMIT_S = 60.0  # of anything that should take a few seconds, on a machine that is loaded
 

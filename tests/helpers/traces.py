@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from barepp.plan.simulate import Costs, simulate
 from barepp.program.lowering import lower
 from barepp.schedules import make_schedule
 from barepp.trace.chrome_format import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace
 
 MS = 1_000_000
+SHAPES = [
+    ("naive", 3, 2, None),
+    ("gpipe", 4, 3, None),
+    ("1f1b", 4, 8, None),
+    ("interleaved_1f1b", 6, 3, 3),
+    ("zb_h1", 4, 5, None),
+    ("zb_v", 6, 4, None),
+    ("1f1b", 1, 2, None),
+]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
 
 
 def made(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from clusters import FAIL, FAULTS, SECRET, TRAIN, Cluster, check_fault, the_digest
 from hosts import IPV4, IPV6, Hosts, enter
-from jobs import LIMIT_S, write_script
+from jobs import LIMIT_S, ROOT, write_script
 from ports import free_port
 from starter import Started, Starter, eventually
 
@@ -182,8 +182,8 @@ CONTRACT = [
 
 
 def test_the_contract_in_short(hosts: Hosts) -> None:
-    """All of it takes minutes: `pytest tests/test_transport_contract.py --wire 0.02 -k tcp`."""
-    file = Path(__file__).parent / "test_transport_contract.py"
+    """All of it takes minutes: `pytest tests/transport -k "contract and tcp" --wire 0.02`."""
+    file = ROOT / "tests/transport/test_transport_contract.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--wire", "0.02"]
     ended = subprocess.run(
         [*command, *(f"{file}::{name}" for name in CONTRACT)],

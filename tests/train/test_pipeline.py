@@ -25,7 +25,7 @@ from barepp.train.messages import (
 )
 from transport.errors import ProtocolError
 
-SCHEDULES = ["naive", "gpipe", "1f1b"]  # the others: tests/test_exactness.py
+SCHEDULES = ["naive", "gpipe", "1f1b"]  # the others: tests/train/test_exactness.py
 cross_entropy = nn.functional.cross_entropy
 run = functools.partial(barepp.run, transport="inproc")
 

@@ -11,7 +11,7 @@ inproc an exception is raised. After every case
 
 The whole matrix, thousands of cases of some tenths of a second:
 
-    python -m pytest tests/test_fault_matrix.py --matrix=all
+    python -m pytest tests/testing/test_fault_matrix.py --matrix=all
 
 The suite runs 40 of them, others each time, about as many of each schedule over each transport;
 pytest's output says at its end how to run the same ones again. One case is run again by

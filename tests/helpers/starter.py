@@ -76,7 +76,7 @@ class Starter:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here)])},
             start_new_session=True,
         )
         self._folder = tempfile.TemporaryDirectory(prefix="barepp-starter-")

@@ -7,8 +7,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from test_chrome_format import every_shape
-from traces import MS, made
+from traces import MS, every_shape, made
 
 from barepp.errors import UsageError
 from barepp.plan.chart_image import CHARACTERS, check_path, plot
