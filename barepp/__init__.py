@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from barepp.worker.world import World
     from transport.errors import Failure, JobFailed
 
+# torch warns at its import that NumPy is missing, which neither torch nor barepp needs here. The
+# commands, the ranks' processes and the demos import this package before torch.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 _HOMES = {
     "__version__": "barepp.cli",

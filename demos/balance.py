@@ -33,17 +33,17 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-import digits
-import torch
-import training
-from flags import check_at_least, run_demo
-from torch import Tensor, nn
-from torch.nn import functional
-
 import barepp
+import digits
+import training
 from barepp.plan.simulate import simulate
 from barepp.train.models import LayerBuilder, LinearReLU
+from flags import check_at_least, run_demo
 from transport.collectives import broadcast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 DEFAULTS = training.Flags(steps=60, batch=256, hidden=256)
 HEAVY = 2  # which layer

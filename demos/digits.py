@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from barepp.errors import DataError, UsageError
 from barepp.train.stage.seeding import derive_seed
+
+import torch
+from torch import Tensor
 
 DIGITS = Path(__file__).parent / "data" / "digits.csv.gz"
 NUM_ROWS = 1797

@@ -30,16 +30,16 @@ import sysconfig
 import time
 from pathlib import Path
 
-import torch
-import training
-from flags import check_at_least, check_positive, check_writable, run_demo
-from gpt_model import gpt, loss_fn
-from torch import Tensor
-
 import barepp
+import training
 from barepp.trace.step_breakdown import RankTimes, table
 from barepp.train.stage.seeding import derive_seed
+from flags import check_at_least, check_positive, check_writable, run_demo
+from gpt_model import gpt, loss_fn
 from transport.collectives import broadcast
+
+import torch
+from torch import Tensor
 
 HELD_OUT = 0.05  # of the text, at its end
 HELD_OUT_ROWS = 32

@@ -4,11 +4,11 @@ import math
 from functools import partial
 from typing import Protocol
 
+from barepp.train.models import LayerBuilder
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from barepp.train.models import LayerBuilder
 
 NUM_BYTES = 256
 

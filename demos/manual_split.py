@@ -17,6 +17,7 @@ processes):
 
 import digits
 import monolith
+
 import torch
 from torch import nn
 from torch.nn import functional

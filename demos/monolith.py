@@ -18,16 +18,16 @@ import functools
 import hashlib
 import time
 
-import digits
-import torch
-import training
-from torch import nn
-from torch.nn import functional
-
 import barepp
+import digits
+import training
 from barepp.program.lowering import Step, lower
 from barepp.trace.recorder import Recorder, Times
 from barepp.train.stage.seeding import derive_seed
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 
 def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:

@@ -16,9 +16,9 @@ numbers above are from two busy cores of a virtual machine.)
 import statistics
 import time
 
-import torch
-
 import barepp
+
+import torch
 
 SIZES = {8: "8 B", 1024: "1 KiB", 65536: "64 KiB", 1 << 20: "1 MiB", 1 << 24: "16 MiB"}
 UNDER_WAY = 8

@@ -11,16 +11,16 @@ from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
-import digits
-import torch
-from flags import check_at_least, check_positive, check_writable, run_demo
-from torch.nn import functional
-
 import barepp
+import digits
 from barepp.plan.simulate import Costs, simulate
 from barepp.trace.step_breakdown import RankTimes, own_time, table
 from barepp.train.stage.autocast import HALVES
+from flags import check_at_least, check_positive, check_writable, run_demo
 from transport.collectives import broadcast
+
+import torch
+from torch.nn import functional
 
 NUM_PROGRESS_LINES = 10
 

@@ -20,25 +20,22 @@ import runpy
 import signal
 import sys
 import threading
-import warnings
 import weakref
 from multiprocessing import forkserver
 from typing import Any
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch comes
-
-from barepp.errors import UsageError  # noqa: E402
-from barepp.monitor.stacks import tell_stacks  # noqa: E402
-from barepp.worker.exits import fail, flush, leave, report_threads  # noqa: E402
-from barepp.worker.failures import exit_code_of  # noqa: E402
-from barepp.worker.faults.fault_hook import carry_out  # noqa: E402
-from barepp.worker.init import connect, init, one_compute_thread  # noqa: E402
-from barepp.worker.process import die_with_parent, leave_terminal  # noqa: E402
-from barepp.worker.process_state import current_world, disown, enlist  # noqa: E402
-from barepp.worker.spec import CUT_OFF, LENGTH, Assignment, Call, PickledCall, Pipes, Script, Task  # noqa: E402  # noqa: E402
-from transport.errors import JobFailed, TransportError  # noqa: E402
-from transport.rendezvous.client import ControlClient  # noqa: E402
-from transport.rendezvous.server import DOING_LIMIT  # noqa: E402
+from barepp.errors import UsageError
+from barepp.monitor.stacks import tell_stacks
+from barepp.worker.exits import fail, flush, leave, report_threads
+from barepp.worker.failures import exit_code_of
+from barepp.worker.faults.fault_hook import carry_out
+from barepp.worker.init import connect, init, one_compute_thread
+from barepp.worker.process import die_with_parent, leave_terminal
+from barepp.worker.process_state import current_world, disown, enlist
+from barepp.worker.spec import CUT_OFF, LENGTH, Assignment, Call, PickledCall, Pipes, Script, Task
+from transport.errors import JobFailed, TransportError
+from transport.rendezvous.client import ControlClient
+from transport.rendezvous.server import DOING_LIMIT
 
 
 def main(assignment: Assignment, pipes: Pipes) -> None:

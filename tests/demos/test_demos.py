@@ -50,9 +50,8 @@ KEYS = {
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    quiet = ["-W", "ignore:Failed to initialize NumPy"]
     return subprocess.run(
-        [sys.executable, *quiet, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,

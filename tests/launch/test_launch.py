@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ from jobs import (
 from transport_worlds import eventually
 
 from barepp.launch.__main__ import main
-from barepp.launch.processes.fork_server import REQUEST_FDS
+from barepp.launch.processes.fork_server import REQUEST_FDS, ForkServer
 from barepp.launch.processes.signals import signals_to
 
 # -- a healthy run, looked at from every side -----------------------------------------------------
@@ -437,7 +438,7 @@ def test_more_ranks_than_the_machine_can_hold_is_a_sentence(tmp_path: Path) -> N
 
 SHORT_OF_DESCRIPTORS = """
 import errno, os, resource
-from barepp.launch.processes.fork_server import REQUEST_FDS, ForkServer
+from barepp.launch.processes.fork_server import REQUEST_FDS, ForkServer, ForkServer
 
 fork_server = ForkServer(fork=False)
 server = fork_server.parent_pid
@@ -486,6 +487,35 @@ def test_signals_are_told_and_given_back() -> None:
         assert os.eventfd_read(wakeup) == 3
     assert told == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_temporary_folder_with_a_long_name_holds_the_fork_servers_socket(tmp_path: Path) -> None:
+    """The path of a Unix socket has at most 107 bytes."""
+    temporary = tmp_path / ("long" * 30)
+    temporary.mkdir()
+    script = "import barepp\nwith barepp.init() as world: print('here')"
+    with launching(tmp_path, script, "--world", "2", env={"TMPDIR": str(temporary)}) as running:
+        ended = running.finish()
+        assert_nothing_left(running)
+    assert ended.code == 0, ended.err
+    assert ended.said(0) == ended.said(1) == ["here"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_fork_server_that_cannot_start_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(server: ForkServer) -> None:
+        raise OSError("no process is left")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("multiprocessing.forkserver.ForkServer.ensure_running", fail)
+    multiprocessing.resource_tracker.ensure_running()  # it stays
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no process is left"):
+        ForkServer(fork=False)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_sigquit_is_taken_only_by_who_asks_for_it() -> None:

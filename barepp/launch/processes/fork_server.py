@@ -52,6 +52,7 @@ class ForkServer:
         self._fork = fork
         self._server: Any = None
         self._folder: str | None = None
+        self._folder_fd: int | None = None
         self.context: ForkContext | ForkServerContext
         if fork:
             self.context = multiprocessing.get_context("fork")
@@ -64,8 +65,12 @@ class ForkServer:
             with _blocked(signal.SIGQUIT):  # (by itself, because it unblocks SIGINT)
                 resource_tracker.ensure_running()
             deaf = _blocked(signal.SIGINT, signal.SIGQUIT)
-            with _borrowing, self._own_folder(), _own_pid_in_environment(), deaf:
-                self._server.ensure_running()
+            try:
+                with _borrowing, self._own_folder(), _own_pid_in_environment(), deaf:
+                    self._server.ensure_running()
+            except BaseException:
+                self.remove_folder()
+                raise
         else:
             self.context.set_forkserver_preload(modules)
 
@@ -104,6 +109,9 @@ class ForkServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if self._folder_fd is not None:
+            os.close(self._folder_fd)
+            self._folder_fd = None
 
     def tells_nothing(self, ended_fd: int) -> bool:
         """Whether the fork server has died, told by the end of a process that it started.
@@ -135,13 +143,17 @@ class ForkServer:
         """Have the server's socket made in a folder that we can remove before the job ends.
 
         multiprocessing removes its own at the end of the program, which a killed one never has.
+        A socket's path has at most 107 bytes (unix(7)), and that of the temporary folder may be
+        longer. So the path begins with a descriptor of our folder.
         """
         config = getattr(multiprocessing.current_process(), "_config", None)
         if not isinstance(config, dict):
             yield
             return
         usual = config.get("tempdir")
-        self._folder = config["tempdir"] = tempfile.mkdtemp(prefix="pymp-barepp-")
+        self._folder = tempfile.mkdtemp(prefix="pymp-barepp-")
+        self._folder_fd = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        config["tempdir"] = f"/proc/self/fd/{self._folder_fd}"
         try:
             yield
         finally:

@@ -5,13 +5,11 @@ unnoticed. So those two come first. The rest is what a rank imports, before it i
 """
 
 import os
-import warnings
 
 from barepp.worker.process import PARENT_PID, die_with_parent, leave_terminal
 
 leave_terminal()
 die_with_parent(int(os.environ.pop(PARENT_PID, "0")))
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # ranks inherit it
 
 import barepp.train.pipeline  # noqa: E402
 import barepp.worker.main  # noqa: E402, F401
