@@ -7,6 +7,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from starter import Starter  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 
+WORKERS = 2  # of pytest-xdist; most tests are several processes themselves
 SEED = pytest.StashKey[int]()
 TOLD_MS = pytest.StashKey[list[float]]()
 
@@ -41,6 +43,33 @@ def small_heap() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and why_no_gpu():
         pytest.skip(why_no_gpu())
+
+
+# -- two workers ----------------------------------------------------------------------------------
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many workers `-n auto` (pyproject.toml) has: none for files that are named."""
+    named = any(".py" in argument for argument in config.args)
+    one_only = config.option.markexpr == "gpu" or config.getoption("--wire") is not None
+    return 0 if named or one_only else WORKERS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker the controller's seed: all workers have to collect the same cases."""
+    node.workerinput["matrix_seed"] = node.config.stash[SEED]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["told_ms"] = session.config.stash[TOLD_MS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[TOLD_MS].extend(getattr(node, "workeroutput", {}).get("told_ms", []))
 
 
 # -- scripts that are started in a tenth of a second ----------------------------------------------
@@ -89,7 +118,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # rightly ignore what the test sends it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    given = config.getoption("--matrix-seed")
+    told = getattr(config, "workerinput", {}).get("matrix_seed")  # by the controller
+    given = config.getoption("--matrix-seed") if told is None else told
     config.stash[SEED] = random.randrange(10**6) if given is None else int(given)
     config.stash[TOLD_MS] = []
 
