@@ -14,7 +14,7 @@ from jobs import ROOT
 # "barepp" for the package itself, whose public names are imported at first use.
 FLOORS = {
     "transport": """
-        errors
+        errors private_names
         device wire
         message
         base

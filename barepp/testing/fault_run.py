@@ -33,6 +33,7 @@ from barepp.worker.devices import chosen_device
 from barepp.worker.faults.kinds import Expected, Fault, fault_action
 from barepp.worker.spec import Call, FaultPlan, Options, Script, reaches_elsewhere
 from transport.errors import Failure, JobFailed
+from transport.private_names import import_for_optimizers
 from transport.registry import check_name
 
 THREADS: Final = "inproc"  # the transport whose ranks are threads
@@ -242,8 +243,9 @@ def _run(task: Script | Call, options: Options, *, fork: bool) -> tuple[Outcome,
     shown = bytearray()
     fork = fork or (isinstance(task, Call) and not reaches_elsewhere(task))
     if fork:
-        for name in ("torch._dynamo", "barepp.train.pipeline", "barepp.worker.main"):
-            importlib.import_module(name)  # once here instead of once in every rank
+        import_for_optimizers()  # these once here instead of once in every rank
+        for name in ("barepp.train.pipeline", "barepp.worker.main"):
+            importlib.import_module(name)
     with Output(None, write=lambda target, data: shown.extend(data)) as output:
         ended = Job(task, options, output, fork=fork).run()
     if ended.signal is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transport.message.tensors import memory
 
@@ -97,7 +97,7 @@ def _send(transport: Transport, stage: Stage) -> None:
         transport.send(_exported(parameter), 0, _PARAMETER_TAG)
 
 
-def _receive(transport: Transport, src: int, digest: hashlib._Hash) -> None:
+def _receive(transport: Transport, src: int, digest: Any) -> None:
     transport.send(torch.empty(0), src, _GO_TAG)
     for _ in range(int(transport.recv(src, _PARAMETER_TAG))):
         parameter = transport.recv(src, _PARAMETER_TAG)

@@ -69,9 +69,11 @@ def num_gpus(device: str, rank: int) -> int:
         return 0
     import torch
 
+    from transport.private_names import forked_after_cuda
+
     # To who was forked after CUDA was asked it says that there is no GPU. (How many there are,
     # NVML can still tell.)
-    if torch.cuda._is_in_bad_fork() and (device == "cuda" or torch.cuda.device_count()):
+    if forked_after_cuda() and (device == "cuda" or torch.cuda.device_count()):
         raise UsageError(
             f"rank {rank} cannot use CUDA: it was forked from a process that has asked CUDA "
             "something, torch.cuda.is_available() say; move the function into a module that the "

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -20,9 +19,6 @@ import runpy
 import signal
 import sys
 import threading
-import weakref
-from multiprocessing import forkserver
-from typing import Any
 
 from barepp.errors import UsageError
 from barepp.monitor.stacks import tell_stacks
@@ -33,6 +29,7 @@ from barepp.worker.init import connect, init, one_compute_thread
 from barepp.worker.process import die_with_parent, leave_terminal
 from barepp.worker.process_state import current_world, disown, enlist
 from barepp.worker.spec import CUT_OFF, LENGTH, Assignment, Call, PickledCall, Pipes, Script, Task
+from transport import private_names
 from transport.errors import JobFailed, TransportError
 from transport.rendezvous.client import ControlClient
 from transport.rendezvous.server import DOING_LIMIT
@@ -64,7 +61,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     try:
         _run(assignment.task, pipes)
         if os.getpid() == myself:
-            _join_threads()
+            private_names.join_threads()
             _leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
@@ -72,7 +69,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
                 last_words.say(error.doing)
             fail(membership.rank, control, error, notes)
         raise
-    atexit._run_exitfuncs()  # the fork server ends its children without them
+    private_names.run_exit_handlers()  # the fork server ends its children without them
     if os.getpid() == myself:
         control.close()
     flush()
@@ -109,13 +106,6 @@ def _run_call(call: Call) -> bytes:
 
 
 # -- the end --------------------------------------------------------------------------------------
-
-
-def _join_threads() -> None:
-    """Wait for the script's threads, thread pools included, as Python does when a program ends."""
-    shutdown = getattr(threading, "_shutdown", None)
-    if shutdown is not None:
-        shutdown()
 
 
 def _leave_world_left_open() -> None:
@@ -169,12 +159,10 @@ def _be_no_rank() -> None:
 
 def _let_go_of_the_server() -> None:
     """The fork server, our parent, lives as long as somebody holds this descriptor: not we."""
-    server: Any = getattr(forkserver, "_forkserver", None)
-    alive_fd = getattr(server, "_forkserver_alive_fd", None)
+    alive_fd = private_names.fork_server_alive_fd()
     if alive_fd is not None:
         with contextlib.suppress(OSError):
             os.close(alive_fd)
-        server._forkserver_alive_fd = None
 
 
 def _forget_exit_handlers() -> None:
@@ -183,19 +171,8 @@ def _forget_exit_handlers() -> None:
     (One from a fork server has those of the modules that it imported, which are its own.)
     """
     creator = multiprocessing.parent_process()
-    if creator is None or creator.pid != os.getppid():
-        return
-    atexit._clear()
-    # weakref.finalize has a list of its own, and tells atexit once; there is no public way to it.
-    finalizers: Any = weakref.finalize
-    if hasattr(finalizers, "_registry") and hasattr(finalizers, "_registered_with_atexit"):
-        finalizers._registry.clear()
-        finalizers._registered_with_atexit = False
-    # The program's pools have no threads here. Waiting for one's own, in which the program had
-    # called us and which is the main thread now, is an error; and process pools have pipes to wake.
-    for module, name in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
-        pools = sys.modules.get(f"concurrent.futures.{module}")
-        getattr(pools, name, {}).clear()
+    if creator is not None and creator.pid == os.getppid():
+        private_names.forget_exit_handlers()
 
 
 def _undo_multiprocessing() -> None:

@@ -31,6 +31,7 @@ from transport.cuda.device import Cuda, local_gpu, within
 from transport.device import Gpu
 from transport.errors import ProtocolError, TransportClosed, TransportError
 from transport.message.specs import MessageSpec
+from transport.private_names import gloo_options, nccl_options
 from transport.sockets.addresses import Address, local_host
 from transport.sockets.copy_thread import Group
 from transport.sockets.transport import UnixTransport
@@ -38,7 +39,7 @@ from transport.torch_dist.off_stream import OPEN_TIMEOUT_S, OffStreamTransport
 from transport.wire.format import pack, unpack
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    Store = object
 else:
     Store = getattr(dist, "Store", object)  # (torch can be built without all of it)
 
@@ -61,7 +62,7 @@ class PairStore(Store):
         self._sock: socket.socket | None = sock
         self._values: dict[str, bytes] = {}
 
-    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # what torch gives
+    def set(self, key: str, value: bytes) -> None:  # what torch gives
         """Keep the value, and tell it."""
         self._values[key] = bytes(value)
         if self._sock is not None:
@@ -127,10 +128,8 @@ class GlooGroup:
     def __init__(self, store: PairStore, prefix: str, device: Any, *, sends: bool) -> None:
         torch_dist: Any = dist
         gloo = torch_dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [device]
-        options._threads = 1  # it needs none for send and receive
-        options._timeout = datetime.timedelta(seconds=OPEN_TIMEOUT_S)
+        limit = datetime.timedelta(seconds=OPEN_TIMEOUT_S)
+        options = gloo_options(gloo, device, threads=1, timeout=limit)  # send and recv need none
         me = SENDER if sends else RECEIVER
         self._group = gloo(torch_dist.PrefixStore(prefix, store), me, 2, options)
         self._store = store  # torch keeps its own half of the object alive, not Python's
@@ -195,8 +194,7 @@ class NcclGroup:
     def __init__(self, store: PairStore, prefix: str, device: torch.device, *, sends: bool) -> None:
         torch_dist: Any = dist
         nccl = torch_dist.ProcessGroupNCCL
-        options = nccl.Options()
-        options._timeout = FOREVER
+        options = nccl_options(nccl, FOREVER)
         me = SENDER if sends else RECEIVER
         self._group = nccl(torch_dist.PrefixStore(prefix, store), me, 2, options)
         self._store = store

@@ -1,15 +1,8 @@
 """Where the ranks' processes come from: a fork server that imports torch once, or this process.
 
-multiprocessing has a fork server but only one a program, which cannot be ended. A job wants one of
-its own: it must not disturb another job, nor the program that calls `barepp.run`. So this file,
-and no other, reaches for parts of multiprocessing that are not documented:
-
-    forkserver.ForkServer               one server; multiprocessing makes a single one of them
-    forkserver.connect_to_new_process   through which `Process.start` asks for a child
-    current_process()._config           names the folder in which the server's socket is made
-
-They are the same in Python 3.10 to 3.14. Where one is missing, multiprocessing's own server is used
-as it is; then it outlives the job, until the program ends.
+multiprocessing has a fork server but only one a program, which cannot be ended. A job needs one
+of its own: it must not disturb another job, nor the program that calls `barepp.run`. Python has no
+documented way to make one; what is used instead stands in transport/private_names.py.
 """
 
 from __future__ import annotations
@@ -26,7 +19,7 @@ import tempfile
 import termios
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +27,7 @@ from typing import Any, Final
 
 from barepp.worker.process import PARENT_PID
 from barepp.worker.spec import Call, Script, Task
+from transport import private_names
 
 PRELOAD: Final = ["barepp.launch.processes.preload"]
 
@@ -59,14 +53,15 @@ class ForkServer:
             return
         self.context = multiprocessing.get_context("forkserver")
         modules = [*PRELOAD, *preloads]
-        if hasattr(forkserver, "ForkServer") and hasattr(forkserver, "connect_to_new_process"):
-            self._server = forkserver.ForkServer()
+        self._server = private_names.new_fork_server()
+        if self._server is not None:
             self._server.set_forkserver_preload(modules)
             with _blocked(signal.SIGQUIT):  # (by itself, because it unblocks SIGINT)
                 resource_tracker.ensure_running()
             deaf = _blocked(signal.SIGINT, signal.SIGQUIT)
+            folder = private_names.sockets_in(self._own_folder)
             try:
-                with _borrowing, self._own_folder(), _own_pid_in_environment(), deaf:
+                with _borrowing, folder, _own_pid_in_environment(), deaf:
                     self._server.ensure_running()
             except BaseException:
                 self.remove_folder()
@@ -77,21 +72,16 @@ class ForkServer:
     @property
     def parent_pid(self) -> int:
         """The process id of the ranks' parent; 0 when nobody knows it."""
-        return os.getpid() if self._fork else getattr(self._server, "_forkserver_pid", None) or 0
+        return os.getpid() if self._fork else private_names.fork_server_pid(self._server)
 
     def start(self, process: BaseProcess) -> None:
         """Start a process that was made with `context`; the first one waits for torch's import."""
         if self._server is None:
             process.start()
             return
-        with _borrowing:
+        with _borrowing, private_names.starting_from(self._server):
             _be_sure_of_descriptors()
-            usual = forkserver.connect_to_new_process
-            forkserver.connect_to_new_process = self._server.connect_to_new_process
-            try:
-                process.start()
-            finally:
-                forkserver.connect_to_new_process = usual
+            process.start()
 
     def end_descriptor(self, process: BaseProcess) -> int:
         """Return a new descriptor that is readable once the process has ended.
@@ -130,34 +120,21 @@ class ForkServer:
 
         It would leave by itself when we do, but only after torch's teardown, up to a second later.
         """
-        pid = getattr(self._server, "_forkserver_pid", None)
-        if pid is not None:
+        if pid := private_names.fork_server_pid(self._server):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError):  # its socket's file is gone already
-                self._server._stop()
+            private_names.stop_fork_server(self._server)
         self.remove_folder()
 
-    @contextlib.contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        """Have the server's socket made in a folder that we can remove before the job ends.
+    def _own_folder(self) -> str:
+        """Make the folder of the server's socket, which we can remove before the job ends.
 
-        multiprocessing removes its own at the end of the program, which a killed one never has.
         A socket's path has at most 107 bytes (unix(7)), and that of the temporary folder may be
         longer. So the path begins with a descriptor of our folder.
         """
-        config = getattr(multiprocessing.current_process(), "_config", None)
-        if not isinstance(config, dict):
-            yield
-            return
-        usual = config.get("tempdir")
         self._folder = tempfile.mkdtemp(prefix="pymp-barepp-")
         self._folder_fd = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        config["tempdir"] = f"/proc/self/fd/{self._folder_fd}"
-        try:
-            yield
-        finally:
-            config["tempdir"] = usual
+        return f"/proc/self/fd/{self._folder_fd}"
 
 
 def _be_sure_of_descriptors() -> None:
@@ -195,14 +172,13 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 
 # What the ranks will import, seen from the script's text, so that the fork server does it once.
 #
-# An optimizer imports torch._dynamo at its first use, which takes as long as importing torch
+# An optimizer imports much at its first use, which takes as long as importing torch
 # itself. Done by every rank that is seconds for each; done before the ranks are forked it is once
 # for all. A script without an optimizer should not wait for it at all. So the text is asked: the
 # script's own, and that of the modules beside it that it imports. Where that misleads, a rank
 # imports it itself.
 
 OPTIMIZERS: Final = "optim"  # as in torch.optim.Adam
-NEEDED_BY_OPTIMIZERS: Final = "torch._dynamo"
 
 
 def preloads(task: Task) -> list[str]:
@@ -217,7 +193,7 @@ def preloads(task: Task) -> list[str]:
     else:
         path = None
     mentioned = path is not None and _mentions(Path(path), OPTIMIZERS, set())
-    return [NEEDED_BY_OPTIMIZERS] if mentioned else []
+    return [private_names.IMPORTED_BY_OPTIMIZERS] if mentioned else []
 
 
 def _mentions(path: Path, word: str, seen: set[Path]) -> bool:

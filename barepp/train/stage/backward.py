@@ -37,6 +37,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, increment_vers
 
 from barepp.train.stage.boundary import Entered, Value, tensors
 from barepp.train.stage.canonical import canonical
+from transport.private_names import autograd_engine, was_written_to
 
 Root: TypeAlias = Any  # a GradientEdge or a tensor: torch's annotations know no list of both
 Gradients: TypeAlias = "Sequence[Tensor | None]"
@@ -155,17 +156,14 @@ class InPlaceWrites:
             if _memory(tensor) == _memory(given) and given.grad_fn is not None:
                 self._shared.append((tensor, given))
         for tensor, given in reversed(self._shared):  # the last first: what it tells may go on
-            if given._version:
+            if was_written_to(given):
                 increment_version(tensor)
         # What is not handed on can be written to no more.
         handed_on = {_memory(tensor) for tensor in tensors(output)}
         self._shared = [pair for pair in self._shared if _memory(pair[1]) in handed_on]
 
 
-# What `torch.autograd.backward` and `torch.autograd.grad` call after they have compared the shapes
-# of roots and gradients. To compare they import sympy, 0.4 s of each process's first step, and it
-# makes each call 30 µs slower: I of 8 small layers takes 0.45 ms with this and 0.76 ms with theirs.
-_run_backward = torch.autograd.Variable._execution_engine.run_backward
+_run_backward = autograd_engine()
 
 
 def _accumulate(

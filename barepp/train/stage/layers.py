@@ -7,13 +7,13 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from barepp.errors import UsageError
 from barepp.train.models import LayerBuilder
 from barepp.train.stage.boundary import Value
 from barepp.train.stage.canonical import canonical, canonical_output
 from barepp.train.stage.seeding import LayerRandomness
+from transport.private_names import call_is_forward
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -247,12 +247,4 @@ def is_plain(layer: nn.Module | None) -> bool:
         return False
     if getattr(layer, "inplace", False) or "forward" in vars(layer):
         return False
-    if kind.__call__ is not nn.Module.__call__ or layer._compiled_call_impl is not None:
-        return False
-    return not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return kind.__call__ is nn.Module.__call__ and call_is_forward(layer)

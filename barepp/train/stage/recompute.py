@@ -76,8 +76,7 @@ class Buffers:
         found = [
             (module, name, buffer)
             for module in modules.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
         then = {id(buffer): buffer.clone() for _, _, buffer in found}  # shared ones stay shared
         self._saved = [(module, name, buffer, then[id(buffer)]) for module, name, buffer in found]
@@ -87,7 +86,7 @@ class Buffers:
         self._saved = [
             (module, name, buffer, then)
             for module, name, buffer, then in self._saved
-            if module._buffers[name] is not buffer
+            if getattr(module, name) is not buffer
             or not buffer.is_cpu
             or not torch.equal(buffer, then)
         ]
@@ -99,11 +98,11 @@ class Buffers:
         Other tensors take the buffers' places. Writing to the buffers themselves would make torch
         refuse the backward of a graph that has saved one.
         """
-        now = [(module, name, module._buffers[name]) for module, name, _, _ in self._saved]
+        now = [(module, name, getattr(module, name)) for module, name, _, _ in self._saved]
         for module, name, _, then in self._saved:
-            module._buffers[name] = then
+            setattr(module, name, then)
         try:
             yield
         finally:
             for module, name, buffer in now:
-                module._buffers[name] = buffer
+                setattr(module, name, buffer)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from barepp.errors import UsageError
 from barepp.program.actions import Action, Kind
@@ -23,6 +22,7 @@ from barepp.worker.event_log import EventLog
 from barepp.worker.faults.kinds import Fault, fault_action
 from barepp.worker.spec import FaultPlan
 from transport.errors import JobFailed
+from transport.private_names import after_each_operation
 
 # How many new tensors an action makes before its "during". By the second one a forward is in its
 # layers and a backward in autograd's engine: the first one may be no more than the seed of either.
@@ -82,7 +82,7 @@ class FaultHook:
             if fault.when == "before":
                 self._happen()
                 return compute(action, taken)
-            with _Midway(self._happen):
+            with after_each_operation(_Midway(self._happen)):
                 made = compute(action, taken)
                 self._happen()  # if it made too few tensors to have a midst
                 return made
@@ -103,25 +103,20 @@ class FaultHook:
         fault_action(fault.what).do()
 
 
-class _Midway(TorchDispatchMode):
+class _Midway:
     """Calls back in the midst of torch's work, between two operations, forwards or backwards.
 
-    torch hands every operation of this thread to an active mode, those of autograd's engine and of
-    a recomputation as well: so this needs to know neither layers nor how a backward is done.
+    It is told of each operation of this thread, those of autograd's engine and of a recomputation
+    as well: so this needs to know neither layers nor how a backward is done.
     """
 
     def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._call = call
         self._left = _NEW_TENSORS
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        is_view = getattr(function, "is_view", False)
+    def __call__(self, operation: Any, made: Any) -> None:
+        is_view = getattr(operation, "is_view", False)
         if self._left and not is_view and isinstance(made, (torch.Tensor, tuple, list)):
             self._left -= 1
             if not self._left:
                 self._call()
-        return made
