@@ -245,10 +245,6 @@ def _prepared(log_dir: Path | None) -> Path | None:
     return log_dir
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 @contextlib.contextmanager
 def watching(output: Output, interval_s: float) -> Iterator[None]:
     """Show the job that this process launches in the block, below what its ranks print."""
@@ -274,3 +270,7 @@ def _watch_own_job(output: Output, interval_s: float, stop: threading.Event) -> 
             for job, readings in looks(line, interval_s, stop):
                 columns, height = size_of(2) or (None, None)
                 output.show_below(picture(job, readings, columns, height), columns)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -230,7 +230,7 @@ def test_times_are_put_on_rank_0s_clock(tmp_path, monkeypatch):
 
     def work(world):
         recorder = Recorder(tracing=True)
-        monkeypatch.setattr(barepp.trace, "compare_clocks", compared)
+        monkeypatch.setattr(barepp.trace.collect, "compare_clocks", compared)
         ahead = hour * world.rank
         recorder.schedule = barepp.Schedule("by hand", 2, 2, 2, ORDER)
         recorder.begin_step()
