@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from barepp.errors import UsageError
-from barepp.worker.external.environment import Started, node_names, options_from, started_by_others
+from barepp.worker.external.environment import Started, first_node, options_from, started_by_others
 from barepp.worker.spec import Options
 from transport.errors import UnknownTransport
 
@@ -35,11 +35,11 @@ SRUN = {
 def test_torchruns_variables() -> None:
     run = "job 5/a.2"
     assert started_by_others(TORCHRUN) == Started(
-        "torchrun", 3, 4, 1, "node07", 29501, one_host=False, run=run, launched=True
+        "torchrun", 3, 4, 1, "node07", 29501, one_host=False, run=run
     )
     here = {**TORCHRUN, "LOCAL_WORLD_SIZE": "4", "BAREPP_PORT": "4711"}
     assert started_by_others(here) == Started(
-        "torchrun", 3, 4, 1, "127.0.0.1", 4711, one_host=True, run=run, launched=True
+        "torchrun", 3, 4, 1, "127.0.0.1", 4711, one_host=True, run=run
     )
 
 
@@ -51,13 +51,12 @@ def test_four_variables_are_enough(address: str, one_host: bool) -> None:
     started = started_by_others(given)
     assert started is not None
     assert (started.one_host, started.port, started.rank) == (one_host, 1001, 1)
-    assert not started.launched  # somebody may have set them in a shell
 
 
 def test_slurms_variables() -> None:
     port = 20000 + (1234 + 3 * 1009) % 12000
     assert started_by_others(SRUN) == Started(
-        "srun", 5, 8, 1, "node09", port, one_host=False, run="1234.3", launched=True
+        "srun", 5, 8, 1, "node09", port, one_host=False, run="1234.3"
     )
     one = started_by_others({**SRUN, "SLURM_STEP_NODELIST": "node09"})
     assert one is not None and (one.host, one.one_host) == ("127.0.0.1", True)
@@ -109,37 +108,41 @@ def test_what_is_incomplete_is_refused_in_a_sentence(environ: dict[str, str], sa
 # -- node lists -----------------------------------------------------------------------------------
 
 NODE_LISTS = {
-    "a": "a",
-    "a,b": "a b",
-    "node[01-03,07],other": "node01 node02 node03 node07 other",
-    "node[9-11]": "node9 node10 node11",
-    "node[099-101]": "node099 node100 node101",
-    "n[1,3-4]-ib,m2": "n1-ib n3-ib n4-ib m2",
-    "rack[1-2]node[08-09]": "rack1node08 rack1node09 rack2node08 rack2node09",
-    "gpu-a100-[12].cluster": "gpu-a100-12.cluster",
-    "10.0.0.[1-2]": "10.0.0.1 10.0.0.2",
+    "a": ("a", True),
+    "a,b": ("a", False),
+    "node[01-03,07],other": ("node01", False),
+    "node[9-11]": ("node9", False),
+    "node[099-101]": ("node099", False),
+    "n[1,3-4]-ib,m2": ("n1-ib", False),
+    "rack[1-2]node[08-09]": ("rack1node08", False),
+    "rack[2]node[08-08]": ("rack2node08", True),
+    "rack[2]node[08,09]": ("rack2node08", False),
+    "gpu-a100-[12].cluster": ("gpu-a100-12.cluster", True),
+    "10.0.0.[1-2]": ("10.0.0.1", False),
+    "10-9": ("10-9", True),
+    "a[0-99999999999]": ("a0", False),
 }
 
 
 @pytest.mark.parametrize("text", NODE_LISTS)
-def test_node_lists(text: str) -> None:
-    assert " ".join(node_names(text)) == NODE_LISTS[text]
+def test_the_first_of_a_node_list_and_whether_it_is_the_only_one(text: str) -> None:
+    assert first_node(text) == NODE_LISTS[text]
 
 
-def test_what_is_compressed_is_expanded_again() -> None:
-    for width, first, last in itertools.product((1, 2, 4), (0, 7, 95), (0, 1, 9)):
-        names = [f"x{n:0{width}}" for n in range(first, first + last + 1)]
-        text = f"x[{first:0{width}}-{first + last:0{width}}],y"
-        assert list(node_names(text)) == [*names, "y"]
+def test_what_is_compressed_has_the_first_name_that_it_was_made_of() -> None:
+    for width, first, more in itertools.product((1, 2, 4), (0, 7, 95), (0, 1, 9)):
+        text = f"x[{first:0{width}}-{first + more:0{width}}]"
+        assert first_node(text) == (f"x{first:0{width}}", more == 0)
+        assert first_node(f"{text},y") == (f"x{first:0{width}}", False)
 
 
 @pytest.mark.parametrize(
     "text", ["", "a,", ",a", "a[", "a]", "a[1", "a[]", "a[1-]", "a[2-1]", "a[[1]]", "a[x]",
-             "a[0-99999999999]"]
+             "a[1]]", "a[1,]", "a[1 ]"]
 )  # fmt: skip
 def test_what_is_no_node_list_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a node list"):
-        list(node_names(text))
+        first_node(text)
 
 
 # -- limits ---------------------------------------------------------------------------------------

@@ -22,14 +22,13 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
 from barepp.launch.hang_detector import HangDetector
 from barepp.launch.processes.rank_process import Member
 from barepp.launch.referee import Hooks, Referee
 from barepp.worker.event_log import EventLog
-from barepp.worker.external.secret import remove_secret
+from barepp.worker.external.secret import give_secret
 from barepp.worker.spec import Options
 from transport.errors import Failure
 from transport.rendezvous.server import RendezvousServer
@@ -48,10 +47,11 @@ class Service:
         parent: int,
         *,
         far: bool,
-        secret_file: Path | None,
+        secret: bytes,
+        asked: socket.socket | None,
     ) -> None:
         self._server = server
-        self._secret_file = secret_file
+        self._secret, self._asked = secret, asked
         members = {rank: Member(rank) for rank in range(options.world_size)}
         self._ranks = range(options.world_size)
         self._referee = Referee(
@@ -68,6 +68,8 @@ class Service:
         self._poll = select.poll()
         self._poll.register(self._parent, select.POLLIN)
         self._poll.register(self._referee.fileno(), select.POLLIN)
+        if asked is not None:
+            self._poll.register(asked, select.POLLIN)
 
     def run(self) -> None:
         """Block until the job is over."""
@@ -79,14 +81,17 @@ class Service:
             if self._parent in ready:
                 self._poll.unregister(self._parent)
                 self._check_parent()
-            if self._secret_file is not None and not self._server.unclaimed():
-                self.remove_secret()
+            if self._asked is not None:
+                self._answer(self._asked, asks=self._asked.fileno() in ready)
 
-    def remove_secret(self) -> None:
-        """Remove the file that holds the secret: all have read it, or nobody will."""
-        if self._secret_file is not None:
-            remove_secret(self._secret_file)
-            self._secret_file = None
+    def _answer(self, asked: socket.socket, *, asks: bool) -> None:
+        """Give the job's secret to who asks for it, as long as a rank has not come."""
+        if asks:
+            give_secret(asked, self._secret)
+        if not self._server.unclaimed():
+            self._poll.unregister(asked)
+            asked.close()
+            self._asked = None
 
     def _over(self) -> bool:
         if self._leave_at is not None and time.monotonic() >= self._leave_at:
@@ -112,11 +117,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # meant for the ranks, whose end is ours
     orders: dict[str, Any] = json.load(sys.stdin)
     options = Options(**orders["options"])
-    file = orders["secret_file"]
+    secret, asked = bytes.fromhex(orders["secret"]), orders["asked"]
     with contextlib.ExitStack() as stack:
         server = RendezvousServer(
             options.world_size,
-            bytes.fromhex(orders["secret"]),
+            secret,
             listening=[socket.socket(fileno=fd) for fd in orders["sockets"]],
             join_timeout_s=options.join_timeout_s,
             far=orders["far"],
@@ -128,13 +133,11 @@ def main() -> None:
                 options,
                 orders["parent"],
                 far=orders["far"],
-                secret_file=Path(file) if file else None,
+                secret=secret,
+                asked=None if asked is None else socket.socket(fileno=asked),
             )
         except ProcessLookupError:  # rank 0 is gone before we have begun
-            if file:
-                remove_secret(Path(file))
             return
-        stack.callback(service.remove_secret)
         service.run()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import getpass
 import json
 import os
 import socket
@@ -32,13 +31,14 @@ from barepp.errors import UsageError
 from barepp.worker.event_log import EventLog
 from barepp.worker.exits import fail, leave, report_threads
 from barepp.worker.external.environment import LOOPBACK, Started, options_from
-from barepp.worker.external.secret import NO_TLS, SharedSecret, given_secret
+from barepp.worker.external.secret import NO_TLS, ask_for_secret, given_secret, secret_socket
 from barepp.worker.heartbeat import IN_SCRIPT
 from barepp.worker.process_state import current_world, disown
 from barepp.worker.spec import Membership, Options
-from transport.errors import Failure, JobFailed, RendezvousError, TransportError, printable
+from transport.errors import Failure, JobFailed, RendezvousError, printable
 from transport.rendezvous.client import ControlClient
 from transport.sockets.addresses import address_beside, serve, serve_at
+from transport.sockets.handshake import new_secret
 
 _RANK_0: Final = ("rank 0", 0)
 _BESIDE_RANK_0: Final = ("the process beside rank 0", 0)
@@ -60,14 +60,11 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
             "ranks on several hosts need a secret that they share: set BAREPP_SECRET_FILE to a "
             "file that all of them can read and only you (mode 0600), or BAREPP_SECRET"
         )
-    where, alive = (started.host, started.port), True
+    where, secret = (started.host, started.port), given
     if started.rank == 0:
         secret, where = _serve(started, options, given)
-    elif given is not None:
-        secret = given
-    else:
-        found = _shared(started).read(deadline - time.monotonic())
-        secret, alive = found.secret, found.alive
+    elif secret is None:
+        secret = ask_for_secret(_run(started), options.join_timeout_s)
     membership = Membership(
         started.rank,
         started.world_size,
@@ -82,21 +79,15 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
         local_rank=started.local_rank,
         device=options.device,
     )
-    try:
-        control = ControlClient(
-            membership.rendezvous,
-            secret,
-            started.rank,
-            timeout=max(1.0, deadline - time.monotonic()),
-            patient=alive,
-            server=_RANK_0 if started.rank else _BESIDE_RANK_0,
-            silence_s=membership.silence_s if membership.spread else 0.0,
-        )
-    except TransportError as error:
-        if alive:
-            raise
-        gone = "rank 0, which served the rendezvous, died before this rank had come"
-        raise RendezvousError(gone) from error
+    control = ControlClient(
+        membership.rendezvous,
+        secret,
+        started.rank,
+        timeout=max(1.0, deadline - time.monotonic()),
+        patient=True,
+        server=_RANK_0 if started.rank else _BESIDE_RANK_0,
+        silence_s=membership.silence_s if membership.spread else 0.0,
+    )
     _Ending(started.rank, control, options.grace_s).arrange()
     return membership, control
 
@@ -113,24 +104,16 @@ def _serve(
         if not started.one_host:
             print(NO_TLS, file=sys.stderr)
             doors.append(stack.enter_context(serve(LOOPBACK)))
-        secret, path = given, None
-        if secret is None:
-            shared = _shared(started)
-            secret, path = shared.publish(), shared.path
-        serve_beside(doors, secret, options, far=not started.one_host, secret_file=path)
+        secret, asked = given or new_secret(), None
+        if given is None:
+            asked = stack.enter_context(secret_socket(_run(started)))
+        serve_beside(doors, secret, options, far=not started.one_host, asked=asked)
         return secret, doors[-1].getsockname()[:2]
 
 
-def _shared(started: Started) -> SharedSecret:
-    name = f"{_user()}-{started.run}-{started.port}"
-    return SharedSecret(name, launched=started.launched)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, ImportError, OSError):  # nobody has written this user down, in a container
-        return str(os.geteuid())
+def _run(started: Started) -> str:
+    """Return what tells this run from all others of this user on this host."""
+    return f"{started.run}, port {started.port}"
 
 
 def _listening(started: Started) -> socket.socket:
@@ -220,18 +203,19 @@ def serve_beside(
     options: Options,
     *,
     far: bool,
-    secret_file: Path | None,
+    asked: socket.socket | None,
 ) -> None:
     """Start the process, which gets copies of the listening sockets; called by rank 0.
 
-    `secret_file` is removed as soon as all ranks have come; `far` is whether some are on other
-    hosts.
+    At `asked` it gives the secret to other ranks, until all have come; `far` is whether some are on
+    other hosts.
     """
+    passed = [sock.fileno() for sock in listening]
     orders = {
-        "sockets": [sock.fileno() for sock in listening],
+        "sockets": passed,
         "secret": secret.hex(),
         "far": far,
-        "secret_file": None if secret_file is None else str(secret_file),
+        "asked": None if asked is None else asked.fileno(),
         "options": dataclasses.asdict(options),
         "parent": os.getpid(),
     }
@@ -239,7 +223,7 @@ def serve_beside(
         [sys.executable, "-m", "barepp.launch.hosts.rendezvous_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        pass_fds=[sock.fileno() for sock in listening],
+        pass_fds=[*passed, asked.fileno()] if asked is not None else passed,
         # -m looks here first: for this very barepp, and for nothing of the script's own folder.
         cwd=Path(__file__).parents[3],
     )

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from barepp.errors import UsageError
@@ -33,9 +32,9 @@ TORCHRUN: Final = "torchrun"
 SRUN: Final = "srun"
 LOOPBACK: Final = "127.0.0.1"
 _NODE_LISTS: Final = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-_RANGE: Final = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE: Final = r"\d+(?:-\d+)?"
+_NODES: Final = rf"(?:[^\[\],]|\[{_RANGE}(?:,{_RANGE})*\])+"  # between two commas of a node list
 _PORTS: Final = range(1, 65536)
-MAX_NODES: Final = 65536  # of one range; Slurm's own limit of nodes is about that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,6 @@ class Started:
         host, port: where rank 0 serves the rendezvous.
         one_host: whether all ranks are on one host. The rendezvous is at its loopback then.
         run: tells this run from others of the same user on one host.
-        launched: whether the launcher itself says that it has started this process; the variables
-            for a rank, RANK and so on, anybody may set.
     """
 
     by: str
@@ -61,7 +58,6 @@ class Started:
     port: int
     one_host: bool
     run: str
-    launched: bool
 
 
 def started_by_others(environ: Mapping[str, str]) -> Started | None:
@@ -110,7 +106,6 @@ def _by_torchrun(environ: Mapping[str, str]) -> Started:
         _port(environ, 0),
         one_host,
         f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}.{restart}",
-        "TORCHELASTIC_RUN_ID" in environ,
     )
     return _checked(started, "RANK")
 
@@ -119,12 +114,11 @@ def _by_srun(environ: Mapping[str, str]) -> Started:
     found = [name for name in _NODE_LISTS if environ.get(name)]
     if not found and "MASTER_ADDR" not in environ:
         raise UsageError(f"SLURM_PROCID is set, but neither {_NODE_LISTS[0]} nor MASTER_ADDR is")
-    nodes = list(itertools.islice(node_names(environ[found[0]]), 2)) if found else []
+    node, one_host = first_node(environ[found[0]]) if found else ("", False)
     rank = _number(environ, "SLURM_PROCID")
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     numbers = [int(text) if text.isdecimal() else 0 for text in (job, step)]
-    host = environ.get("MASTER_ADDR") or nodes[0]
-    one_host = len(nodes) == 1
+    host = environ.get("MASTER_ADDR") or node
     started = Started(
         SRUN,
         rank,
@@ -134,7 +128,6 @@ def _by_srun(environ: Mapping[str, str]) -> Started:
         _port(environ, 20000 + (numbers[0] + 1009 * numbers[1]) % 12000),
         one_host,
         f"{job}.{step}",
-        "SLURM_STEP_ID" in environ,
     )
     return _checked(started, "SLURM_PROCID")
 
@@ -209,51 +202,18 @@ def _seconds(environ: Mapping[str, str], name: str) -> float:
 # -- Slurm's node lists ---------------------------------------------------------------------------
 
 
-def node_names(text: str) -> Iterator[str]:
-    """Yield the hosts of a node list in its compressed form, in order.
+def first_node(text: str) -> tuple[str, bool]:
+    """Return the first host of a node list in its compressed form, and whether it is the only one.
 
-    "node[01-03,07],login" is node01 node02 node03 node07 login; a name may have several brackets.
+    "node[01-03,07],login" begins with node01; a name may have several brackets.
 
     Raises:
         UsageError: it is not a node list.
     """
-    for item in _split(text, text):
-        parts = re.split(r"[\[\]]", item)  # names outside of brackets, ranges inside, in turns
-        choices = [
-            _expanded(part, text) if index % 2 else [part] for index, part in enumerate(parts)
-        ]
-        yield from map("".join, itertools.product(*choices))
-
-
-def _split(text: str, whole: str) -> list[str]:
-    """Cut at the commas that are outside of brackets."""
-    items, depth = [""], 0
-    for character in text:
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth not in (0, 1):
-            raise _no_list(whole)
-        if character == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += character
-    if depth or not all(items):
-        raise _no_list(whole)
-    return items
-
-
-def _expanded(ranges: str, whole: str) -> list[str]:
-    """Return "01-03,07" as 01 02 03 07: numbers keep their leading zeros."""
-    numbers = []
-    for item in ranges.split(","):
-        match = _RANGE.fullmatch(item)
-        if match is None:
-            raise _no_list(whole)
-        first, last = match[1], match[2] or match[1]
-        if not int(first) <= int(last) < int(first) + MAX_NODES:
-            raise _no_list(whole)
-        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return numbers
-
-
-def _no_list(text: str) -> UsageError:
-    return UsageError(f"this is not a node list of Slurm's: {text!r:.200}")
+    brackets = re.findall(r"\[(.*?)\]", text)
+    ranges = re.findall(r"(\d+)-(\d+)", ",".join(brackets))
+    whole = re.fullmatch(f"({_NODES})(?:,{_NODES})*", text)
+    if whole is None or any(int(low) > int(high) for low, high in ranges):
+        raise UsageError(f"this is not a node list of Slurm's: {text!r:.200}")
+    alone = whole[1] == text and all(re.fullmatch(r"(\d+)(-\1)?", numbers) for numbers in brackets)
+    return re.sub(r"\[(\d+).*?\]", r"\1", whole[1]), alone

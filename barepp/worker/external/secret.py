@@ -2,32 +2,33 @@
 
     BAREPP_SECRET          the secret itself, 16 characters or more
     BAREPP_SECRET_FILE     a file that holds it, which only its owner may read
-    neither, one host      rank 0 draws one and leaves it in a file for the others
+    neither, one host      rank 0 draws one; the process beside it hands it to the other ranks
 
-1. That file lies in a folder of this user's own, mode 0700: nobody else can put a file or a
-   symbolic link there. What somebody else has put in the folder's place is refused.
-2. It appears under its name whole (link(2)), mode 0600, and disappears once all have read it.
-3. It says which process wrote it, and who had started that. What a dead process has left is
-   removed, and not believed but by who has the same parent, a launcher: then rank 0 of this very
-   job is dead, and nobody needs to wait for it. (The process beside it may still say how it died.)
+That process listens at a Unix socket with an abstract name (unix(7)). Everybody on the host can
+see the name and connect to it, so the name is no secret, and both sides check who the other one is.
+
+1. The kernel says which user is at the other end (SO_PEERCRED), and no process can forge that. The
+   secret is given to no other user, and a rank believes no other user who has taken the name. That
+   is as safe as a file of mode 0600: root and this user's own processes could read that as well.
+2. Another user who takes the name first can only stop the job, with an error that says so, as one
+   who takes its port can.
+3. The name ends with the processes that hold it: nothing is left behind and nothing can be stale.
+   Abstract names belong to a network namespace, as loopback does, where the ranks meet next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import hashlib
 import os
-import re
+import socket
 import stat
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from barepp.errors import UsageError
-from transport.sockets.handshake import new_secret
+from barepp.monitor.status_socket import peer_of
 
 NO_TLS: Final = (
     "barepp: ranks on several hosts prove to each other that they hold the job's secret, but what "
@@ -35,7 +36,7 @@ NO_TLS: Final = (
 )
 MIN_NBYTES: Final = 16  # 128 bits, if every one of them was drawn
 MAX_NBYTES: Final = 4096
-_RETRY_S: Final = 0.02  # between two looks for a file that is still to come
+_RETRY_S: Final = 0.02  # between two looks for a name that is still to come: no event says so
 
 
 def given_secret(environ: Mapping[str, str]) -> bytes | None:
@@ -73,155 +74,57 @@ def _checked(secret: bytes, where: str) -> bytes:
     return secret
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """What a file of ours says.
+def secret_socket(run: str) -> socket.socket:
+    """Return the listening socket at which the ranks of `run` will ask for the secret.
 
-    Attributes:
-        secret: the job's.
-        alive: whether the process that wrote it lives.
-        launch: which process had started that one; "" when it was no launcher.
+    Raises:
+        UsageError: the name is taken, by another run or by another user.
     """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(_name(run))
+    except OSError as error:
+        listening.close()
+        text = f"the socket for the secret of run {run} cannot be opened: {error.strerror}"
+        raise UsageError(f"{text}; two jobs at once need different ports (BAREPP_PORT)") from error
+    listening.setblocking(False)
+    listening.listen(socket.SOMAXCONN)
+    return listening
 
-    secret: bytes
-    alive: bool
-    launch: str
+
+def give_secret(listening: socket.socket, secret: bytes) -> None:
+    """Give the secret to the process that has connected, if it is of this user; never blocks."""
+    with contextlib.suppress(OSError):  # it has gone
+        asking, _ = listening.accept()
+        with asking:
+            if peer_of(asking)[1] == os.geteuid():
+                asking.send(secret)  # (a new connection takes so few bytes at once)
 
 
-class SharedSecret:
-    """The file through which rank 0 gives its secret to the other ranks of this host.
+def ask_for_secret(run: str, timeout: float) -> bytes:
+    """Block until the process beside rank 0 has given the secret; `timeout` is in seconds.
 
-    `name` tells this run from all others of the user on this host. With `launched` the parent of
-    this process is a launcher, which has started all ranks of this host, and of this run alone.
+    Raises:
+        UsageError: it has not, or another user has taken its name.
     """
-
-    def __init__(self, name: str, *, launched: bool = False) -> None:
-        parent = os.getppid()
-        self._launch = f"{parent} {_started(parent)}" if launched else ""
-        self._folder = Path(tempfile.gettempdir()) / f"barepp-{os.geteuid()}"
-        self.path = self._folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:150]}.secret"
-
-    def publish(self) -> bytes:
-        """Draw a secret and leave it for the others; remove what dead processes have left.
-
-        Raises:
-            UsageError: a living process has published one under this name.
-        """
-        while True:
-            self._make_folder()
-            try:
-                return self._publish()
-            except FileNotFoundError:  # another job's end has just removed the empty folder
-                continue
-
-    def _publish(self) -> bytes:
-        self._remove_stale()
-        secret, pid = new_secret(), os.getpid()
-        who = {"pid": pid, "started": _started(pid), "launch": self._launch}
-        content = json.dumps({**who, "secret": secret.hex()})
-        draft = Path(f"{self.path}.{pid}")
-        draft.unlink(missing_ok=True)  # of a dead process that had the same number
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with open(os.open(draft, flags, 0o600), "w") as file:
-                file.write(content)
-            os.link(draft, self.path, follow_symlinks=False)
-        except FileExistsError:
-            raise UsageError(
-                f"{self.path} belongs to a job that is running: two at once need different "
-                "ports (BAREPP_PORT)"
-            ) from None
-        finally:
-            draft.unlink(missing_ok=True)
-        return secret
-
-    def _remove_stale(self) -> None:
-        for left in self._folder.glob("*.secret"):
-            found = _written(left)
-            if found is None or not found.alive:
-                left.unlink(missing_ok=True)
-        for draft in self._folder.glob("*.secret.*"):  # one that lives may be writing it
-            if not Path(f"/proc/{draft.suffix[1:]}").exists():
-                draft.unlink(missing_ok=True)
-
-    def read(self, timeout: float) -> Written:
-        """Block until rank 0 has published the secret; `timeout` is in seconds.
-
-        What it returns may be of a rank 0 that has died since; then it is of this very job.
-
-        Raises:
-            UsageError: it has not, or its folder is somebody else's.
-        """
-        deadline = time.monotonic() + timeout
-        while True:
-            found = _written(self.path)
-            if found is not None and (found.alive or self._is_ours(found)):
-                return found
-            self._check_folder()
-            if time.monotonic() >= deadline:
-                text = f"rank 0 has not left the job's secret in {self.path} within {timeout:g} s"
-                raise UsageError(
-                    f"{text}: has it started on this host? BAREPP_SECRET or BAREPP_SECRET_FILE, "
-                    "set for all ranks, does without the file"
-                )
-            time.sleep(_RETRY_S)
-
-    def _is_ours(self, found: Written) -> bool:
-        return self._launch != "" and found.launch == self._launch
-
-    def remove(self) -> None:
-        """Remove the file; nothing happens when it is gone already."""
-        remove_secret(self.path)
-
-    def _make_folder(self) -> None:
-        with contextlib.suppress(FileExistsError):
-            self._folder.mkdir(mode=0o700)
-        self._check_folder()
-
-    def _check_folder(self) -> None:
-        """See that the folder, if it is there, is this user's own.
-
-        Raises:
-            UsageError: something else is in its place.
-        """
-        try:
-            status = self._folder.lstat()  # a symbolic link is not followed
-        except FileNotFoundError:
-            return
-        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-        if not ours or stat.S_IMODE(status.st_mode) & 0o077:
-            raise UsageError(
-                f"{self._folder} is not a folder of yours with mode 0700, so no secret is put "
-                "there; remove it, or set BAREPP_SECRET_FILE"
-            )
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(left)
+            with contextlib.suppress(OSError):  # nobody is there, or not any more
+                sock.connect(_name(run))
+                uid = peer_of(sock)[1]
+                if uid != os.geteuid():
+                    raise UsageError(f"user {uid} has taken the name of run {run}'s secret")
+                if secret := sock.recv(MAX_NBYTES):
+                    return secret
+        time.sleep(_RETRY_S)
+    raise UsageError(
+        f"rank 0 has not given the secret of run {run} within {timeout:g} s: has it started on "
+        "this host? BAREPP_SECRET or BAREPP_SECRET_FILE, set for all ranks, does without it"
+    )
 
 
-def remove_secret(path: Path) -> None:
-    """Remove the file of a shared secret, and the folder when it was the last one there."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
-
-
-def _written(path: Path) -> Written | None:
-    """Return what a file of ours says; None when it is none, or makes no sense."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
-            status = os.fstat(file.fileno())  # of what was opened, whatever has the name by now
-            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
-                return None
-            content = json.load(file)
-        alive = content["started"] == _started(content["pid"]) != ""
-        return Written(bytes.fromhex(content["secret"]), alive, str(content["launch"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _started(pid: int) -> str:
-    """Return when a process began, in the kernel's ticks; "" if there is none, or it has ended."""
-    try:
-        text = Path(f"/proc/{int(pid)}/stat").read_text()
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()  # proc_pid_stat(5); pid and (name) are the first two
-    return "" if fields[0] in "ZX" else fields[19]  # fields 3 and 22
+def _name(run: str) -> str:
+    """Return the abstract name, which has at most 107 bytes: so the run's is hashed."""
+    return f"\0barepp-secret-{os.geteuid()}-{hashlib.sha256(run.encode()).hexdigest()[:32]}"
