@@ -159,11 +159,9 @@ class Job:
 
     def _start(self, number: int) -> None:
         fork_server, options = self._nursery, self._options
-        readers, writers = zip(
-            *(fork_server.context.Pipe(duplex=False) for _ in range(5)), strict=True
-        )
-        questions, *from_rank = readers
-        asking, *to_launcher = writers
+        duplex = (True, False, False, False, False)  # in the order of `Pipes`
+        pipes = [fork_server.context.Pipe(duplex=both) for both in duplex]
+        readers, writers = zip(*pipes, strict=True)
         membership = Membership(
             number,
             options.world_size,
@@ -181,13 +179,13 @@ class Job:
         assignment = Assignment(membership, self._task, fork_server.parent_pid, options.fault_plan)
         process = fork_server.context.Process(
             target=be_rank,
-            args=(assignment, Pipes(questions, *to_launcher)),
+            args=(assignment, Pipes(*writers)),
             name=f"barepp-rank-{number}",
         )
         fork_server.start(process)
         assert process.pid is not None
-        kept = (os.dup(connection.fileno()) for connection in (asking, *from_rank))
-        ask, stdout, stderr, result, stacks = kept
+        kept = (os.dup(connection.fileno()) for connection in readers)
+        asking, stdout, stderr, result, stacks = kept
         for connection in (*readers, *writers):
             connection.close()
         ended_fd = fork_server.end_descriptor(process)
@@ -196,7 +194,7 @@ class Job:
             process=process,
             ended_fd=ended_fd,
             result=ResultReader(result),
-            stack_pipe=StackPipe(ask, stacks, process.pid),
+            stack_pipe=StackPipe(asking, stacks, process.pid),
             pid=process.pid,
         )
         self._ranks.append(rank)

@@ -1,20 +1,21 @@
 """Every rank's Python stack from outside, also of one that holds Python's lock or never looks up.
 
-The launcher asks with a byte in a pipe; a thread of the process answers in another. Where that
-thread cannot run, the launcher sends `STACKS_SIGNAL`, and faulthandler's handler, written in C,
-writes into the same pipe. What rests on how they do that:
+    launcher ── a question, one byte ──> a thread of the rank, which answers on the same socket
+             ── STACKS_SIGNAL ─────────> faulthandler's handler, in C, which writes into a pipe
 
-1. The thread holds Python's lock while it writes, so that no stack moves. The handler does not: it
-   may read a frame of another thread that has gone meanwhile, and the process dies of SIGSEGV
-   (Python 3.11: once in 25 signals to a process with a thread that does nothing but recurse).
-   Hence the signal is only for who has neither answered nor given another sign of life for long:
-   as good as always, because one thread keeps the lock, and the others stand still.
-2. The thread puts a mark before and after what it writes, which tells the question as well.
+The launcher asks the thread. Where the thread cannot run, it sends the signal.
+
+1. The thread holds Python's lock while it takes the stacks, so that no stack moves. The handler
+   does not: it may read a frame of another thread that has gone meanwhile, and the process dies of
+   SIGSEGV (Python 3.11: once in 25 signals to a process with a thread that does nothing but
+   recurse). So the signal is only for a rank that has neither answered nor given another sign of
+   life for long: one of its threads keeps the lock, and the others stand still.
+2. A zero byte ends the answer to each question, and questions are answered in order.
 3. Nothing marks the end of what the handler writes; it is all here when the process has left the
    handler. While it is inside, the kernel blocks the signal for the thread that runs it, the main
    one. The kernel restarts the system call that it interrupted (SA_RESTART), and Python itself the
    few that are never restarted (epoll, poll, sleep: PEP 475).
-4. Whoever does not catch the signal would die of it: such a process is not sent it. Nor is one that
+4. A process that does not catch the signal would die of it, so it is not sent it. Nor is one that
    blocks it or is stopped, which would write only once it goes on.
 """
 
@@ -25,7 +26,6 @@ import faulthandler
 import math
 import os
 import re
-import select
 import signal
 import threading
 import time
@@ -38,15 +38,13 @@ import transport
 from transport.errors import printable
 
 STACKS_SIGNAL: Final = signal.SIGQUIT  # as for Java and Go: "tell me where you are"
-LIMIT_NBYTES: Final = 256 * 1024
+LIMIT_NBYTES: Final = 256 * 1024  # of one answer
 LOCKED_S: Final = 1.0  # who has not answered for so long is taken to keep the lock
 PATIENCE_S: Final = 2.0  # how long a process may take to write
 LAST_LOCKED_S: Final = 0.3  # the same where the job is about to end anyway
 LAST_PATIENCE_S: Final = 1.0
 POLL_S: Final = 0.01  # between two looks whether the handler is over: no event says so
 _NOTHING: Final = "none of its threads is in the script's code"
-_MARKS: Final = range(0xF8, 0x100)  # bytes that no text in UTF-8 has, each a question by turns
-_ANY_MARK: Final = re.compile(rb"[\xf8-\xff]")
 _FRAME: Final = re.compile(r'  File "([^"]*)", line \d+ in ')
 _HOMES: Final = tuple(
     str(package) for package in (Path(str(transport.__file__)).parent, Path(__file__).parents[1])
@@ -65,27 +63,34 @@ _STATES: Final = {
 # -- in the process --------------------------------------------------------------------------------
 
 
-def tell_stacks(questions: int, answers: int) -> None:
-    """Write this process's stacks to `answers` whenever the launcher asks; returns at once.
+def tell_stacks(asked: int, handlers: int) -> None:
+    """Tell this process's stacks whenever the launcher asks; returns at once.
 
-    Both are descriptors of pipes. What does not fit into a full one is lost.
+    `asked` is a socket for questions and answers, `handlers` the pipe into which the handler
+    writes. What does not fit into that is lost.
     """
-    os.set_blocking(answers, False)
-    faulthandler.register(STACKS_SIGNAL, file=answers, all_threads=True)
+    os.set_blocking(handlers, False)
+    faulthandler.register(STACKS_SIGNAL, file=handlers, all_threads=True)
     threading.Thread(
-        target=_answer, args=(questions, answers), name="barepp-stacks", daemon=True
+        target=_answer, args=(asked, handlers), name="barepp-stacks", daemon=True
     ).start()
 
 
-def _answer(questions: int, answers: int) -> None:
-    ours = _files(questions, answers)
+def _answer(asked: int, handlers: int) -> None:
+    memory = os.memfd_create("barepp-stacks")  # (a file in memory never blocks who writes)
+    ours = _files(asked, handlers, memory)
     with contextlib.suppress(OSError):  # the launcher has gone, or the script has closed them
-        while mark := os.read(questions, 4096)[-1:]:  # (the newest question is the one that counts)
-            if _files(questions, answers) != ours:
-                break  # the script has closed them, and files of its own have their numbers
-            _write_mark(answers, mark)
-            faulthandler.dump_traceback(answers, all_threads=True)
-            _write_mark(answers, mark)
+        while questions := os.read(asked, 4096):
+            # The script may have closed them, and files of its own have their numbers.
+            if _files(asked, handlers, memory) != ours:
+                break
+            os.truncate(memory, 0)
+            os.lseek(memory, 0, os.SEEK_SET)
+            faulthandler.dump_traceback(memory, all_threads=True)
+            stacks = os.pread(memory, LIMIT_NBYTES, 0)
+            answer = memoryview(stacks + bytes(len(questions)))
+            while answer:
+                answer = answer[os.write(asked, answer) :]
     faulthandler.unregister(STACKS_SIGNAL)  # the handler has the same number
 
 
@@ -93,36 +98,22 @@ def _files(*fds: int) -> list[tuple[int, int]]:
     return [(stat.st_dev, stat.st_ino) for stat in map(os.fstat, fds)]
 
 
-def _write_mark(fd: int, mark: bytes) -> None:
-    while True:
-        try:
-            os.write(fd, mark)
-            return
-        except BlockingIOError:  # the pipe is full
-            room = select.poll()
-            room.register(fd, select.POLLOUT)
-            room.poll()
-
-
 # -- in the launcher -------------------------------------------------------------------------------
 
 
 class StackPipe:
-    """The launcher's ends of the pipes to and from process `pid`, which may be asked often."""
+    """The launcher's ends of the socket and the pipe of process `pid`, which may be asked often."""
 
-    def __init__(self, questions: int, answers: int, pid: int) -> None:
-        self._questions, self._answers = questions, answers
+    def __init__(self, asking: int, handlers: int, pid: int) -> None:
+        self.descriptors = asking, handlers  # one is readable whenever something has come
         self._pid = pid
-        self._number = 0
-        self._data = b""
-        self._signalled_at: int | None = None  # how much had come when the signal was sent
-        self._closed = False  # whether the process has no pipe any more
-        for fd in (questions, answers):
+        self._unanswered = 0  # questions
+        self._answers = b""  # by the thread, since the last question
+        self._written = b""  # by the handler, since then or since the signal
+        self._signalled = False
+        self._closed = False  # whether the process has no socket or no pipe any more
+        for fd in self.descriptors:
             os.set_blocking(fd, False)
-
-    def fileno(self) -> int:
-        """Return the descriptor that is readable whenever something has come."""
-        return self._answers
 
     def refusal(self) -> str:
         """Return why the process cannot tell its stacks, in words, or "" when it can."""
@@ -132,19 +123,19 @@ class StackPipe:
         return "ends, or has closed the pipe in which it is asked" if self._closed else ""
 
     def ask(self) -> str:
-        """Let the process write its stacks; return why it cannot, in words, or "" when it can.
+        """Ask the process for its stacks; return why it cannot tell them, in words, or "".
 
         What is still here from an earlier time is thrown away.
         """
         if refusal := self.refusal():
             return refusal
         self._take()
-        self._data, self._signalled_at = b"", None
-        self._number = (self._number + 1) % len(_MARKS)
+        self._answers = self._written = b""
+        self._signalled = False
         with contextlib.suppress(BlockingIOError):  # it has read no question for very long
             try:
-                os.write(self._questions, self._mark())
-            except BrokenPipeError:
+                self._unanswered += os.write(self.descriptors[0], b"?")
+            except OSError:
                 self._closed = True
         return self.refusal()
 
@@ -152,66 +143,65 @@ class StackPipe:
         """Send the signal, unless that has been done; return why it cannot be, or ""."""
         if refusal := self.refusal():
             return refusal
-        if self._signalled_at is not None:
+        if self._signalled:
             return ""
         status = _status(self._pid)
         if not _signal_in(status, "SigCgt") or _signal_in(status, "SigBlk"):
             return "is starting still, or keeps Python's lock and does not catch SIGQUIT any more"
         self._take()
-        nbytes = len(self._data)
+        self._written = b""
         try:
             os.kill(self._pid, STACKS_SIGNAL)
         except ProcessLookupError:
             return "has ended"
-        self._signalled_at = nbytes
+        self._signalled = True
         return ""
 
     def complete(self) -> bool:
         """Take what has come; whether that is all. Never blocks."""
         # In this order: once there are bytes, the handler is running or over (rule 3), and what it
         # had written when it was seen to be over is in the pipe.
-        begun = self._signalled_at is not None and len(self._data) > self._signalled_at
+        begun = self._signalled and self._written != b""
         status = _status(self._pid)
         self._take()
         inside = any(_signal_in(status, field) for field in ("SigPnd", "ShdPnd", "SigBlk"))
         handled = begun and not inside
-        return not status or self._closed or handled or self._data.count(self._mark()) == 2
+        return not status or self._closed or handled or not self._unanswered
 
     def text(self) -> str:
         """Return the stacks that have come, without our own threads; "" when there are none."""
         self._take()
-        threads = map(_of_the_script, self._newest().decode(errors="replace").split("\n\n"))
+        newest = self._written
+        if not self._unanswered:
+            newest = self._answers.rstrip(b"\0").rpartition(b"\0")[2]
+        threads = map(_of_the_script, newest.decode(errors="replace").split("\n\n"))
         return "\n\n".join(thread for thread in threads if thread)
 
     def close(self) -> None:
-        """Close the pipes."""
-        os.close(self._questions)
-        os.close(self._answers)
-
-    def _mark(self) -> bytes:
-        return bytes([_MARKS[self._number]])
-
-    def _newest(self) -> bytes:
-        """Return the answer to the last question.
-
-        That is what the thread has written between two marks. While the second is not there, it is
-        what the handler has written, before the first or after it. At the beginning may be what is
-        left of earlier answers.
-        """
-        before, *answer = self._data.split(self._mark())
-        handlers = _ANY_MARK.split(before)[-1]
-        return answer[0] if len(answer) > 1 else handlers or b"".join(answer)
+        """Close the socket and the pipe."""
+        for fd in self.descriptors:
+            os.close(fd)
 
     def _take(self) -> None:
-        left = LIMIT_NBYTES  # at one time, in case that somebody writes there without end
+        answers, written = map(self._read, self.descriptors)
+        self._unanswered = max(0, self._unanswered - answers.count(0))
+        self._answers = (self._answers + answers)[-2 * LIMIT_NBYTES :]  # (the last one, whole)
+        self._written = (self._written + written)[:LIMIT_NBYTES]
+
+    def _read(self, fd: int) -> bytes:
+        """Return what has come, or a part of it: something may write there without end."""
+        found = b""
         with contextlib.suppress(BlockingIOError):
-            while left > 0:
-                more = os.read(self._answers, left)
+            while len(found) < LIMIT_NBYTES:
+                try:
+                    more = os.read(fd, LIMIT_NBYTES)
+                except ConnectionResetError:  # it has closed the socket with a question unread
+                    more = b""
                 if not more:
                     self._closed = True
-                    return
-                left -= len(more)
-                self._data = (self._data + more)[:LIMIT_NBYTES]
+                    break
+                found += more
+        return found
 
 
 class StackRound:
@@ -246,7 +236,7 @@ class StackRound:
 
     def wait(self) -> None:
         """Block until something has come, or until it is time for another look."""
-        wait([pipe.fileno() for pipe in self._asked.values()], POLL_S)
+        wait([fd for pipe in self._asked.values() for fd in pipe.descriptors], POLL_S)
 
     def advance(self, now: float) -> bool:
         """Take what has come; whether the round is over."""

@@ -42,7 +42,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     die_with_parent(assignment.parent_pid)
     leave_terminal()
     _take_streams(pipes)
-    tell_stacks(pipes.questions.fileno(), pipes.stacks.fileno())
+    tell_stacks(pipes.asked.fileno(), pipes.stacks.fileno())
     _undo_multiprocessing()
     _forget_exit_handlers()
     one_compute_thread()

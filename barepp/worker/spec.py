@@ -120,9 +120,9 @@ class Assignment:
 
 @dataclasses.dataclass(frozen=True)
 class Pipes:
-    """What a worker gets of the launcher's pipes: it reads `questions` and writes to the others."""
+    """What a worker gets of the launcher's pipes: it writes to all; `asked` brings questions."""
 
-    questions: Connection
+    asked: Connection
     stdout: Connection
     stderr: Connection
     result: Connection

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -201,30 +202,30 @@ class Process:
     """
 
     def __init__(self, before: str = "", at_last: str = SLEEP, first: str = "") -> None:
-        answers, answering = os.pipe()
-        questions, asking = os.pipe()
+        asking, asked = (end.detach() for end in socket.socketpair())
+        handlers, writing = os.pipe()
         lines = [
             "import ctypes, os, signal, sys, threading, time",
             "from barepp.monitor.stacks import tell_stacks",
             "libc = ctypes.PyDLL(None)  # its functions are called with Python's lock held",
             "sys.setswitchinterval(1000)" if at_last == KEEP_THE_LOCK else "",
             first,
-            f"questions, answers = {questions}, {answering}",
-            "tell_stacks(questions, answers)",
+            f"asked, handlers = {asked}, {writing}",
+            "tell_stacks(asked, handlers)",
             textwrap.dedent(before),
             at_last,
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", "\n".join(lines)],
-            pass_fds=[questions, answering],
+            pass_fds=[asked, writing],
             stdout=subprocess.PIPE,
             cwd=ROOT,
         )
-        os.close(questions)
-        os.close(answering)
+        os.close(asked)
+        os.close(writing)
         assert self.process.stdout is not None
         self.process.stdout.readline()
-        self.pipe = StackPipe(asking, answers, self.process.pid)
+        self.pipe = StackPipe(asking, handlers, self.process.pid)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
@@ -300,12 +301,18 @@ def test_a_long_dump_comes_whole():
             assert run_round(process).count(" in deep") == 80 * 8
 
 
-def test_of_a_dump_that_fills_the_pipe_the_beginning_comes_and_its_end_is_seen():
-    """(The end is lost, unless somebody has made room meanwhile.)"""
+def test_a_dump_that_is_longer_than_the_socket_holds_comes_whole():
     with Process(MANY_THREADS.replace("DEPTH", "39")) as process:
         for _ in range(2):
-            assert process.pipe.ask() == ""
-            eventually(lambda: unread(process.pipe.fileno()) > 60_000)
+            assert run_round(process).count(" in deep") == 80 * 40
+
+
+def test_of_what_the_handler_writes_more_of_than_the_pipe_holds_the_beginning_comes():
+    """(Its end is lost, unless somebody has made room meanwhile.)"""
+    with Process(MANY_THREADS.replace("DEPTH", "39"), KEEP_THE_LOCK) as process:
+        for _ in range(2):
+            assert process.pipe.ask() == process.pipe.insist() == ""
+            eventually(lambda: unread(process.pipe.descriptors[1]) > 60_000)
             eventually(process.pipe.complete)
             assert 1000 < process.pipe.text().count(" in deep") <= 80 * 40
 
@@ -337,13 +344,13 @@ def test_who_keeps_the_lock_is_sent_the_signal_a_while_later():
     with Process(at_last=KEEP_THE_LOCK) as process:
         asked = StackRound({0: process.pipe}, 100.0)
         assert not asked.advance(100.0 + LOCKED_S - 0.1)
-        assert unread(process.pipe.fileno()) == 0
+        assert all(unread(fd) == 0 for fd in process.pipe.descriptors)
         eventually(lambda: asked.advance(100.0 + LOCKED_S))
         for told in (asked.told, take_stacks({0: process.pipe})):
             assert told[0].endswith('  File "<string>", line 9 in <module>')
         beating = StackRound({0: process.pipe}, 100.0, {0: 100.0 + LOCKED_S - 0.1}.__getitem__)
         assert not beating.advance(100.0 + LOCKED_S)
-        assert unread(process.pipe.fileno()) == 0
+        assert all(unread(fd) == 0 for fd in process.pipe.descriptors)
 
 
 @pytest.mark.parametrize(
@@ -384,37 +391,50 @@ def test_a_process_that_never_writes_is_waited_for_a_while():
 
 
 @pytest.mark.parametrize(
-    ("came", "complete", "told"),  # 1 is the mark of the last question, 0 that of the one before
+    ("answers", "complete", "told"),  # 0 ends the answer to a question; there have been two
     [
-        (b"1thread1", True, "thread"),
-        (b"late01thread1", True, "thread"),
-        (b"0late01thread1", True, "thread"),
-        (b"0late0handler", False, "handler"),
-        (b"0late0handler1", False, "handler"),
-        (b"handler1thr", False, "handler"),
-        (b"handler1thread1", True, "thread"),
-        (b"1thread1handler", True, "thread"),
-        (b"1handler", False, "handler"),
-        (b"0late0", False, ""),
-        ("1thrÜ1".encode(), True, "thrÜ"),
+        (b"late0thread0", True, "thread"),
+        (b"thread00", True, "thread"),
+        ("late0thrÜ0".encode(), True, "thrÜ"),
+        (b"late0thr", False, "handler"),
+        (b"late0", False, "handler"),
+        (b"late", False, "handler"),
+        (b"", False, "handler"),
     ],
 )
-def test_of_all_that_comes_the_answer_to_the_last_question_is_told(came, complete, told):
-    with contextlib.ExitStack() as stack:
-        (questions, asking), (answers, answering) = os.pipe(), os.pipe()
-        for fd in (questions, answering):
-            stack.callback(os.close, fd)
-        pipe = stack.enter_context(contextlib.closing(StackPipe(asking, answers, os.getpid())))
+def test_of_all_that_comes_the_answer_to_the_last_question_is_told(answers, complete, told):
+    asking, asked = socket.socketpair()
+    handlers, writing = os.pipe()
+    frame = '  File "script.py", line 2 in '
+    with asked, contextlib.closing(StackPipe(asking.detach(), handlers, os.getpid())) as pipe:
         assert (pipe.ask(), pipe.ask()) == ("", "")
-        before, last = (bytes([mark]) for mark in os.read(questions, 2))
-        frame = '  File "script.py", line 2 in '
-        came = re.sub(rb"(thr|handler|late)", frame.encode() + rb"\1", came)
-        os.write(answering, came.replace(b"0", before).replace(b"1", last))
-        assert (pipe.complete(), pipe.text()) == (complete, told and frame + told)
+        assert asked.recv(100) == b"??"
+        answers = re.sub(rb"(thr|late)", frame.encode() + rb"\1", answers)
+        asked.send(answers.replace(b"0", b"\0"))
+        os.write(writing, (frame + "handler").encode())
+        assert (pipe.complete(), pipe.text()) == (complete, frame + told)
+    os.close(writing)
+
+
+def test_an_answer_that_comes_after_the_next_question_is_not_taken_for_its_own():
+    asking, asked = socket.socketpair()
+    handlers, writing = os.pipe()
+    frame = b'  File "script.py", line 2 in '
+    with asked, contextlib.closing(StackPipe(asking.detach(), handlers, os.getpid())) as pipe:
+        assert pipe.ask() == ""
+        asked.send(frame + b"l")
+        assert not pipe.complete()
+        assert pipe.ask() == ""
+        asked.send(b"ate\0")
+        assert not pipe.complete()
+        asked.send(frame + b"new\0")
+        assert pipe.complete()
+        assert pipe.text() == (frame + b"new").decode()
+    os.close(writing)
 
 
 def test_a_process_that_has_closed_its_pipes_is_said_to_and_goes_on():
-    with Process("os.close(questions); os.close(answers)") as process:
+    with Process("os.close(asked); os.close(handlers)") as process:
         assert run_round(process) == "(it ends, or has closed the pipe in which it is asked)"
         assert process.process.poll() is None
 
@@ -434,8 +454,8 @@ def test_a_file_of_the_scripts_that_has_the_pipes_number_gets_nothing(tmp_path, 
     mine.touch()
     reopen = f"""{before}
     file = os.open({str(mine)!r}, os.O_RDWR)
-    os.dup2(file, questions)
-    os.dup2(file, answers)
+    os.dup2(file, asked)
+    os.dup2(file, handlers)
     """
     with Process(reopen) as process:
         asked = StackRound({0: process.pipe}, 100.0)
