@@ -423,9 +423,9 @@ FAULTS = [
         "testing/fault_run worker/failures",
     ),
     Fault(
-        "barepp/bench/figures.py",
-        "weights = [1 / cost**2 for cost in costs]",
-        "weights = [1.0 for cost in costs]",
+        "barepp/bench/teams/conductor.py",
+        "ends = [max(column) for column",
+        "ends = [min(column) for column",
         "bench/bench",
     ),
     # -- transport: bytes ---------------------------------------------------------------------------

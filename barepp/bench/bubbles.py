@@ -26,6 +26,7 @@ how much of the uniform step's time the balanced one takes, measured and predict
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import statistics
@@ -33,8 +34,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from barepp.bench.case import Case
-from barepp.bench.figures import flat, spread, table
-from barepp.bench.teams.conductor import Conductor, Team, step_times
+from barepp.bench.figures import spread, table
+from barepp.bench.teams.conductor import Answers, Conductor, Team, step_times
 from barepp.bench.training import check_same_gradients
 from barepp.errors import UsageError
 from barepp.plan.simulate import Costs, simulate
@@ -91,12 +92,12 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     with Conductor() as conductor:
         team = conductor.start_barepp(arguments.ranks, "--transport", arguments.transport)
         conductor.gather()
-        team.build(case)
+        team.call("build", case)
         turns = _take_turns(team, entries, arguments.rounds, arguments.steps)
     rows = [_row(entry, case, turns[entry]) for entry in entries]
     for line in table([_line(row, heavy) for row in rows]):
         show(line)
-    results = {"case": case.to_record(), "ranks": arguments.ranks, "rows": rows}
+    results = {"case": dataclasses.asdict(case), "ranks": arguments.ranks, "rows": rows}
     if heavy:
         return {**results, "gains": _gains(rows, show)}
     met = bounds(rows)
@@ -116,28 +117,28 @@ def predict(name: str, ranks: int, case: Case, sizes: Sequence[int]) -> tuple[fl
 
 def _take_turns(
     team: Team, entries: Sequence[Entry], rounds: int, steps: int
-) -> dict[Entry, list[list[dict[str, Any]]]]:
+) -> dict[Entry, list[Answers]]:
     """Return for each entry the answers of its ranks, round by round."""
 
-    def turn(entry: Entry, steps: int) -> list[dict[str, Any]]:
+    def turn(entry: Entry, steps: int) -> Answers:
         return team.train(entry[0], steps, partition=entry[1])
 
     check_same_gradients({entry: turn(entry, 1) for entry in entries})
-    turns: dict[Entry, list[list[dict[str, Any]]]] = {entry: [] for entry in entries}
+    turns: dict[Entry, list[Answers]] = {entry: [] for entry in entries}
     for _ in range(rounds):
         for entry in entries:
             turns[entry].append(turn(entry, steps))
     return turns
 
 
-def _row(entry: Entry, case: Case, turns: list[list[dict[str, Any]]]) -> Row:
+def _row(entry: Entry, case: Case, turns: list[Answers]) -> Row:
     sizes = turns[0][0]["partition"]
     makespan_ms, bubble = predict(entry[0], len(turns[0]), case, sizes)
-    step_ms = spread([1e3 * second for second in flat([step_times(turn) for turn in turns])])
+    step_ms = spread([1e3 * step_s for turn in turns for step_s in step_times(turn)])
     return {
         "schedule": entry[0],
         "partition": sizes,
-        "step_ms": step_ms.to_record(),
+        "step_ms": step_ms,
         "predicted_ms": makespan_ms,
         "bubble": statistics.median(turn[0]["bubble"] for turn in turns),
         "bubble_predicted": bubble,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,9 @@ _HEAVY = 3  # which layer, counted with the one in front that does not sleep
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, a batch and its microbatches; travels as JSON.
+    """A model, a batch and its microbatches.
 
-    `layers` hidden layers of width `hidden` and a head, as `barepp.mlp` makes them. With `cheap`,
-    layers that hardly compute: what is left is what moving their activations costs. With `sleep_s`,
+    `layers` hidden layers of width `hidden` and a head, as `barepp.mlp` makes them. With `sleep_s`,
     layers that sleep so long forwards, and as long for each part of their backward, behind one that
     hardly computes: so the first of them, too, has an input whose gradient is wanted. The third of
     them sleeps `heavy` times as long.
@@ -33,25 +33,15 @@ class Case:
     hidden: int = 128
     batch: int = 32
     microbatches: int = 8
-    cheap: bool = False
     sleep_s: float = 0.0
     heavy: float = 1.0
 
     def __str__(self) -> str:
-        kind = "cheap layers" if self.cheap else "sleepy layers" if self.sleep_s else "layers"
-        return (
-            f"{self.layers} {kind} of {self.hidden}, batch {self.batch} in "
-            f"{self.microbatches} microbatches"
-        )
-
-    def to_record(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return dataclasses.asdict(self)
+        size = f"{self.layers} layers of {self.hidden}, batch {self.batch}"
+        return f"{size} in {self.microbatches} microbatches"
 
     def builders(self) -> list[LayerBuilder]:
         """Return the layers' builders."""
-        if self.cheap:
-            return [Shift] * self.layers
         if self.sleep_s:
             sleepy = partial(SleepyLinear, self.hidden, self.hidden)
             return [Shift, *(partial(sleepy, seconds) for seconds in self.sleeps_s()[1:])]
@@ -67,7 +57,7 @@ class Case:
     def data(self) -> tuple[Tensor, Tensor]:
         """Return the batch: inputs and targets."""
         generator = torch.Generator().manual_seed(SEED)
-        if self.cheap or self.sleep_s:
+        if self.sleep_s:
             inputs = torch.randn(self.batch, self.hidden, generator=generator)
             return inputs, torch.zeros(self.batch)
         inputs = torch.randn(self.batch, 64, generator=generator)
@@ -75,7 +65,7 @@ class Case:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss over the rows."""
-        if self.cheap or self.sleep_s:
+        if self.sleep_s:
             return output[:, 0].mean()
         return nn.functional.cross_entropy(output, target)
 
@@ -90,7 +80,7 @@ class Case:
 
 
 class Shift(nn.Module):
-    """Adds one learnt number to everything: an activation of any size, next to no arithmetic."""
+    """Adds one learnt number to everything: next to no arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,17 +91,10 @@ class Shift(nn.Module):
         return x + self.shift  # [rows, hidden]
 
 
-def gradient_square(model_parameters: Any) -> float:
+def gradient_square(parameters: Iterable[nn.Parameter]) -> float:
     """Return the sum of the squares of all gradients: how two trainers are held side by side."""
-    squares = [
-        float(p.grad.double().square().sum()) for p in model_parameters if p.grad is not None
-    ]
-    return sum(squares)
-
-
-def one_thread() -> None:
-    """One compute thread, for everybody alike."""
-    torch.set_num_threads(1)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return sum(float(gradient.double().square().sum()) for gradient in gradients)
 
 
 MICROPP = Case()

@@ -1,9 +1,7 @@
-"""Figures out of many repetitions: medians, spread, ratios of paired rounds, growth; tables."""
+"""Figures out of many repetitions: medians, quartiles, ratios; tables; the machine."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import platform
 import statistics
@@ -12,30 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """The middle of many measurements, and the quarter points: half of them lie in between."""
-
-    median: float
-    low: float
-    high: float
-
-    def to_record(self) -> dict[str, float]:
-        """Return what JSON can hold."""
-        return dataclasses.asdict(self)
-
-    def text(self, digits: int = 2) -> str:
-        """Return "1.23 [1.20 1.31]"."""
-        return f"{self.median:.{digits}f} [{self.low:.{digits}f} {self.high:.{digits}f}]"
+Spread = dict[str, float]  # the median of many measurements, and their quartiles, low and high
 
 
 def spread(values: Sequence[float]) -> Spread:
     """Return median and quartiles."""
     if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
+        return dict.fromkeys(("median", "low", "high"), values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(middle, low, high)
+    return {"median": middle, "low": low, "high": high}
 
 
 def medians(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -52,49 +35,6 @@ def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) ->
 def flat(rounds: Sequence[Sequence[float]]) -> list[float]:
     """Return the measurements of all rounds in one list."""
     return [value for values in rounds for value in values]
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """How a cost grows with a size: fixed + each * size, and size ** exponent at the large end.
-
-    An exponent of 1 is linear growth. It is that of the larger half of the sizes, where what is
-    fixed no longer hides it; above 1 the cost grows faster than the size.
-    """
-
-    fixed: float
-    each: float
-    exponent: float
-
-    def to_record(self) -> dict[str, float]:
-        """Return what JSON can hold."""
-        return dataclasses.asdict(self)
-
-
-def growth(sizes: Sequence[float], costs: Sequence[float]) -> Growth:
-    """Fit both; at least two sizes.
-
-    The straight line minimises relative errors (weights 1 / cost**2): a run over three orders of
-    magnitude would otherwise be fitted by its largest size alone.
-    """
-    weights = [1 / cost**2 for cost in costs]
-    fixed, each = _line(sizes, costs, weights)
-    half = min(len(sizes) // 2, len(sizes) - 2)
-    logs = [[math.log(value) for value in values[half:]] for values in (sizes, costs)]
-    _, exponent = _line(logs[0], logs[1], [1.0] * len(logs[0]))
-    return Growth(fixed, each, exponent)
-
-
-def _line(
-    xs: Sequence[float], ys: Sequence[float], weights: Sequence[float]
-) -> tuple[float, float]:
-    total = sum(weights)
-    x_mean = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
-    y_mean = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
-    up = sum(w * (x - x_mean) * (y - y_mean) for w, x, y in zip(weights, xs, ys, strict=True))
-    across = sum(w * (x - x_mean) ** 2 for w, x in zip(weights, xs, strict=True))
-    slope = up / across
-    return y_mean - slope * x_mean, slope
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

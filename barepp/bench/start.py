@@ -132,10 +132,10 @@ def _row(who: str, found: list[Start], starts: dict[str, list[Start]]) -> dict[s
     row: dict[str, Any] = {"command": who}
     for what in ("barrier_s", "end_s"):
         mine = [[getattr(start, what)] for start in found]
-        row[what] = spread([value for [value] in mine]).to_record()
+        row[what] = spread([value for [value] in mine])
         if who != "torchrun" and "torchrun" in starts:
             theirs = [[getattr(start, what)] for start in starts["torchrun"]]
-            row[f"{what}_times_torch"] = ratio(mine, theirs).to_record()
+            row[f"{what}_times_torch"] = ratio(mine, theirs)
     return row
 
 

@@ -25,12 +25,13 @@ import argparse
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from barepp.bench.case import LARGE, MICROPP, MIDDLE, Case
-from barepp.bench.figures import flat, medians, ratio, spread, table
-from barepp.bench.teams.conductor import BenchError, Conductor, Team, step_times
+from barepp.bench.figures import medians, ratio, spread, table
+from barepp.bench.teams.conductor import Answers, BenchError, Conductor, Team, step_times
 from barepp.errors import UsageError
 from barepp.plan.simulate import Costs, simulate
 from barepp.program.actions import Order
@@ -40,6 +41,9 @@ SIZES: Final = {"128": MICROPP, "512": MIDDLE, "1024": LARGE}
 THEIR_SCHEDULES: Final = ("gpipe", "1f1b")
 TURN_S: Final = 0.3  # what one turn should last, 3 to 50 steps
 TOLERANCE: Final = 1e-3  # of the gradient's square: float32, summed in another order
+
+Entry = tuple[str, str]  # who takes a turn: team and schedule
+ALONE: Final[Entry] = ("alone", "one process")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
     """Measure every size on every number of ranks."""
-    sizes = arguments.sizes.split(",")
+    sizes, schedules = arguments.sizes.split(","), arguments.schedules.split(",")
     for size in sizes:
         if size not in SIZES:
             raise UsageError(f"there is no size {size!r}; there are {', '.join(SIZES)}")
@@ -70,87 +74,60 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
         raise UsageError(f"--ranks is numbers with commas between, not {arguments.ranks}") from None
     if min(ranks) < 2 or arguments.rounds < 1 or arguments.steps < 0:
         raise UsageError("--ranks start at 2, --rounds at 1, --steps at 0")
-    plan = Plan(
-        tuple(arguments.schedules.split(",")),
-        arguments.against == "torch",
-        arguments.rounds,
-        arguments.steps,
-    )
     for world_size in ranks:
-        for schedule in plan.schedules:
+        for schedule in schedules:
             make_schedule(schedule, world_size, MICROPP.microbatches, world_size)
     results = []
     for world_size in ranks:
         with Conductor() as conductor:
-            teams = Teams(
-                conductor.start_barepp(world_size, "--transport", arguments.transport),
-                conductor.start_torch(world_size) if plan.against_torch else None,
-                conductor.start_alone(),
-            )
+            teams = {
+                "alone": conductor.start_alone(),
+                "barepp": conductor.start_barepp(world_size, "--transport", arguments.transport),
+            }
+            if arguments.against == "torch":
+                teams["torch"] = conductor.start_torch(world_size)
             conductor.gather()
             for size in sizes:
-                measured = measure(SIZES[size], world_size, teams, plan)
+                entries = _entries(teams, schedules)
+                measured = _measure(SIZES[size], teams, entries, arguments.rounds, arguments.steps)
                 results.append(measured)
-                for line in report(measured):
+                for line in _report(measured):
                     show(line)
     return {"results": results}
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and how often."""
-
-    schedules: tuple[str, ...]
-    against_torch: bool
-    rounds: int
-    steps: int  # in a turn; 0 for as many as fill it
-
-    def entries(self) -> list[tuple[str, str]]:
-        """Return (team, schedule), in the order in which they take turns."""
-        entries = [(ALONE, ONE_PROCESS)]
-        for schedule in self.schedules:
-            entries.append(("barepp", schedule))
-            if self.against_torch and schedule in THEIR_SCHEDULES:
-                entries.append(("torch", schedule))
-        return entries
+def _entries(teams: Mapping[str, Team], schedules: Sequence[str]) -> list[Entry]:
+    """Return who takes a turn, in this order."""
+    pairs = [(team, schedule) for schedule in schedules for team in ("barepp", "torch")]
+    return [ALONE] + [
+        (team, schedule)
+        for team, schedule in pairs
+        if team in teams and (team == "barepp" or schedule in THEIR_SCHEDULES)
+    ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Teams:
-    """Who takes turns."""
-
-    barepp: Team
-    torch: Team | None
-    alone: Team
-
-    def named(self, name: str) -> Team:
-        """Return one by the name of its attribute."""
-        team: Team = getattr(self, name)
-        return team
-
-
-def measure(case: Case, world_size: int, teams: Teams, plan: Plan) -> dict[str, Any]:
-    """Let everybody take turns at one case; return its figures."""
-    for team in (teams.barepp, teams.torch, teams.alone):
-        if team is not None:
-            team.build(case)
-    entries = plan.entries()
-    first = {entry: teams.named(entry[0]).train(entry[1], 2) for entry in entries}
+def _measure(
+    case: Case, teams: Mapping[str, Team], entries: Sequence[Entry], rounds: int, steps: int
+) -> dict[str, Any]:
+    """Let all entries take turns at one case; return its figures."""
+    for each in teams.values():
+        each.call("build", case)
+    first = {(team, schedule): teams[team].train(schedule, 2) for team, schedule in entries}
     check_same_gradients(first)
-    steps = {entry: plan.steps or _steps_for(first[entry]) for entry in entries}
-    turns: Turns = {entry: [] for entry in entries}
-    forward, backward = [], []
-    for _ in range(plan.rounds):
-        for entry in entries:
-            turns[entry].append(teams.named(entry[0]).train(entry[1], steps[entry]))
-        order = {"order": "costs", "stages": world_size, "steps": 1 + steps[entries[0]]}
-        [costs] = teams.alone.ask(order)
-        forward += costs["forward_s"][1:]
-        backward += costs["backward_s"][1:]
-    return figures(case, world_size, turns, medians(forward), medians(backward))
+    counts = {entry: steps or _steps_for(answers) for entry, answers in first.items()}
+    turns: dict[Entry, list[Answers]] = {entry: [] for entry in entries}
+    costs_s: dict[str, list[list[float]]] = {"forward": [], "backward": []}
+    stages = teams["barepp"].size
+    for _ in range(rounds):
+        for team, schedule in entries:
+            turns[team, schedule].append(teams[team].train(schedule, counts[team, schedule]))
+        [costs] = teams["alone"].call("costs", stages, 1 + counts[ALONE])
+        for kind, rows in costs.items():
+            costs_s[kind] += rows[1:]
+    return _figures(case, stages, turns, *map(medians, costs_s.values()))
 
 
-def check_same_gradients(first: dict[tuple[str, str], Answers]) -> None:
+def check_same_gradients(first: Mapping[Entry, Answers]) -> None:
     """Raise `BenchError` unless all have computed the same gradient."""
     squares = {
         entry: sum(answer["gradient_square"] for answer in answers)
@@ -169,46 +146,41 @@ def _steps_for(answers: Answers) -> int:
     return max(3, min(50, round(TURN_S / statistics.median(step_times(answers)))))
 
 
-# The figures of one case of `training`, from everybody's turns; and the table for a person.
-
-ALONE: Final = "alone"  # the team of one process, and its only way to train
-ONE_PROCESS: Final = "one process"
-
-Answers = list[dict[str, Any]]  # of one turn, by rank
-Turns = dict[tuple[str, str], list[Answers]]  # (team, schedule): round by round
-
-
-def figures(
-    case: Case, world_size: int, turns: Turns, forward_s: list[float], backward_s: list[float]
+def _figures(
+    case: Case,
+    world_size: int,
+    turns: Mapping[Entry, list[Answers]],
+    forward_s: list[float],
+    backward_s: list[float],
 ) -> dict[str, Any]:
     """Put the figures of one case together; the last two are what an action of each stage costs."""
     times = {entry: [step_times(answers) for answers in rounds] for entry, rounds in turns.items()}
-    alone = times[ALONE, ONE_PROCESS]
-    alone_cpu_ms = [_cpu_ms(answers) for answers in turns[ALONE, ONE_PROCESS]]
+    cpu_ms = {entry: [_cpu_ms(answers) for answers in rounds] for entry, rounds in turns.items()}
     rows = []
     for (team, schedule), rounds in turns.items():
-        mine = times[team, schedule]
+        mine, used_ms = times[team, schedule], spread(cpu_ms[team, schedule])
+        step_ms = spread([1e3 * step_s for step_s in chain.from_iterable(mine)])
         row: dict[str, Any] = {
             "team": team,
             "schedule": schedule,
-            "step_ms": spread([1e3 * value for value in flat(mine)]).to_record(),
-            "times_alone": ratio(mine, alone).to_record(),
-            "cpu_ms": spread([_cpu_ms(answers) for answers in rounds]).to_record(),
+            "step_ms": step_ms,
+            "times_alone": ratio(mine, times[ALONE]),
+            "cpu_ms": used_ms,
         }
-        if team != ALONE:
+        if (team, schedule) != ALONE:
             order = make_schedule(schedule, world_size, case.microbatches, world_size).order
-            row |= _ideal(row["step_ms"]["median"], order, forward_s, backward_s)
-            added_ms = row["cpu_ms"]["median"] - statistics.median(alone_cpu_ms)
+            row |= _ideal(step_ms["median"], order, forward_s, backward_s)
+            added_ms = used_ms["median"] - statistics.median(cpu_ms[ALONE])
             row["added_us_per_action"] = 1e3 * added_ms / sum(map(len, order))
         if team == "barepp":
             row |= _inside(rounds, order)
             if ("torch", schedule) in times:
-                row["times_torch"] = ratio(mine, times["torch", schedule]).to_record()
+                row["times_torch"] = ratio(mine, times["torch", schedule])
         rows.append(row)
     return {
-        "case": case.to_record(),
+        "case": dataclasses.asdict(case),
         "ranks": world_size,
-        "rounds": len(alone),
+        "rounds": len(times[ALONE]),
         "costs_ms": {
             "forward": [1e3 * cost for cost in forward_s],
             "backward": [1e3 * cost for cost in backward_s],
@@ -251,33 +223,29 @@ def _inside(rounds: list[Answers], order: Order) -> dict[str, Any]:
     return inside
 
 
-def report(measured: dict[str, Any]) -> list[str]:
+def _report(measured: dict[str, Any]) -> list[str]:
     """Return the table for a person."""
     case, ranks = Case(**measured["case"]), measured["ranks"]
-    lines = [_line(row) for row in measured["rows"]]
-    return ["", f"{case}, {ranks} ranks", *table(lines)]
+    return ["", f"{case}, {ranks} ranks", *table([_line(row) for row in measured["rows"]])]
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:
     step = row["step_ms"]
+    alone = (row["team"], row["schedule"]) == ALONE
     line = {
-        "": row["schedule"] if row["team"] == ALONE else f"{row['schedule']} {row['team']}",
+        "": row["schedule"] if alone else f"{row['schedule']} {row['team']}",
         "step ms": f"{step['median']:.2f}",
         "[quartiles]": f"[{step['low']:.2f} {step['high']:.2f}]",
         "x torch": f"{row['times_torch']['median']:.2f}" if "times_torch" in row else "",
         "x alone": f"{row['times_alone']['median']:.2f}",
-        "ideal ms": f"{row['ideal_ms']:.2f}" if "ideal_ms" in row else "",
-        "x ideal": f"{row['times_ideal']:.2f}" if "times_ideal" in row else "",
+        "ideal ms": "" if alone else f"{row['ideal_ms']:.2f}",
+        "x ideal": "" if alone else f"{row['times_ideal']:.2f}",
         "CPU ms": f"{row['cpu_ms']['median']:.2f}",
-        "+us/act": f"{row['added_us_per_action']:.0f}" if "added_us_per_action" in row else "",
+        "+us/act": "" if alone else f"{row['added_us_per_action']:.0f}",
     }
-    if "bubble" in row:
-        parts = (row["computing_ms"], row["waiting_ms"], row["moving_ms"])
-        line |= {
-            "bubble": f"{row['bubble']:.0%}",
-            "comp": f"{statistics.mean(parts[0]):.2f}",
-            "wait": f"{statistics.mean(parts[1]):.2f}",
-            "move": f"{statistics.mean(parts[2]):.2f}",
-            "us/act": f"{statistics.mean(row['own_us_per_action']):.0f}",
-        }
+    if row["team"] == "barepp":
+        line["bubble"] = f"{row['bubble']:.0%}"
+        for title, part in (("comp", "computing"), ("wait", "waiting"), ("move", "moving")):
+            line[title] = f"{statistics.mean(row[f'{part}_ms']):.2f}"
+        line["us/act"] = f"{statistics.mean(row['own_us_per_action']):.0f}"
     return line

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from jobs import LIMIT_S, MARK, ROOT, marked, nothing_left
 
 from barepp.bench import __main__ as command_line
 from barepp.bench import bubbles as bubbles_bench
-from barepp.bench import growth as growth_bench
 from barepp.bench import start as start_bench
 from barepp.bench import training
 from barepp.bench.case import Case
-from barepp.bench.figures import growth, ratio, spread, table
-from barepp.bench.teams.barepp_rank import Ours
-from barepp.bench.teams.conductor import BenchError, Conductor, environment, step_times
+from barepp.bench.figures import ratio, spread, table
+from barepp.bench.teams.barepp_rank import BareppRank
+from barepp.bench.teams.conductor import Answers, BenchError, Conductor, environment, step_times
 from barepp.bench.teams.member import serve
-from barepp.bench.teams.one_process import Alone
+from barepp.bench.teams.one_process import OneProcess
 from barepp.worker.world import World
 from transport.inproc import InprocHub, InprocTransport
 
@@ -40,46 +39,14 @@ TINY = Case(layers=3, hidden=8, batch=6, microbatches=3)
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0]).to_record() == {"median": 3, "low": 2, "high": 4}
-    assert spread([7.0]).to_record() == {"median": 7, "low": 7, "high": 7}
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3, "low": 2, "high": 4}
+    assert spread([7.0]) == {"median": 7, "low": 7, "high": 7}
 
 
 def test_a_ratio_pairs_the_rounds_so_that_a_slow_round_cancels_out() -> None:
     ours = [[1.0, 1.0], [50.0, 50.0], [1.0, 1.0]]
     theirs = [[2.0, 2.0], [100.0, 100.0], [2.0, 2.0]]
-    assert ratio(ours, theirs).to_record() == {"median": 0.5, "low": 0.5, "high": 0.5}
-
-
-@pytest.mark.parametrize(("fixed", "each"), [(0.0, 3.0), (100.0, 0.5), (4.0, 1e-6)])
-def test_a_straight_line_is_found(fixed: float, each: float) -> None:
-    sizes = [2.0**k for k in range(9)]
-    found = growth(sizes, [fixed + each * size for size in sizes])
-    assert found.fixed == pytest.approx(fixed, abs=1e-9)
-    assert found.each == pytest.approx(each, rel=1e-6)
-
-
-@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
-def test_the_exponent_tells_linear_growth_from_faster(power: float) -> None:
-    sizes = [2.0**k for k in range(9)]
-    assert growth(sizes, [5 * size**power for size in sizes]).exponent == pytest.approx(power)
-
-
-def test_a_fixed_cost_does_not_hide_growth_at_the_large_end() -> None:
-    sizes = [1.0, 2, 4, 8, 16, 32, 64, 128, 256]
-    quadratic = growth(sizes, [1000 + size**2 for size in sizes]).exponent
-    linear = growth(sizes, [1000 + size for size in sizes]).exponent
-    assert linear < 1 < quadratic
-
-
-def test_the_line_is_not_that_of_the_largest_size_alone() -> None:
-    sizes = [2.0**k for k in range(9)]
-    disturbed = [3 * size for size in sizes[:-1]] + [2 * 3 * sizes[-1]]
-    assert growth(sizes, disturbed).each == pytest.approx(3, rel=0.3)
-
-
-def test_two_sizes_are_enough() -> None:
-    found = growth([1, 4], [10, 40])
-    assert (found.exponent, found.each) == (pytest.approx(1), pytest.approx(10))
+    assert ratio(ours, theirs) == {"median": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_a_table_is_aligned_and_says_nothing_where_nothing_is() -> None:
@@ -112,15 +79,15 @@ def test_whoever_computes_another_gradient_is_not_compared() -> None:
 
 def test_all_workers_train_the_same_case() -> None:
     """The reference, barepp's pipeline and the stages of the ideal: one gradient, to rounding."""
-    alone = Alone()
+    alone = OneProcess()
     alone.build(TINY)
     expected = alone.train("one process", 2)["gradient_square"]
     assert expected > 0
-    ours = Ours(World(InprocTransport(InprocHub(1), 0)))
+    ours = BareppRank(World(InprocTransport(InprocHub(1), 0)))
     ours.build(TINY)
     assert ours.train("1f1b", 2)["gradient_square"] == pytest.approx(expected, rel=1e-5)
     costs = alone.costs(2, 3)
-    assert [len(costs[name]) for name in ("forward_s", "backward_s")] == [3, 3]
+    assert [len(costs[name]) for name in ("forward", "backward")] == [3, 3]
     assert all(len(row) == 2 and min(row) > 0 for rows in costs.values() for row in rows)
 
 
@@ -134,7 +101,7 @@ def test_a_team_that_breaks_says_what_it_printed_and_leaves_nothing() -> None:
         Conductor() as conductor,
     ):
         folder = conductor.folder
-        conductor._start("broken", 1, [["no_such_module"]])
+        conductor.team("broken", 1).start("no_such_module")
         conductor.gather()
     assert not folder.exists()
 
@@ -144,25 +111,23 @@ def test_a_team_that_breaks_in_its_turn_says_what_it_printed(
 ) -> None:
     """One member ends without an answer while the other waits: both are gone afterwards."""
     (tmp_path / "member_of_a_test.py").write_text(
-        "import json, socket, sys\n"
-        "sock = socket.socket(socket.AF_UNIX)\n"
-        "sock.connect(sys.argv[1])\n"
-        "stream = sock.makefile('rw')\n"
-        "stream.write(json.dumps({'team': 0, 'rank': int(sys.argv[2])}) + '\\n')\n"
-        "stream.flush()\n"
-        "stream.readline()\n"
-        "if sys.argv[2] == '1':\n"
+        "import sys\n"
+        "from multiprocessing.connection import Client\n"
+        "conductor = Client(sys.argv[2])\n"
+        "conductor.send(int(sys.argv[1]))\n"
+        "conductor.recv()\n"
+        "if sys.argv[1] == '1':\n"
         "    sys.exit('the reason')\n"
-        "stream.readline()\n"
+        "conductor.recv()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = r"doomed team broke: rank 1 of it has ended(?s:.*)the reason"
     with nothing_left(), pytest.raises(BenchError, match=words), Conductor() as conductor:
-        path = str(conductor.folder / "conductor")
-        members = [["member_of_a_test", path, rank] for rank in ("0", "1")]
-        team = conductor._start("doomed", 2, members)
+        team = conductor.team("doomed", 2)
+        for rank in ("0", "1"):
+            team.start("member_of_a_test", rank)
         conductor.gather()
-        team.ask({"order": "train"})
+        team.call("train")
 
 
 def test_nobody_computes_with_more_threads_than_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,36 +137,31 @@ def test_nobody_computes_with_more_threads_than_another(monkeypatch: pytest.Monk
 
 def test_a_member_whose_conductor_is_gone_ends(tmp_path: Path) -> None:
     path = str(tmp_path / "conductor")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen()
-        member = threading.Thread(target=serve, args=(path, 3, 1, Alone()))
+    with Listener(path) as listening:
+        member = threading.Thread(target=serve, args=(path, 1, OneProcess()))
         member.start()
-        sock, _ = listening.accept()
-        with sock, sock.makefile("rw") as stream:
-            assert json.loads(stream.readline()) == {"team": 3, "rank": 1}
-            order = {"order": "build", "case": TINY.to_record()}
-            stream.write(json.dumps(order) + "\n")
-            stream.flush()
-            assert json.loads(stream.readline()) == {}
+        with listening.accept() as conductor:
+            assert conductor.recv() == 1
+            conductor.send(("build", (TINY,), {}))
+            assert conductor.recv() is None
     member.join(30)
     assert not member.is_alive()
 
 
 class InThisProcess:
-    """A conductor whose teams are one rank in this process, so that a series costs no start."""
+    """A conductor whose teams are one rank in this process, so that a benchmark costs no start."""
 
     def start_barepp(self, world_size: int, *flags: str) -> InThisProcess:
-        self.worker = Ours(World(InprocTransport(InprocHub(1), 0)))
+        self.worker = BareppRank(World(InprocTransport(InprocHub(1), 0)))
         return self
 
     def gather(self) -> None:
         pass
 
-    def build(self, case: Case) -> None:
-        self.worker.build(case)
+    def call(self, method: str, *arguments: Any) -> Answers:
+        return [getattr(self.worker, method)(*arguments)]
 
-    def train(self, schedule: str, steps: int, **options: str) -> list[dict[str, Any]]:
+    def train(self, schedule: str, steps: int, **options: str) -> Answers:
         return [self.worker.train(schedule, steps + 1, **options)]
 
     def __enter__(self) -> InThisProcess:
@@ -211,41 +171,10 @@ class InThisProcess:
         pass
 
 
-def growth_of(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    parser = argparse.ArgumentParser()
-    growth_bench.add_arguments(parser)
-    lines: list[str] = []
-    return growth_bench.run(parser.parse_args(arguments), lines.append)["series"], lines
-
-
-NOT_LAUNCHED = ["--rendezvous", "none", "--launch", "none"]
-
-
-def test_the_training_series_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth_bench, "Conductor", InThisProcess)
-    monkeypatch.setattr(growth_bench, "TURN_S", 0.01)
-    sizes = ["--microbatches", "1,2,4", "--bytes", "64,4096", "--ranks", "1,2", "--rounds", "1"]
-    series, lines = growth_of([*sizes, *NOT_LAUNCHED])
-    for row, size in zip(series["microbatches"]["rows"], [1, 2, 4], strict=True):
-        assert row["size"] == size
-        assert row["us_each"] == pytest.approx(1e3 * row["step_ms"] / size)
-    assert [row["size"] for row in series["bytes"]["rows"]] == [64, 4096]
-    for found in series.values():
-        costs = [
-            value for row in found["rows"] for key, value in row.items() if key != "connections"
-        ]
-        assert min(costs) > 0
-        assert all(math.isfinite(fit["exponent"]) for fit in found["growth"].values())
-    assert "microbatches" in "".join(lines)
-
-
-def test_start_and_launch_put_their_figures_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_puts_its_figures_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launchers themselves are run below; here they answer at once."""
     monkeypatch.setattr(start_bench, "launch_barepp", lambda world: start_bench.Start(1.0, 1.5))
     monkeypatch.setattr(start_bench, "launch_torch", lambda world: start_bench.Start(4.0, 5.0))
-    monkeypatch.setattr(
-        growth_bench, "launch_barepp", lambda world: start_bench.Start(2.0 * world, 9.0)
-    )
     parser = argparse.ArgumentParser()
     start_bench.add_arguments(parser)
     lines: list[str] = []
@@ -255,10 +184,6 @@ def test_start_and_launch_put_their_figures_together(monkeypatch: pytest.MonkeyP
     assert ours["end_s_times_torch"]["median"] == 0.3
     assert theirs["barrier_s"] == {"median": 4.0, "low": 4.0, "high": 4.0}
     assert "0.25" in lines[-2]
-    none = ["--microbatches", "none", "--ranks", "none", "--bytes", "none", "--rendezvous", "none"]
-    series, _ = growth_of([*none, "--launch", "1,2,4"])
-    assert [row["barrier_ms"] for row in series["launch"]["rows"]] == [2e3, 4e3, 8e3]
-    assert series["launch"]["growth"]["barrier_ms"]["exponent"] == pytest.approx(1)
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -288,8 +213,8 @@ def test_flags_alone_are_those_of_training(capsys: pytest.CaptureFixture[str]) -
         (["bubbles", "--ranks", "0"], "start at 1"),
         (["bubbles", "--forward-ms", "0"], "--forward-ms 0 --heavy 1: the first has to be above 0"),
         (["bubbles", "--schedules", "1f1b,2f2b"], "2f2b"),
-        (["growth", "--ranks", "4,2"], "smallest first"),
-        (["growth", "--bytes", "many"], "--bytes is numbers"),
+        (["growth", "--sizes", "0"], "--sizes and --rounds start at 1"),
+        (["growth", "--sizes", "many"], "--sizes is numbers"),
     ],
 )
 def test_what_a_person_got_wrong_is_one_sentence(
@@ -349,9 +274,8 @@ def test_a_benchmark_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    left_out = ["--ranks", "none", "--bytes", "none", "--rendezvous", "none", "--launch", "none"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "barepp.bench", "growth", "--microbatches", "1,2", *left_out],
+        [sys.executable, "-m", "barepp.bench", "bubbles", "--ranks", "2"],
         env={**os.environ, MARK: mark, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
@@ -377,7 +301,7 @@ def test_training_beside_torch(tmp_path: Path) -> None:
     figures = bench(tmp_path, *flags, "--schedules", "1f1b")
     assert figures["benchmark"] == "training"
     [measured] = figures["results"]
-    assert measured["case"] == Case().to_record()
+    assert measured["case"] == dataclasses.asdict(Case())
     alone, ours, theirs = measured["rows"]
     assert [row["team"] for row in measured["rows"]] == ["alone", "barepp", "torch"]
     for row in measured["rows"]:
@@ -475,15 +399,13 @@ def test_the_bounds_of_the_bubbles() -> None:
         assert list(bubbles(**rows).values()) == holds
 
 
-def test_growth_with_ranks_and_the_rendezvous(tmp_path: Path) -> None:
-    left_out = ["--microbatches", "none", "--bytes", "none", "--launch", "none"]
-    flags = [*left_out, "--ranks", "1,3", "--rendezvous", "1,8", "--rounds", "1"]
-    series = bench(tmp_path, "growth", *flags)["series"]
-    one, three = series["ranks"]["rows"]
-    assert (one["connections"], three["connections"]) == (0, 2)  # neighbours, not everybody
-    assert min(one["cpu_ms"], three["step_ms"]) > 0
-    for row in series["rendezvous"]["rows"]:
-        assert min(row["attach_ms"], row["join_ms"], row["barrier_ms"]) > 0
+def test_growth_of_the_rendezvous(tmp_path: Path) -> None:
+    rows = bench(tmp_path, "growth", "--sizes", "1,8", "--rounds", "1")["rows"]
+    assert [row["processes"] for row in rows] == [1, 8]
+    for row in rows:
+        parts = [row["attach_ms"], row["join_ms"], row["barrier_ms"]]
+        assert min(parts) > 0
+        assert row["us_each"] == pytest.approx(1e3 * sum(parts) / row["processes"])
 
 
 def test_starts_are_timed_until_the_last_rank_is_through() -> None:

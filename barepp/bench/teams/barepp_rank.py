@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from typing import Any
@@ -16,21 +15,18 @@ from barepp.worker.init import init
 from barepp.worker.world import World
 
 
-class Ours:
+class BareppRank:
     """One rank; a pipeline for each schedule that is asked for."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._case = Case()
         self._pipelines: dict[tuple[str, str], Pipeline] = {}
-        self._sockets: int | None = None  # open before the first step
 
     def build(self, case: Case) -> None:
         """Forget the last case; the pipelines are built when they are asked for."""
         self._case = case
         self._pipelines.clear()
-        if self._sockets is None:  # those that listen, and those to the launcher and the conductor
-            self._sockets = _count_sockets()
 
     def train(self, schedule: str, steps: int, partition: str = "uniform") -> dict[str, Any]:
         """Run steps; the summary is all ranks' together."""
@@ -58,7 +54,6 @@ class Ours:
             "computing_ms": summary.computing_ms,
             "waiting_ms": summary.waiting_ms,
             "moving_ms": summary.moving_ms,
-            "connections": _count_sockets() - (self._sockets or 0),
         }
 
     def _prepare(self, pipe: Pipeline) -> None:
@@ -69,18 +64,7 @@ class Ours:
             self._world.barrier()
 
 
-def _count_sockets() -> int:
-    """Return how many sockets this process has open."""
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            count += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
-        except OSError:  # the descriptor of the listing itself is closed by now
-            continue
-    return count
-
-
 def main() -> None:
-    """Run as a rank of the launcher's; the arguments are the conductor's path and the team."""
+    """Run as a rank of the launcher's; the argument is the conductor's path."""
     with init() as world:
-        serve(sys.argv[1], int(sys.argv[2]), world.rank, Ours(world))
+        serve(sys.argv[1], world.rank, BareppRank(world))

@@ -1,24 +1,21 @@
-"""Teams of processes that take turns: all alive in one run, and blocked while it is not theirs.
+"""Teams of processes that take turns: all live through one run, and only one team works at a time.
 
     with Conductor() as conductor:
         ours, theirs = conductor.start_barepp(4), conductor.start_torch(4)
         conductor.gather()
         for _ in range(rounds):
-            ours.ask({"order": "train", ...})
-            theirs.ask({"order": "train", ...})
+            ours.train("1f1b", steps)
+            theirs.train("1f1b", steps)
 
-1. A team that waits for its turn is blocked in a read: it takes no core from the one that works.
-2. However the block ends, no process of a team is left.
+1. A member that waits for its turn is blocked in a read: it takes no core from the team that works.
+2. When the block ends, for whatever reason, no process of a team is left.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import os
-import selectors
 import shutil
 import signal
 import socket
@@ -26,104 +23,116 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from barepp.errors import BareppError
 
-if TYPE_CHECKING:
-    from barepp.bench.case import Case
+START_S: Final = 120.0  # until all members of a team have connected
+ANSWER_S: Final = 600.0  # until the next answer
+STOP_S: Final = 5.0  # until a team has ended by itself
+TAIL: Final = 2000  # characters of a team's output that an error message shows
 
-START_S: Final = 120.0  # for all members to come
-ANSWER_S: Final = 600.0  # for one answer
-STOP_S: Final = 5.0  # for a team to end by itself
-TAIL: Final = 2000  # characters of what a team said before it broke
-
-# What the launcher runs on every rank. A text: a file of this package, run as a script, would put
-# the package's folder on the path of imports.
+# What the launcher runs on every rank. It is a text, because a file of this package, run as a
+# script, would put the package's folder on the import path.
 SCRIPT: Final = "import barepp.bench.teams.barepp_rank\nbarepp.bench.teams.barepp_rank.main()\n"
+
+Answers = list[dict[str, Any]]  # of one turn, by rank
 
 
 class BenchError(BareppError):
     """A team of a benchmark broke, or computed something else than the others."""
 
 
-@dataclasses.dataclass
 class Team:
-    """Processes that train together."""
+    """Processes that train together; each connects to `path` and says its rank."""
 
-    name: str  # for error messages
-    number: int  # which one it is: its members say it when they come
-    size: int
-    processes: list[subprocess.Popen[bytes]]
-    log: Path
-    members: dict[int, socket.socket] = dataclasses.field(default_factory=dict)
+    def __init__(self, name: str, size: int, path: Path) -> None:
+        self.name = name
+        self.size = size
+        self._path = path
+        self._log = path.with_suffix(".log")
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen(size)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ends: list[
+            int
+        ] = []  # of each process a descriptor that is readable when it has ended
+        self._members: dict[int, Connection] = {}
 
-    def ask(self, order: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give every member the order; return their answers in rank order."""
-        try:
-            self._tell(order)
-            answers = self._answers()
-        except OSError as error:
-            raise self.broken(f"{type(error).__name__}: {error}") from error
-        return [json.loads(answers[rank]) for rank in range(self.size)]
+    def start(self, module: str, *arguments: str) -> None:
+        """Start `python -m MODULE ARGUMENTS... PATH`."""
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments, str(self._path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                start_new_session=True,  # Ctrl-C is for the conductor alone
+            )
+        self._processes.append(process)
+        self._ends.append(os.pidfd_open(process.pid))
 
-    def _tell(self, order: dict[str, Any]) -> None:
-        for sock in self.members.values():
-            sock.sendall(json.dumps(order).encode() + b"\n")
+    def gather(self) -> None:
+        """Block until every member has connected."""
+        deadline = time.monotonic() + START_S
+        while len(self._members) < self.size:
+            ready = wait([self._listening, *self._ends], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._broken(f"not all of it came within {START_S:g} s")
+            if self._listening not in ready:
+                raise self._broken("a process of it ended before it came")
+            member = Connection(self._listening.accept()[0].detach())
+            self._members[member.recv()] = member
 
-    def _answers(self) -> dict[int, bytearray]:
-        """Read one line from every member; from all at once, to find the one that has ended."""
-        answers = {rank: bytearray() for rank in self.members}
-        deadline = time.monotonic() + ANSWER_S
-        with selectors.DefaultSelector() as waiting:
-            for rank, sock in self.members.items():
-                waiting.register(sock, selectors.EVENT_READ, rank)
-            while waiting.get_map():
-                ready = waiting.select(max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    raise self.broken(f"no answer after {ANSWER_S:g} s")
-                for key, _ in ready:
-                    data = self.members[key.data].recv(1 << 16)
-                    if not data:
-                        raise self.broken(f"rank {key.data} of it has ended")
-                    answers[key.data] += data
-                    if data.endswith(b"\n"):
-                        waiting.unregister(key.fileobj)
-        return answers
+    def call(self, method: str, *arguments: Any, **options: Any) -> Answers:
+        """Call a method of every member's worker; return what they answer, in rank order."""
+        answers: dict[int, Any] = {}
+        for member in self._members.values():
+            with contextlib.suppress(OSError):  # it has ended: the read says so
+                member.send((method, arguments, options))
+        ranks = {member: rank for rank, member in self._members.items()}
+        while waiting := [member for member, rank in ranks.items() if rank not in answers]:
+            ready = wait(waiting, ANSWER_S)
+            if not ready:
+                raise self._broken(f"no answer after {ANSWER_S:g} s")
+            for member in waiting:
+                if member in ready:
+                    try:
+                        answers[ranks[member]] = member.recv()
+                    except (EOFError, OSError) as error:
+                        raise self._broken(f"rank {ranks[member]} of it has ended") from error
+        return [answers[rank] for rank in range(self.size)]
 
-    def build(self, case: Case) -> None:
-        """Let every member build a case."""
-        self.ask({"order": "build", "case": case.to_record()})
-
-    def train(self, schedule: str, steps: int, **options: str) -> list[dict[str, Any]]:
+    def train(self, schedule: str, steps: int, **options: str) -> Answers:
         """Run one turn: a step that warms up, and `steps` more."""
-        return self.ask({"order": "train", "schedule": schedule, "steps": steps + 1, **options})
+        return self.call("train", schedule, steps + 1, **options)
 
-    def broken(self, why: str) -> BenchError:
+    def _broken(self, why: str) -> BenchError:
         """Return the error for a team that cannot go on, with the end of what it printed."""
-        deadline = time.monotonic() + STOP_S  # the launcher speaks when all its ranks have ended
-        while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):
-            time.sleep(0.05)
-        said = self.log.read_text(errors="replace")[-TAIL:].strip()
-        return BenchError(f"the {self.name} team broke: {why}\n{said}".rstrip())
+        wait(self._ends, STOP_S)  # the launcher prints its report when all its ranks have ended
+        printed = self._log.read_text(errors="replace")[-TAIL:].strip()
+        return BenchError(f"the {self.name} team broke: {why}\n{printed}".rstrip())
 
     def stop(self) -> None:
         """Let the processes end; kill those that do not."""
-        with contextlib.suppress(OSError):
-            self._tell({"order": "stop"})
-        for sock in self.members.values():
-            sock.close()
-        deadline = time.monotonic() + (STOP_S if len(self.members) == self.size else 0)
-        for process in self.processes:
+        for member in self._members.values():
+            member.close()
+        self._listening.close()
+        deadline = time.monotonic() + (STOP_S if len(self._members) == self.size else 0)
+        for process in self._processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _kill(process)
+        for end in self._ends:
+            os.close(end)
 
 
-def step_times(answers: list[dict[str, Any]]) -> list[float]:
+def step_times(answers: Answers) -> list[float]:
     """Return the seconds of each step but the first, over all ranks of a team.
 
     A step lasts from the end of the one before, on the rank where that was last, to its own: ranks
@@ -134,97 +143,51 @@ def step_times(answers: list[dict[str, Any]]) -> list[float]:
 
 
 class Conductor:
-    """Starts teams and lets them take turns."""
+    """Starts teams, and ends them."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="barepp-bench-"))  # readable by its owner only
-        self._path = str(self.folder / "conductor")
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(self._path)
-        self._listening.listen(256)
         self._teams: list[Team] = []
 
     def start_barepp(self, world_size: int, *flags: str) -> Team:
         """Start ranks with barepp's own launcher."""
-        script = self.folder / "ours.py"
+        script = self.folder / "barepp_rank.py"
         script.write_text(SCRIPT)
-        command = ["barepp.launch", "--world", str(world_size), *flags, str(script)]
-        return self._start("barepp", world_size, [[*command, self._path, self._number()]])
+        team = self.team("barepp", world_size)
+        team.start("barepp.launch", "--world", str(world_size), *flags, str(script))
+        return team
 
     def start_torch(self, world_size: int) -> Team:
         """Start ranks of torch.distributed over gloo."""
-        store = str(self.folder / f"store-{self._number()}")
-        start = [
-            "barepp.bench.teams.torch_rank",
-            self._path,
-            self._number(),
-            store,
-            str(world_size),
-        ]
-        return self._start("torch", world_size, [[*start, str(rank)] for rank in range(world_size)])
+        team = self.team("torch", world_size)
+        for rank in range(world_size):
+            team.start("barepp.bench.teams.torch_rank", str(world_size), str(rank))
+        return team
 
     def start_alone(self) -> Team:
         """Start one process with the whole model."""
-        command = ["barepp.bench.teams.one_process", self._path, self._number()]
-        return self._start("one-process", 1, [command])
+        team = self.team("one-process", 1)
+        team.start("barepp.bench.teams.one_process")
+        return team
 
-    def _number(self) -> str:
-        return str(len(self._teams))
-
-    def _start(self, name: str, size: int, modules: list[list[str]]) -> Team:
-        number = len(self._teams)
-        team = Team(name, number, size, [], self.folder / f"log-{number}")
-        self._teams.append(team)  # before the first process: whatever happens, `close` ends it
-        with team.log.open("wb") as log:
-            for module in modules:
-                team.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", *module],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        env=environment(),
-                        start_new_session=True,  # Ctrl-C is the conductor's to handle
-                    )
-                )
+    def team(self, name: str, size: int) -> Team:
+        """Return a team that has no processes yet; whatever it starts is ended with the block."""
+        team = Team(name, size, self.folder / f"team{len(self._teams)}")
+        self._teams.append(team)
         return team
 
     def gather(self) -> None:
-        """Block until every member of every team has come."""
-        deadline = time.monotonic() + START_S
-        self._listening.settimeout(0.2)
-        while missing := [team for team in self._teams if len(team.members) < team.size]:
-            for team in missing:
-                if any(process.poll() is not None for process in team.processes):
-                    raise team.broken("a process of it ended before it came")
-                if time.monotonic() > deadline:
-                    raise team.broken(f"not all of it came within {START_S:g} s")
-            with contextlib.suppress(TimeoutError):
-                self._admit(self._listening.accept()[0])
-
-    def _admit(self, sock: socket.socket) -> None:
-        sock.settimeout(START_S)
-        with sock.makefile() as stream:
-            hello = json.loads(stream.readline())
-        self._teams[hello["team"]].members[hello["rank"]] = sock
-
-    def close(self) -> None:
-        """End all teams and remove what they left."""
+        """Block until every member of every team has connected."""
         for team in self._teams:
-            team.stop()
-        self._listening.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            team.gather()
 
     def __enter__(self) -> Conductor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        for team in self._teams:
+            team.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def environment() -> dict[str, str]:

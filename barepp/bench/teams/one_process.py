@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from barepp.bench.case import SEED, Case, gradient_square, one_thread
+from barepp.bench.case import SEED, Case, gradient_square
 from barepp.bench.teams.member import serve, timed
 from barepp.plan.partition import partition
 from barepp.train.batch import microbatch_sizes, split
 from barepp.train.stage.stage import Stage
 
 
-class Alone:
+class OneProcess:
     """The whole model in one process."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Alone:
                 for index, layers in enumerate(partition(len(builders), stages))
             ]
         rows = [self._one_step(self._stages[stages], index) for index in range(steps)]
-        return {"forward_s": [row[0] for row in rows], "backward_s": [row[1] for row in rows]}
+        return {"forward": [row[0] for row in rows], "backward": [row[1] for row in rows]}
 
     def _one_step(self, stages: list[Stage], step: int) -> tuple[list[float], list[float]]:
         case = self._case
@@ -90,5 +90,5 @@ class Alone:
 
 
 if __name__ == "__main__":
-    one_thread()
-    serve(sys.argv[1], int(sys.argv[2]), 0, Alone())
+    torch.set_num_threads(1)
+    serve(sys.argv[1], 0, OneProcess())

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import pipelining
 
-from barepp.bench.case import Case, gradient_square, one_thread
+from barepp.bench.case import Case, gradient_square
 from barepp.bench.teams.member import serve, timed
 from barepp.plan.partition import partition
 
 SCHEDULES: Final = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B}
 
 
-class Theirs:
+class TorchRank:
     """One rank; a stage and a schedule for each schedule that is asked for."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -72,15 +72,15 @@ class Theirs:
         return module, SCHEDULES[schedule](stage, case.microbatches, loss_fn=case.loss)
 
 
-def main(path: str, team: int, store: str, world_size: int, rank: int) -> None:
-    """Join gloo's group, whose members meet in the file `store`, and serve the conductor."""
+def main(world_size: int, rank: int, path: str) -> None:
+    """Join gloo's group, whose members meet in a file beside `path`, and serve the conductor."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    one_thread()
-    meeting = dist.FileStore(store, world_size)  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    meeting = dist.FileStore(f"{path}.store", world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world_size)
-    serve(path, team, rank, Theirs(rank, world_size))
+    serve(path, rank, TorchRank(rank, world_size))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
