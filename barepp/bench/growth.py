@@ -8,7 +8,7 @@ rendezvous. The server is the launcher's own; each process uses a rank's own con
     attach      from before the first fork until every process has its rank
     join        from the message that lets them join until the last one holds the address book
     barrier     one barrier, the median of many, on rank 0
-    us each     attach, join and barrier together, for each process: it should not grow
+    us each     attach, join and barrier together, divided by the number of processes
 """
 
 from __future__ import annotations
