@@ -27,14 +27,13 @@ from barepp.errors import BareppError, UsageError
 from barepp.launch.hosts.node_agent import tell_refusal
 from barepp.launch.hosts.protocol import Nodes
 from barepp.launch.job import Job
-from barepp.launch.output import Output
+from barepp.launch.output import EventLog, Output
 from barepp.launch.report import tell
 from barepp.monitor.client import line_to
 from barepp.monitor.rates import looks
 from barepp.monitor.table import MIN_INTERVAL_S, interval, picture
 from barepp.monitor.terminal import size_of
 from barepp.worker.devices import DEVICES, chosen_device
-from barepp.worker.event_log import EventLog
 from barepp.worker.external.secret import NO_TLS, given_secret
 from barepp.worker.spec import MAX_SECONDS, Options, Script
 from transport.errors import TransportError

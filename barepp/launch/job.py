@@ -19,7 +19,7 @@ from barepp.launch.hang_detector import HangDetector
 from barepp.launch.hosts.head_referee import STACKS_S, HeadReferee
 from barepp.launch.hosts.node_agent import NodeAgent
 from barepp.launch.hosts.protocol import Nodes, share
-from barepp.launch.output import Output
+from barepp.launch.output import EventLog, Output
 from barepp.launch.processes.fork_server import ForkServer, preloads
 from barepp.launch.processes.rank_process import Member, Outcome, Rank, ResultReader, stack_pipes
 from barepp.launch.processes.signals import signals_to
@@ -27,9 +27,16 @@ from barepp.launch.referee import Hooks, Referee
 from barepp.launch.status_server import StatusServer
 from barepp.monitor.stacks import StackPipe, process_state, take_stacks
 from barepp.worker.devices import check_forking
-from barepp.worker.entry import be_rank
-from barepp.worker.event_log import EventLog
-from barepp.worker.spec import Assignment, Call, Membership, Options, PickledCall, Pipes, Task
+from barepp.worker.spec import (
+    Assignment,
+    Call,
+    Membership,
+    Options,
+    PickledCall,
+    Pipes,
+    Task,
+    be_rank,
+)
 from transport.errors import Failure
 from transport.rendezvous.client import BEAT_S
 from transport.rendezvous.server import RendezvousServer

@@ -1,4 +1,6 @@
-"""What the ranks print, line by line with the rank in front, on a thread of its own.
+"""What the ranks print, line by line with the rank in front; and a job's history, `events.jsonl`.
+
+A thread of its own copies what the ranks print:
 
 1. A terminal may block for ever (Ctrl-S, a full pipe). The launcher's control loop must not: so
    only this thread ever writes to it. When it blocks, the pipes fill and the ranks wait in their
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import selectors
 import threading
@@ -210,6 +213,27 @@ class Output:
             del self._logs[rank]
             text = f"barepp: rank{rank}.log cannot be written any more: {error.strerror}\n"
             self._show(2, text.encode())
+
+
+class EventLog:
+    """Writes a job's history to a new file, one JSON object a line; does nothing without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("w", encoding="utf-8") if path is not None else None
+
+    def write(self, event: str, rank: int, **fields: object) -> None:
+        """Write one event of `rank` with the Unix time in seconds; never raises."""
+        if self._file is not None:
+            record = {"time": time.time(), "event": event, "rank": rank, **fields}
+            with contextlib.suppress(OSError):  # a full disk must not end the job
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def write_to_descriptor(target: int, data: bytes) -> None:

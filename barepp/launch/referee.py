@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from barepp.launch.hang_detector import HangDetector
+from barepp.launch.output import EventLog
 from barepp.launch.processes.rank_process import Member
-from barepp.worker.event_log import EventLog
 from barepp.worker.failures import failure_of_cut_off, failure_of_exit
 from barepp.worker.heartbeat import Heartbeat
 from transport.errors import Failure

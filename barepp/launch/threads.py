@@ -13,7 +13,6 @@ from barepp.launch.hang_detector import HangDetector
 from barepp.train.stage.seeding import PROCESS_LOCK
 from barepp.worker.devices import gpu_of, num_gpus, on_gpus
 from barepp.worker.failures import failure_of
-from barepp.worker.faults.fault_hook import carry_out, note_told
 from barepp.worker.heartbeat import script_threads
 from barepp.worker.init import one_compute_thread
 from barepp.worker.spec import Call, Options
@@ -115,16 +114,20 @@ def run_threads(call: Call, options: Options) -> list[Any]:
         one_compute_thread()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # of this thread
-        notes, world.fault_hook = carry_out(world.rank, options.fault_plan)
+        note_told = None
+        if options.fault_plan is not None:
+            from barepp.worker.faults.fault_hook import carry_out
+
+            note_told, world.fault_hook = carry_out(world.rank, options.fault_plan)
         try:
             with world:
                 results[world.rank] = call.function(world, *call.args)
         except JobFailed as error:
-            note_told(notes, world.rank, error)
+            if note_told is not None:
+                note_told(error)
         except BaseException as error:
             crew.fail(failure_of(world.rank, error, world.position()))
         finally:
-            notes.close()
             with crew.changed:
                 crew.running -= 1
                 crew.changed.notify_all()

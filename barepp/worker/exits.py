@@ -1,4 +1,4 @@
-"""How the process of a rank ends that has failed: the news first, then at once.
+"""How a failed rank exits: report to the launcher, then exit immediately.
 
 What the launcher's own workers and the ranks of other launchers have in common.
 """
@@ -11,18 +11,17 @@ import os
 import sys
 import threading
 
-from barepp.worker.event_log import EventLog
 from barepp.worker.failures import failure_of
-from barepp.worker.faults.fault_hook import note_told
-from barepp.worker.process_state import current_world
+from barepp.worker.process_state import current_world, process
 from transport.errors import JobFailed
 from transport.rendezvous.client import ControlClient
 
 
-def fail(rank: int, control: ControlClient, error: BaseException, notes: EventLog) -> None:
-    """Report, unless it only repeats what the launcher has told us; then end at once."""
+def fail(rank: int, control: ControlClient, error: BaseException) -> None:
+    """Report, unless the error only repeats what the launcher has told us; then exit."""
     if isinstance(error, JobFailed):
-        note_told(notes, rank, error)
+        if process.on_told is not None:
+            process.on_told(error)
         control.say_doing(error.doing)
         leave(1)
     world = current_world()
@@ -32,7 +31,7 @@ def fail(rank: int, control: ControlClient, error: BaseException, notes: EventLo
 
 
 def leave(exit_code: int) -> None:
-    """Flush Python's and C's streams and end without any further teardown."""
+    """Flush Python's and C's streams and exit without any further teardown."""
     flush()
     os._exit(exit_code)
 
@@ -45,12 +44,10 @@ def flush() -> None:
     ctypes.CDLL(None).fflush(None)
 
 
-def report_threads(
-    rank: int, control: ControlClient, notes: EventLog, *, show: bool = False
-) -> None:
-    """An exception that ends a background thread is this rank's failure as well.
+def report_threads(rank: int, control: ControlClient, *, show: bool = False) -> None:
+    """Let an exception that ends a background thread be this rank's failure as well.
 
-    `show` is for a rank whose launcher does not show it.
+    `show` is for a rank whose launcher does not show the exception.
     """
     usual = threading.excepthook
     myself = os.getpid()
@@ -62,6 +59,6 @@ def report_threads(
             # (A thread that was told of another rank's failure leaves it to the main thread.)
             if show:
                 usual(args)
-            fail(rank, control, args.exc_value, notes)
+            fail(rank, control, args.exc_value)
 
     threading.excepthook = on_thread

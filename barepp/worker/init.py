@@ -1,6 +1,6 @@
 """`barepp.init()`: how this process gets into its world, alone or as one rank of a job.
 
-There is one world at a time per process: the worker process says which (`enlist`), `init` joins it.
+There is one world at a time per process: the worker process says which, and `init` joins it.
 Ranks that are threads of one process are handed theirs as an argument, and never come here.
 """
 
@@ -16,30 +16,27 @@ import torch
 from barepp import cli
 from barepp.errors import UsageError
 from barepp.worker.devices import chosen_device, num_gpus, on_gpus, own_gpu
-from barepp.worker.external.environment import started_by_others
 from barepp.worker.process import compute_in_turns, keep_freed_memory
-from barepp.worker.process_state import _process, current_world
-from barepp.worker.spec import Membership
+from barepp.worker.process_state import current_world, process
 from barepp.worker.world import World
 from transport.errors import Failure, JobFailed
-from transport.inproc import InprocHub, InprocTransport
 from transport.registry import transport_class
-from transport.rendezvous.client import BEAT_S, ControlClient
-from transport.sockets.addresses import Address, is_loopback
-from transport.sockets.transport import TcpTransport
 
 if TYPE_CHECKING:
+    from barepp.worker.external.environment import Started
     from barepp.worker.faults.fault_hook import FaultHook
-    from transport.base import Transport
+    from barepp.worker.spec import Membership
+    from transport.rendezvous.client import ControlClient
+    from transport.sockets.addresses import Address
+    from transport.sockets.transport import TcpTransport
 
 LOST_GRACE_S: Final = 0.5  # how long a rank waits for the launcher's word on a peer that vanished
-# On several hosts it may not come, because the network is cut. Both connections find that out after
-# one limit, but the control connection counts from the next sign of life, half a second later.
-FAR_LOST_GRACE_S: Final = LOST_GRACE_S + 2 * BEAT_S
 
 
 def connect(membership: Membership) -> ControlClient:
     """Open the control connection to the launcher and claim the rank."""
+    from transport.rendezvous.client import ControlClient
+
     where, secret, rank = membership.rendezvous, membership.secret, membership.rank
     if not membership.spread:
         return ControlClient(where, secret, rank)
@@ -49,43 +46,49 @@ def connect(membership: Membership) -> ControlClient:
 
 def _join(membership: Membership, control: ControlClient, fault_hook: FaultHook | None) -> World:
     """Open the listening sockets, meet the others and return the world."""
-    device, local_rank = membership.device, membership.local_rank
-    found = num_gpus(device, control.rank)
-    chosen = transport_class(membership.transport, gpu=on_gpus(device, [found]))
+    from transport.rendezvous.client import BEAT_S
+    from transport.sockets.addresses import Address
+
+    device, local_rank, spread = membership.device, membership.local_rank, membership.spread
     if membership.world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
         world = _alone(device, control, fault_hook, local_rank)
         _beat(control, world)
         return world
-    sockets, address = _listen(_connecting(chosen), membership, control)
+    found = num_gpus(device, control.rank)
+    chosen = _connecting(membership.transport, gpu=on_gpus(device, [found]))
+    sockets, address = _listen(chosen, membership, control)
     address = dataclasses.replace(address, num_gpus=found)
-    versions = _versions(device)
+    # These must be the same on all ranks for their results to fit together.
+    versions = {"barepp": cli.__version__, "torch": str(torch.__version__), "on device": device}
     try:
         addresses = control.join(membership.world_size, address, versions=versions)
         gpu = None
         if on_gpus(device, [each.num_gpus for each in addresses.values()]):
             gpu = own_gpu(local_rank, found)
         elif found:  # another rank finds none. (Every transport listens where this one does.)
-            chosen = transport_class(membership.transport)
+            chosen = _connecting(membership.transport)
     except BaseException:
         for sock in sockets:
             sock.close()
         raise
     # Before the transport starts its thread, which is to be scheduled as this one.
     compute_in_turns(sum(each.host == address.host for each in addresses.values()))
-    transport = _connecting(chosen)(
+    # On several hosts the launcher's word may not come, because the network is cut. Both
+    # connections find that out after one limit, but the control connection counts from the next
+    # sign of life, half a second later.
+    transport = chosen(
         control.rank,
         membership.world_size,
         addresses,
         sockets,
         membership.secret,
-        silence_s=membership.silence_s if membership.spread else 0.0,
-        lost_grace_s=FAR_LOST_GRACE_S if membership.spread else LOST_GRACE_S,
+        silence_s=membership.silence_s if spread else 0.0,
+        lost_grace_s=LOST_GRACE_S + (2 * BEAT_S if spread else 0.0),
         checksum=membership.checksum,
         gpu=gpu,
     )
-    world = World(transport, control, fault_hook=fault_hook)
-    world.local_rank = local_rank
+    world = World(transport, control, fault_hook=fault_hook, local_rank=local_rank)
     _beat(control, world)
 
     def on_failure(failure: Failure) -> None:
@@ -105,14 +108,18 @@ def _alone(
     local_rank: int = 0,
 ) -> World:
     """Return a world of one."""
+    from transport.inproc import InprocHub, InprocTransport
+
     found = num_gpus(device, 0)
     gpu = own_gpu(local_rank, found) if on_gpus(device, [found]) else None
-    world = World(InprocTransport(InprocHub(1), 0, gpu=gpu), control, fault_hook=fault_hook)
-    world.local_rank = local_rank
-    return world
+    transport = InprocTransport(InprocHub(1), 0, gpu=gpu)
+    return World(transport, control, fault_hook=fault_hook, local_rank=local_rank)
 
 
-def _connecting(chosen: type[Transport]) -> type[TcpTransport]:
+def _connecting(name: str, *, gpu: bool = False) -> type[TcpTransport]:
+    from transport.sockets.transport import TcpTransport
+
+    chosen = transport_class(name, gpu=gpu)
     if not issubclass(chosen, TcpTransport):
         raise UsageError(f"transport {chosen.name!r} does not connect processes")
     return chosen
@@ -122,6 +129,8 @@ def _listen(
     chosen: type[TcpTransport], membership: Membership, control: ControlClient
 ) -> tuple[list[socket.socket], Address]:
     """Listen where the other ranks can come: on loopback, unless some are on other hosts."""
+    from transport.sockets.addresses import is_loopback
+
     host = "127.0.0.1"
     if membership.spread:
         host = membership.address or control.local_host
@@ -134,12 +143,6 @@ def _listen(
         raise UsageError(text) from error
 
 
-def _versions(device: str) -> dict[str, str]:
-    """Return what must be the same on all ranks for their results to fit together."""
-    versions = {"barepp": cli.__version__, "torch": str(torch.__version__)}
-    return {**versions, "on device": device}  # ("it runs on device cpu, but rank 0 …")
-
-
 def _beat(control: ControlClient, world: World) -> None:
     def state() -> dict[str, object] | None:
         beat = world.beat()
@@ -150,7 +153,13 @@ def _beat(control: ControlClient, world: World) -> None:
 
 def by_itself() -> bool:
     """Whether no launcher has started this process, so that it is to be a world of one."""
-    return _process.membership is None and started_by_others(os.environ) is None
+    return process.membership is None and _started_by_others() is None
+
+
+def _started_by_others() -> Started | None:
+    from barepp.worker.external.environment import started_by_others
+
+    return started_by_others(os.environ)
 
 
 def one_compute_thread() -> None:
@@ -170,8 +179,8 @@ def init(device: str | None = None) -> World:
     many (environment.py says how it is told); started by itself it is a world of one. PyTorch's
     compute threads are set to one, unless OMP_NUM_THREADS is set: more would make ranks fight for
     cores, and one thread is what makes results bit-identical.
-    Memory that is freed stays in the process (see worker/process.py); ranks that share cores are
-    scheduled as a batch (see worker/process.py).
+    Memory that is freed stays in the process, and ranks that share cores are scheduled as a batch
+    (see worker/process.py).
 
     `device` ("cpu", "cuda" or "auto") is for a process that is started by itself, which also asks
     BAREPP_DEVICE; a launcher has one for all ranks (devices.py). `World.device` is what came of it.
@@ -186,21 +195,19 @@ def init(device: str | None = None) -> World:
         raise UsageError("this process is in a world already: leave it before the next init()")
     one_compute_thread()
     keep_freed_memory()
-    if _process.membership is None or _process.control is None:
-        started = started_by_others(os.environ)
-        if started is not None:
-            from barepp.worker.external.adopt import adopt
+    if process.control is None and (started := _started_by_others()) is not None:
+        from barepp.worker.external.adopt import adopt
 
-            _process.membership, _process.control = adopt(started, os.environ)
-    if _process.membership is None or _process.control is None:
+        process.membership, process.control = adopt(started, os.environ)
+    membership, control = process.membership, process.control
+    if membership is None or control is None:
         named = os.environ.get("BAREPP_DEVICE") if device is None else device
-        _process.world = _alone(chosen_device(named, "auto"))
+        process.world = _alone(chosen_device(named, "auto"))
+    elif device is None or chosen_device(device, "auto") == membership.device:
+        process.world = _join(membership, control, process.fault_hook)
     else:
-        started_with = _process.membership.device
-        if device is not None and chosen_device(device, "auto") != started_with:
-            raise UsageError(
-                f"this rank was started with device {started_with}, not {device}: tell the "
-                f"launcher (--device {device}, or BAREPP_DEVICE={device} where it is not ours)"
-            )
-        _process.world = _join(_process.membership, _process.control, _process.fault_hook)
-    return _process.world
+        raise UsageError(
+            f"this rank was started with device {membership.device}, not {device}: tell the "
+            f"launcher (--device {device}, or BAREPP_DEVICE={device} where it is not ours)"
+        )
+    return process.world

@@ -20,14 +20,14 @@ import signal
 import sys
 import threading
 
+import transport.sockets.transport  # noqa: F401  (here it is imported once for all forked ranks)
 from barepp.errors import UsageError
 from barepp.monitor.stacks import tell_stacks
 from barepp.worker.exits import fail, flush, leave, report_threads
 from barepp.worker.failures import exit_code_of
-from barepp.worker.faults.fault_hook import carry_out
 from barepp.worker.init import connect, init, one_compute_thread
 from barepp.worker.process import die_with_parent, leave_terminal
-from barepp.worker.process_state import current_world, disown, enlist
+from barepp.worker.process_state import current_world, disown, process
 from barepp.worker.spec import CUT_OFF, LENGTH, Assignment, Call, PickledCall, Pipes, Script, Task
 from transport import private_names
 from transport.errors import JobFailed, TransportError
@@ -53,11 +53,14 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
         leave(1)
     last_words = _LastWords(pipes.result.fileno(), control)
     control.on_failure(lambda failure: last_words.end_after(membership.alone_s))
-    notes, fault_hook = carry_out(membership.rank, assignment.fault_plan)
-    enlist(membership, control, fault_hook)
+    process.membership, process.control = membership, control
+    if assignment.fault_plan is not None:
+        from barepp.worker.faults.fault_hook import carry_out
+
+        process.on_told, process.fault_hook = carry_out(membership.rank, assignment.fault_plan)
     myself = os.getpid()
-    os.register_at_fork(after_in_child=_be_no_rank)
-    report_threads(membership.rank, control, notes)
+    os.register_at_fork(after_in_child=disown)
+    report_threads(membership.rank, control)
     try:
         _run(assignment.task, pipes)
         if os.getpid() == myself:
@@ -67,7 +70,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
         if os.getpid() == myself:
             if isinstance(error, JobFailed):
                 last_words.say(error.doing)
-            fail(membership.rank, control, error, notes)
+            fail(membership.rank, control, error)
         raise
     private_names.run_exit_handlers()  # the fork server ends its children without them
     if os.getpid() == myself:
@@ -147,11 +150,6 @@ class _LastWords:
         world = current_world()
         self.say(world.position() if world is not None else "")
         os._exit(1)
-
-
-def _be_no_rank() -> None:
-    """Run in a child that the script has forked."""
-    disown()
 
 
 # -- the beginning --------------------------------------------------------------------------------

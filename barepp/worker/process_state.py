@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from barepp.worker.spec import Membership
-from barepp.worker.world import World
-from transport.rendezvous.client import ControlClient
 
 if TYPE_CHECKING:
     from barepp.worker.faults.fault_hook import FaultHook
+    from barepp.worker.spec import Membership
+    from barepp.worker.world import World
+    from transport.errors import JobFailed
+    from transport.rendezvous.client import ControlClient
 
 
 @dataclasses.dataclass
-class _Process:
-    """The one piece of process state: what `init` needs to know. The worker fills it in."""
+class ProcessState:
+    """What `init` needs to know; the worker process fills it in before the script runs.
+
+    Attributes:
+        fault_hook, on_told: for a test of failures: lets this rank fail, and is called with the
+            error when this rank leaves its script because of another rank's failure.
+    """
 
     membership: Membership | None = None
     control: ControlClient | None = None
-    fault_hook: FaultHook | None = None
     world: World | None = None
+    fault_hook: FaultHook | None = None
+    on_told: Callable[[JobFailed], None] | None = None
 
 
-_process = _Process()
-
-
-def enlist(
-    membership: Membership, control: ControlClient, fault_hook: FaultHook | None = None
-) -> None:
-    """Tell `init` which world this process belongs to; called once, by the worker process."""
-    _process.membership, _process.control, _process.fault_hook = membership, control, fault_hook
+process = ProcessState()
 
 
 def disown() -> None:
     """Make this process, a forked child of a rank, one that belongs to no world."""
-    if _process.control is not None:
-        _process.control.disown()
-    _process.membership = _process.control = _process.world = None
+    if process.control is not None:
+        process.control.disown()
+    process.membership = process.control = process.world = None
 
 
 def current_world() -> World | None:
     """Return the world that `init` made in this process and that was not left in order."""
-    world = _process.world
+    world = process.world
     return None if world is None or world.left else world

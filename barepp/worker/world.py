@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from transport.message.specs import Message, TensorSpec
     from transport.message.work import Work
 
-FLUSH_TIMEOUT_S: Final = (
-    300.0  # how long a rank that leaves waits for the others to take its messages
-)
+FLUSH_TIMEOUT_S: Final = 300.0  # how long a rank that leaves waits for others to take its messages
 
 
 class Control(Protocol):
@@ -65,7 +63,7 @@ class World:
         activity: what the rank is about, for error messages; the executor keeps it.
         steps, microbatches: how many training steps it has done, and how many microbatches have
             passed through it, each action being its share of one; for whoever watches.
-        probe: lets this rank fail at a chosen action; None but in a test that wants it so.
+        fault_hook: lets this rank fail at a chosen action; None except in a test of failures.
     """
 
     def __init__(
@@ -74,11 +72,12 @@ class World:
         control: Control | None = None,
         random_lock: threading.Lock | None = None,
         fault_hook: FaultHook | None = None,
+        local_rank: int | None = None,
     ) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.world_size = transport.world_size
-        self.local_rank = self.rank  # (who joins a world over several hosts knows better)
+        self.local_rank = self.rank if local_rank is None else local_rank
         self.random_lock = random_lock
         self.activity: tuple[object, ...] = ()
         self.steps = 0

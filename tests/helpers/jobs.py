@@ -25,12 +25,11 @@ import psutil
 
 from barepp.errors import JobEnded
 from barepp.launch.job import Job
-from barepp.launch.output import Output
+from barepp.launch.output import EventLog, Output
 from barepp.launch.processes.rank_process import Outcome
 from barepp.launch.report import tell
 from barepp.monitor.client import Line, socket_names
 from barepp.testing.leaks import LeakCheck
-from barepp.worker.event_log import EventLog
 from barepp.worker.spec import Options, Script
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,9 +14,9 @@ from starter import eventually
 from barepp.launch.hang_detector import HangDetector
 from barepp.launch.hosts.head_referee import HeadReferee
 from barepp.launch.hosts.protocol import Link, Nodes
+from barepp.launch.output import EventLog
 from barepp.launch.processes.rank_process import Member
 from barepp.launch.referee import Hooks
-from barepp.worker.event_log import EventLog
 from barepp.worker.spec import Options
 from transport.rendezvous.client import ControlClient
 from transport.rendezvous.dial import dial

@@ -571,11 +571,11 @@ def test_a_rank_that_alone_loses_the_launcher_says_why_it_ends(
     """The launcher sees an exit code; what it means, only the rank knows."""
     text = """
         import barepp, socket, time
-        from barepp.worker import init as joining
+        from barepp.worker.process_state import process
         with barepp.init() as world:
             world.barrier()
             if world.rank == 1:
-                joining._process.control._stream.socket.shutdown(socket.SHUT_RDWR)
+                process.control._stream.socket.shutdown(socket.SHUT_RDWR)
                 THEN
             world.recv(1)
     """

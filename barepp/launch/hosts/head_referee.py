@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from barepp.launch.hang_detector import HangDetector
 from barepp.launch.hosts.protocol import Link, Nodes, node_of, share
+from barepp.launch.output import EventLog
 from barepp.launch.processes.rank_process import Member
 from barepp.launch.referee import Hooks, Referee
-from barepp.worker.event_log import EventLog
 from barepp.worker.spec import Options
 from transport.errors import Failure, ProtocolError, printable
 from transport.rendezvous.events import Event, EventKind

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from barepp.launch.hang_detector import HangDetector
 from barepp.launch.hosts.protocol import Link, Nodes
+from barepp.launch.output import EventLog
 from barepp.launch.processes.rank_process import Member
 from barepp.launch.referee import LAST_WORDS_S, Hooks
-from barepp.worker.event_log import EventLog
 from barepp.worker.heartbeat import Heartbeat
 from barepp.worker.spec import Options
 from transport.errors import Failure, ProtocolError, TransportError, printable

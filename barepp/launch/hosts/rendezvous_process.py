@@ -25,9 +25,9 @@ import time
 from typing import Any, Final
 
 from barepp.launch.hang_detector import HangDetector
+from barepp.launch.output import EventLog
 from barepp.launch.processes.rank_process import Member
 from barepp.launch.referee import Hooks, Referee
-from barepp.worker.event_log import EventLog
 from barepp.worker.external.secret import give_secret
 from barepp.worker.spec import Options
 from transport.errors import Failure

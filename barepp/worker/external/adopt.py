@@ -28,7 +28,6 @@ from types import TracebackType
 from typing import Final
 
 from barepp.errors import UsageError
-from barepp.worker.event_log import EventLog
 from barepp.worker.exits import fail, leave, report_threads
 from barepp.worker.external.environment import LOOPBACK, Started, options_from
 from barepp.worker.external.secret import NO_TLS, ask_for_secret, given_secret, secret_socket
@@ -138,7 +137,7 @@ class _Ending:
     def arrange(self) -> None:
         """Set the hooks, for the life of the process."""
         sys.excepthook = self._on_exception
-        report_threads(self._rank, self._control, EventLog(None), show=True)
+        report_threads(self._rank, self._control, show=True)
         atexit.register(self._on_exit)
         os.register_at_fork(after_in_child=disown)
         self._control.on_failure(self._on_failure)
@@ -153,7 +152,7 @@ class _Ending:
             self._tell(error)
         else:
             self._usual(kind, error, trace)
-        fail(self._rank, self._control, error, EventLog(None))
+        fail(self._rank, self._control, error)
 
     def _on_exit(self) -> None:
         if os.getpid() != self._myself:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from barepp.errors import UsageError
 from barepp.program.actions import Action, Kind
 from barepp.program.lowering import Step
-from barepp.worker.event_log import EventLog
 from barepp.worker.faults.kinds import Fault, fault_action
 from barepp.worker.spec import FaultPlan
 from transport.errors import JobFailed
@@ -32,26 +32,26 @@ Result = TypeVar("Result")
 Method = Callable[[Action, Result], Result]
 
 
-def carry_out(rank: int, fault_plan: FaultPlan | None) -> tuple[EventLog, FaultHook | None]:
-    """Return where a rank writes what happens to it in a test, and what lets it fail there."""
-    if fault_plan is None:
-        return EventLog(None), None
-    notes = EventLog(Path(fault_plan.folder) / f"rank{rank}.jsonl")
-    return notes, FaultHook(fault_plan.fault, notes) if rank == fault_plan.fault.rank else None
+def carry_out(rank: int, plan: FaultPlan) -> tuple[Callable[[JobFailed], None], FaultHook | None]:
+    """Return who writes down what a rank was told, and what lets the rank fail if it is to."""
 
+    def note(event: str, **fields: object) -> None:
+        record = {"event": event, "monotonic": time.monotonic(), **fields}
+        with (Path(plan.folder) / f"rank{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
-def note_told(notes: EventLog, rank: int, error: JobFailed) -> None:
-    """Write down what a rank was told, when that has left its script."""
-    told = error.failure.to_record()
-    notes.write("told", rank, monotonic=time.monotonic(), failure=told, doing=error.doing)
+    def note_told(error: JobFailed) -> None:
+        note("told", failure=error.failure.to_record(), doing=error.doing)
+
+    return note_told, FaultHook(plan.fault, note) if rank == plan.fault.rank else None
 
 
 class FaultHook:
-    """Lets `fault` happen, once, and writes the moment to `notes` as the event "injected"."""
+    """Lets `fault` happen, once, and notes the moment as the event "injected"."""
 
-    def __init__(self, fault: Fault, notes: EventLog) -> None:
+    def __init__(self, fault: Fault, note: Callable[..., None]) -> None:
         self._fault = fault
-        self._notes = notes
+        self._note = note
         self._armed = False
         self._happened = False
 
@@ -72,7 +72,7 @@ class FaultHook:
             actions = " ".join(str(own.action) for own in program)
             text = f"rank {fault.rank} has no {fault.at} in step {step}, so no fault can happen at"
             why = f"{text} it; its actions are {actions}"
-            self._notes.write("absent", fault.rank, why=why)
+            self._note("absent", why=why)
             raise UsageError(why)
         compute = methods[fault.at.kind]
 
@@ -98,9 +98,8 @@ class FaultHook:
         if self._happened:
             return
         self._happened, self._armed = True, False
-        fault = self._fault
-        self._notes.write("injected", fault.rank, monotonic=time.monotonic(), fault=str(fault))
-        fault_action(fault.what).do()
+        self._note("injected")
+        fault_action(self._fault.what).do()
 
 
 class _Midway:
