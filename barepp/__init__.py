@@ -10,97 +10,69 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from barepp import testing
-    from barepp.cli import __version__
-    from barepp.errors import BareppError, DataError, PartitionError, ScheduleError, UsageError
-    from barepp.launch.run import run
-    from barepp.plan.balance import balance
-    from barepp.plan.layer_costs import LayerCost, stage_costs
-    from barepp.program.actions import Action, Kind
-    from barepp.schedules import Schedule, make_schedule, schedule_names
-    from barepp.trace.collect import write_trace
-    from barepp.trace.summary import Summary, summarise
-    from barepp.train.layer_profiler import profile
-    from barepp.train.loss_scaler import LossScaler
-    from barepp.train.models import mlp
-    from barepp.train.pipeline import Pipeline
-    from barepp.train.stage.stage import Stage
-    from barepp.worker.init import init
-    from barepp.worker.world import World
-    from transport.errors import Failure, JobFailed
-
 # torch warns at its import that NumPy is missing, which neither torch nor barepp needs here. The
 # commands, the ranks' processes and the demos import this package before torch.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-_HOMES = {
-    "__version__": "barepp.cli",
-    "Action": "barepp.program.actions",
-    "BareppError": "barepp.errors",
-    "DataError": "barepp.errors",
-    "Failure": "transport.errors",
-    "JobFailed": "transport.errors",
-    "Kind": "barepp.program.actions",
-    "LayerCost": "barepp.plan.layer_costs",
-    "LossScaler": "barepp.train.loss_scaler",
-    "PartitionError": "barepp.errors",
-    "Pipeline": "barepp.train.pipeline",
-    "Schedule": "barepp.schedules",
-    "ScheduleError": "barepp.errors",
-    "Stage": "barepp.train.stage.stage",
-    "UsageError": "barepp.errors",
-    "World": "barepp.worker.world",
-    "balance": "barepp.plan.balance",
-    "init": "barepp.worker.init",
-    "make_schedule": "barepp.schedules",
-    "mlp": "barepp.train.models",
-    "profile": "barepp.train.layer_profiler",
-    "run": "barepp.launch.run",
-    "schedule_names": "barepp.schedules",
-    "Summary": "barepp.trace.summary",
-    "stage_costs": "barepp.plan.layer_costs",
-    "summarise": "barepp.trace.summary",
-    "write_trace": "barepp.trace.collect",
+_NAMES = {  # where each public name is
+    "barepp.cli": ["__version__"],
+    "barepp.errors": ["BareppError", "DataError", "PartitionError", "ScheduleError", "UsageError"],
+    "barepp.launch.run": ["run"],
+    "barepp.plan.balance": ["balance"],
+    "barepp.plan.layer_costs": ["LayerCost", "stage_costs"],
+    "barepp.program.actions": ["Action", "Kind"],
+    "barepp.schedules": ["Schedule", "make_schedule", "schedule_names"],
+    "barepp.testing": ["testing"],
+    "barepp.trace.collect": ["write_trace"],
+    "barepp.trace.summary": ["Summary", "summarise"],
+    "barepp.train.layer_profiler": ["profile"],
+    "barepp.train.loss_scaler": ["LossScaler"],
+    "barepp.train.models": ["mlp"],
+    "barepp.train.pipeline": ["Pipeline"],
+    "barepp.train.stage.stage": ["Stage"],
+    "barepp.worker.init": ["init"],
+    "barepp.worker.world": ["World"],
+    "transport.errors": ["Failure", "JobFailed"],
 }
 
-__all__ = [
-    "Action",
-    "BareppError",
-    "DataError",
-    "Failure",
-    "JobFailed",
-    "Kind",
-    "LayerCost",
-    "LossScaler",
-    "PartitionError",
-    "Pipeline",
-    "Schedule",
-    "ScheduleError",
-    "Stage",
-    "Summary",
-    "UsageError",
-    "World",
-    "__version__",
-    "balance",
-    "init",
-    "make_schedule",
-    "mlp",
-    "profile",
-    "run",
-    "schedule_names",
-    "stage_costs",
-    "summarise",
-    "testing",
-    "write_trace",
-]
+if TYPE_CHECKING:  # for type checkers, which need to see the imports
+    from barepp import testing as testing
+    from barepp.cli import __version__ as __version__
+    from barepp.errors import BareppError as BareppError
+    from barepp.errors import DataError as DataError
+    from barepp.errors import PartitionError as PartitionError
+    from barepp.errors import ScheduleError as ScheduleError
+    from barepp.errors import UsageError as UsageError
+    from barepp.launch.run import run as run
+    from barepp.plan.balance import balance as balance
+    from barepp.plan.layer_costs import LayerCost as LayerCost
+    from barepp.plan.layer_costs import stage_costs as stage_costs
+    from barepp.program.actions import Action as Action
+    from barepp.program.actions import Kind as Kind
+    from barepp.schedules import Schedule as Schedule
+    from barepp.schedules import make_schedule as make_schedule
+    from barepp.schedules import schedule_names as schedule_names
+    from barepp.trace.collect import write_trace as write_trace
+    from barepp.trace.summary import Summary as Summary
+    from barepp.trace.summary import summarise as summarise
+    from barepp.train.layer_profiler import profile as profile
+    from barepp.train.loss_scaler import LossScaler as LossScaler
+    from barepp.train.models import mlp as mlp
+    from barepp.train.pipeline import Pipeline as Pipeline
+    from barepp.train.stage.stage import Stage as Stage
+    from barepp.worker.init import init as init
+    from barepp.worker.world import World as World
+    from transport.errors import Failure as Failure
+    from transport.errors import JobFailed as JobFailed
+else:
+    __all__ = [*sorted(name for names in _NAMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return importlib.import_module("barepp.testing")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    for home, names in _NAMES.items():
+        if name in names:
+            module = importlib.import_module(home)
+            value = module if home == f"{__name__}.{name}" else getattr(module, name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

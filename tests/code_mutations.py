@@ -504,7 +504,7 @@ FAULTS = [
         "transport/sockets/handshake",
     ),
     Fault(
-        "transport/sockets/send_queue.py",
+        "transport/sockets/connection.py",
         "(self.behind or self.frames).append(",
         "self.frames.append(",
         "transport/cuda/staging",
@@ -572,8 +572,8 @@ FAULTS = [
     ),
     Fault(
         "transport/torch_dist/off_stream.py",
-        "        if self.arriving is not None:\n            self._hold(frame)\n            return False\n",
-        "",
+        "        if self.arriving is not None:\n            self._hold(frame)\n",
+        "        if False:\n            self._hold(frame)\n",
         "transport/torch_dist",
     ),
     Fault(

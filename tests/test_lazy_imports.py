@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -79,6 +80,37 @@ def test_the_pure_parts_start_without_torch(statement: str) -> None:
         "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     assert found.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("module", "most"), [("inproc", 9), ("sockets.transport", 20)])
+def test_the_cpu_path_loads_few_files_and_no_optional_room(module: str, most: int) -> None:
+    """What a person has to read before messages pass between threads, or over sockets."""
+    found = in_fresh_python(
+        f"import sys, transport.{module}\n"
+        "print(*(name for name in sys.modules if name.partition('.')[0] == 'transport'))"
+    )
+    loaded = found.splitlines()[-1].split()
+    assert len(loaded) <= most, loaded
+    rooms = {name.split(".")[1] for name in loaded if "." in name}
+    assert not rooms & {"device", "cuda", "torch_dist", "shm", "rendezvous", "bench"}
+    gpu = {"gpu_mailbox", "gpu_stager", "copy_thread"}
+    assert not gpu & {name.rpartition(".")[2] for name in loaded}
+
+
+@pytest.mark.parametrize("package", ["barepp", "transport"])
+def test_type_checkers_see_the_names_that_are_imported_at_first_use(package: str) -> None:
+    body = ast.parse((ROOT / package / "__init__.py").read_bytes()).body
+    shown = next(node for node in body if isinstance(node, ast.If)).body
+    names = {
+        f"{node.module}.{alias.name}"
+        for node in shown
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    module = importlib.import_module(package)
+    homes = {f"{home}.{name}" for home, names in module._NAMES.items() for name in names}
+    assert names == {name.replace("testing.testing", "testing") for name in homes}
 
 
 def test_dependencies_point_one_way() -> None:

@@ -5,66 +5,50 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transport.base import Transport
-    from transport.errors import (
-        DeviceError,
-        Failure,
-        InvalidArgument,
-        JobFailed,
-        MessageMismatch,
-        PeerLeft,
-        PeerLost,
-        ProtocolError,
-        TransportError,
-        WaitTimeout,
-    )
-    from transport.message.specs import MessageSpec, TensorSpec
-    from transport.message.work import Work
-    from transport.registry import transport_class, transport_names
-
-_HOMES = {
-    "DeviceError": "transport.errors",
-    "Failure": "transport.errors",
-    "InvalidArgument": "transport.errors",
-    "JobFailed": "transport.errors",
-    "MessageMismatch": "transport.errors",
-    "MessageSpec": "transport.message.tensors",
-    "PeerLeft": "transport.errors",
-    "PeerLost": "transport.errors",
-    "ProtocolError": "transport.errors",
-    "TensorSpec": "transport.message.tensors",
-    "Transport": "transport.base",
-    "TransportError": "transport.errors",
-    "WaitTimeout": "transport.errors",
-    "Work": "transport.message.work",
-    "transport_class": "transport.registry",
-    "transport_names": "transport.registry",
+_NAMES = {  # where each public name is
+    "transport.base": ["Transport"],
+    "transport.errors": [
+        "DeviceError",
+        "Failure",
+        "InvalidArgument",
+        "JobFailed",
+        "MessageMismatch",
+        "PeerLeft",
+        "PeerLost",
+        "ProtocolError",
+        "TransportError",
+        "WaitTimeout",
+    ],
+    "transport.message.specs": ["MessageSpec", "TensorSpec"],
+    "transport.message.work": ["Work"],
+    "transport.registry": ["transport_class", "transport_names"],
 }
 
-__all__ = [
-    "DeviceError",
-    "Failure",
-    "InvalidArgument",
-    "JobFailed",
-    "MessageMismatch",
-    "MessageSpec",
-    "PeerLeft",
-    "PeerLost",
-    "ProtocolError",
-    "TensorSpec",
-    "Transport",
-    "TransportError",
-    "WaitTimeout",
-    "Work",
-    "transport_class",
-    "transport_names",
-]
+if TYPE_CHECKING:  # for type checkers, which need to see the imports
+    from transport.base import Transport as Transport
+    from transport.errors import DeviceError as DeviceError
+    from transport.errors import Failure as Failure
+    from transport.errors import InvalidArgument as InvalidArgument
+    from transport.errors import JobFailed as JobFailed
+    from transport.errors import MessageMismatch as MessageMismatch
+    from transport.errors import PeerLeft as PeerLeft
+    from transport.errors import PeerLost as PeerLost
+    from transport.errors import ProtocolError as ProtocolError
+    from transport.errors import TransportError as TransportError
+    from transport.errors import WaitTimeout as WaitTimeout
+    from transport.message.specs import MessageSpec as MessageSpec
+    from transport.message.specs import TensorSpec as TensorSpec
+    from transport.message.work import Work as Work
+    from transport.registry import transport_class as transport_class
+    from transport.registry import transport_names as transport_names
+else:
+    __all__ = [*sorted(name for names in _NAMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    for home, names in _NAMES.items():
+        if name in names:
+            module = importlib.import_module(home)
+            value = globals()[name] = getattr(module, name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,8 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from transport.device import CPU, Gpu
+import torch
+
 from transport.errors import (
     InvalidArgument,
     JobFailed,
@@ -42,7 +43,7 @@ from transport.message.tensors import fillable
 from transport.message.work import Receive, Traffic, Work
 
 if TYPE_CHECKING:
-    import torch
+    from transport.device import Gpu
 
 TAG_LIMIT = 2**62  # user tags are 0 ... TAG_LIMIT - 1; the negative ones belong to the transport
 DEFAULT_UNEXPECTED_LIMIT = 64 * 1024 * 1024
@@ -62,7 +63,7 @@ class Transport(abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where this rank's tensors are: its GPU, or the CPU."""
-        return CPU if self.gpu is None else self.gpu.device
+        return torch.device("cpu") if self.gpu is None else self.gpu.device
 
     @staticmethod
     def viable() -> str | None:

@@ -8,10 +8,9 @@ stop, so here the bound on messages that nobody has asked for (rule 5 of the con
 from __future__ import annotations
 
 import threading
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from transport.base import Transport
-from transport.device import Gpu, gate
 from transport.errors import (
     InvalidArgument,
     JobFailed,
@@ -25,6 +24,9 @@ from transport.message.mailbox import Arrival, Mailbox
 from transport.message.specs import Message, MessageSpec
 from transport.message.tensors import overwrite, prepare
 from transport.message.work import Receive, Send, Work, deadline_after, remaining
+
+if TYPE_CHECKING:
+    from transport.device import Gpu
 
 
 class InprocHub:
@@ -76,6 +78,7 @@ class InprocTransport(Transport):
                 raise InvalidArgument(f"rank {dst} has not joined this hub yet")
             arrival = Arrival(self.rank, tag, spec)
             if self.gpu is not None and spec.on_gpu:
+                from transport.device import gate
                 from transport.message.gpu_mailbox import Handed
 
                 with gate(self.rank, work.description):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import transport_worlds
 from hosts import IPV4, Hosts, enter
 
-import transport.sockets.dialer
+import transport.sockets.peers
 from transport.sockets.addresses import Address, dial
 from transport.sockets.transport import TcpTransport
 
@@ -41,7 +41,7 @@ def arrange(delay_s: float) -> Hosts:
             return dial(address, unix=False)
 
     transport_worlds.SOCKETS["tcp"] = FarTcpTransport
-    transport.sockets.dialer.dial = far_dial
+    transport.sockets.peers.dial = far_dial
     return hosts
 
 

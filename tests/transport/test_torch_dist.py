@@ -210,7 +210,7 @@ def test_a_send_that_was_taken_is_complete_though_the_peer_has_left_since(
     taken = ranks[0].isend(torch.ones(9), 1, 1)
     assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
     ranks[1].close(SOON_S)
-    eventually(lambda: ranks[0]._peers[1].connection.parting)
+    eventually(lambda: ranks[0]._peers[1].connection.state is apart.State.PARTING)
     eventually(lambda: ranks[0]._peers[1].connection.socket is None)
     notice.set()
     taken.wait(SOON_S)
@@ -224,7 +224,7 @@ def test_who_closes_has_sent_what_was_taken_though_the_peer_hangs_up_first(
     taken, mine = ranks[0].isend(torch.ones(9), 1, 1), ranks[0].irecv(1)
     assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
     closing = start(lambda: ranks[0].close(SOON_S))
-    eventually(lambda: ranks[0]._peers[1].connection.parting)
+    eventually(lambda: ranks[0]._peers[1].connection.state is apart.State.PARTING)
     assert not closing.done()
     notice.set()
     closing.result(SOON_S)

@@ -38,7 +38,7 @@ from transport.message.specs import MessageSpec
 from transport.message.work import Send
 from transport.shm.arena import BorrowedMemory, LendingArena
 from transport.shm.transport import LendingConnection, ShmTransport
-from transport.sockets.connection import Carrier
+from transport.sockets.connection import Connection
 from transport.sockets.gpu_stager import Stager
 from transport.wire.format import Frame, FrameKind
 
@@ -101,10 +101,10 @@ class IpcConnection(LendingConnection):
         work.ready = Written(stager, work, lender.last)
         work.complete()
 
-    def fetch(self, frame: Frame, arrival: Arrival) -> None:
-        """Take from a message's frame what it says of the payload."""
+    def _locate(self, frame: Frame, arrival: Arrival) -> None:
+        """Take from a message's frame where the payload lies."""
         if frame.kind is not FrameKind.LENT or not arrival.spec.on_gpu:
-            super().fetch(frame, arrival)
+            super()._locate(frame, arrival)
             return
         if self.stager is None or not isinstance(self.borrowed, GpuBorrowedMemory):
             raise ProtocolError(f"rank {self.peer} writes to a GPU that was not shown to it")
@@ -114,9 +114,9 @@ class IpcConnection(LendingConnection):
             except PeerLost as error:
                 raise PeerLost(f"rank {self.peer} is lost: {error}") from error
 
-    def finish(self, arrival: Arrival) -> None:
-        """Check the payload; get memory ready for the next one if this was staged."""
-        super().finish(arrival)
+    def _received(self, arrival: Arrival) -> None:
+        """Complete the message; get memory ready for the next one if this was staged."""
+        super()._received(arrival)
         if (
             arrival.spec.on_gpu
             and arrival.loan is None
@@ -140,7 +140,7 @@ class CudaIpcTransport(ShmTransport):
     """Ranks of one host write into memory of each other's GPUs; all else as over shm."""
 
     name: ClassVar[str] = "cuda_ipc"
-    carrier: ClassVar[type[Carrier]] = IpcConnection
+    connection_class: ClassVar[type[Connection]] = IpcConnection
 
     @staticmethod
     def viable() -> str | None:

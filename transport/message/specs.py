@@ -1,8 +1,13 @@
-"""A message's metadata: dtypes and shapes as msgpack, trusting nothing in what comes in.
+"""What a message is without its values: its dtypes and shapes, in memory and on the wire.
 
-[is_tuple, dtype, shape, dtype, shape, ...]      e.g.  [false, "float32", [8, 128]]
+    MessageSpec ── packed ──> [is_tuple, dtype, shape, dtype, shape, ...]   as msgpack
+    MessageSpec <── from_packed ──── e.g. [false, "float32", [8, 128]]
 
-The dtype of a tensor that was on a GPU has a mark behind it: "float32@gpu".
+1. Both sides describe a message by the same spec, so two specs are compared, never two tensors.
+2. What comes from the network is checked before it is believed: the dtype is one of `DTYPES`, and
+   no size is so large that torch cannot count it.
+3. The dtype of a tensor that was on a GPU has a mark behind it on the wire: "float32@gpu".
+4. A program sends the same few shapes again and again: each is described, packed and read once.
 """
 
 from __future__ import annotations
@@ -11,13 +16,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
 
 from transport.errors import MessageMismatch, ProtocolError
-from transport.wire.format import Packed, check_crc, pack, unpack
 
+if TYPE_CHECKING:
+    from transport.wire.format import Packed
+
+Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 # Of one tensor: its dtype, its shape, and whether it was on a GPU.
 Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], bool]"
 
@@ -43,23 +51,31 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 ON_GPU: Final = "@gpu"
 MAX_TENSORS: Final = 256  # in one message
 MAX_DIMS: Final = 64  # more than any layer uses
+_CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so the cache stays small
 _INT64_MAX: Final = 2**63 - 1
+
+# Messages within one process never become bytes: hence wire/ is imported where it is used.
 
 
 def write_meta(is_tuple: bool, forms: Iterable[Form]) -> Packed:
     """Return the metadata of a message of tensors of these forms."""
+    from transport.wire.format import pack
+
     meta: list[object] = [is_tuple]
     for dtype, shape, on_gpu in forms:
         meta += (NAMES[dtype] + ON_GPU if on_gpu else NAMES[dtype], shape)
     return pack(meta)
 
 
-def read_meta(data: bytes) -> tuple[bool, list[Form]]:
-    """Return what `write_meta` was given.
+def read_meta(data: bytes, crc: int) -> tuple[bool, list[Form]]:
+    """Return what `write_meta` was given, from its bytes and their CRC-32.
 
     Raises:
         ProtocolError: it is not a message's metadata.
     """
+    from transport.wire.format import check_crc, unpack
+
+    check_crc(data, crc)
     meta = unpack(data)
     if not isinstance(meta, list) or not 1 <= len(meta) <= 1 + 2 * MAX_TENSORS or not len(meta) % 2:
         raise ProtocolError(f"not a message's metadata: {meta!r:.200}")
@@ -87,12 +103,6 @@ def _checked(name: object, shape: object) -> Form:
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _INT64_MAX:
         raise ProtocolError(f"a tensor of shape {shape!r:.200} is more than 2**63 bytes")
     return dtype, tuple(shape), on_gpu
-
-
-Message: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
-
-
-_CACHED_META_NBYTES: Final = 256  # longer metadata is read anew each time, so the cache stays small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +185,7 @@ class MessageSpec:
         """
         if len(data) <= _CACHED_META_NBYTES:
             return _read_once(data, crc)
-        check_crc(data, crc)
-        is_tuple, forms = read_meta(data)
+        is_tuple, forms = read_meta(data, crc)
         return cls(tuple(TensorSpec(*form) for form in forms), is_tuple)
 
     def fit(self, payload_nbytes: int) -> None:
@@ -203,8 +212,7 @@ class MessageSpec:
         )
 
 
-# A program sends the same few shapes again and again: describing, packing and checking them once
-# saves a third of the Python between a small message and the kernel.
+# (Rule 4 saves a third of the Python between a small message and the kernel.)
 @functools.lru_cache(maxsize=1024)
 def _single(dtype: torch.dtype, shape: tuple[int, ...], on_gpu: bool = False) -> MessageSpec:
     return MessageSpec((TensorSpec(dtype, tuple(shape), on_gpu),), False)
@@ -218,6 +226,5 @@ def _tuple(*forms: Form) -> MessageSpec:
 
 @functools.lru_cache(maxsize=1024)
 def _read_once(data: bytes, crc: int) -> MessageSpec:
-    check_crc(data, crc)
-    is_tuple, forms = read_meta(data)
+    is_tuple, forms = read_meta(data, crc)
     return _tuple(*forms) if is_tuple else _single(*forms[0])  # the objects that a sender has too

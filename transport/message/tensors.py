@@ -11,10 +11,10 @@ import ctypes
 import functools
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from transport.device import Gpu
 from transport.errors import InvalidArgument
 from transport.message.specs import (
     DTYPES,
@@ -26,6 +26,9 @@ from transport.message.specs import (
     _single,
     _tuple,
 )
+
+if TYPE_CHECKING:
+    from transport.device import Gpu
 
 
 def prepare(message: Message, gpu: Gpu | None = None) -> tuple[MessageSpec, list[torch.Tensor]]:

@@ -23,14 +23,13 @@ from typing import ClassVar, Final
 import torch
 
 from transport.errors import ProtocolError
-from transport.message.mailbox import Arrival
+from transport.message.mailbox import Arrival, Mailbox
 from transport.message.specs import MessageSpec
 from transport.message.work import Send
 from transport.shm.arena import BorrowedMemory, LendingArena
-from transport.sockets.connection import Carrier, Owner
-from transport.sockets.event_loop import Progress
+from transport.sockets.connection import Connection, Owner
 from transport.sockets.transport import UnixTransport
-from transport.wire.format import Frame, FrameKind, Limits
+from transport.wire.format import Frame, FrameKind
 
 LEND_NBYTES: Final = 128 * 1024  # below this the stream's two copies cost no more
 LENT_META_NBYTES: Final = 256  # a message with longer metadata, of very many tensors, is not lent
@@ -38,13 +37,11 @@ _WITH_ARENA: Final = b"\1"
 _WITHOUT: Final = b"\0"  # no memory for an arena: all payloads travel on the stream
 
 
-class LendingConnection(Carrier):
+class LendingConnection(Connection):
     """A stream whose ends show each other their arenas before the first frame."""
 
-    def __init__(
-        self, progress: Progress, owner: Owner, peer: int, limits: Limits, *, checksum: bool
-    ) -> None:
-        super().__init__(progress, owner, peer, limits, checksum=checksum)
+    def __init__(self, owner: Owner, mailbox: Mailbox, peer: int) -> None:
+        super().__init__(owner, mailbox, peer)
         self.lender: LendingArena | None = None
         self.borrowed: BorrowedMemory | None = None
 
@@ -70,16 +67,16 @@ class LendingConnection(Carrier):
         self.queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=work.tag, word=offset)
         work.complete()
 
-    def fetch(self, frame: Frame, arrival: Arrival) -> None:
-        """Take from a message's frame what it says of the payload."""
+    def _locate(self, frame: Frame, arrival: Arrival) -> None:
+        """Take from a message's frame where the payload lies."""
         if frame.kind is FrameKind.LENT and self.borrowed is not None:
             arrival.tensors = self.borrowed.take(frame.word, arrival.spec)
         else:
-            super().fetch(frame, arrival)
+            super()._locate(frame, arrival)
 
-    def finish(self, arrival: Arrival) -> None:
-        """Check the payload, and say how the next ones had better come."""
-        super().finish(arrival)
+    def _received(self, arrival: Arrival) -> None:
+        """Complete the message, and say how the next ones had better come."""
+        super()._received(arrival)
         large = arrival.spec.nbytes >= LEND_NBYTES and not arrival.spec.on_gpu
         receive = arrival.receive
         if large and receive is not None and self.borrowed is not None:
@@ -156,7 +153,7 @@ class ShmTransport(UnixTransport):
     """Unix streams with payloads in shared memory between ranks of one host, TCP between others."""
 
     name: ClassVar[str] = "shm"
-    carrier: ClassVar[type[Carrier]] = LendingConnection
+    connection_class: ClassVar[type[Connection]] = LendingConnection
 
     @staticmethod
     def viable() -> str | None:

@@ -1,49 +1,70 @@
-"""One stream between two ranks: frames queued out, frames read in, and how it ends.
+"""One stream between two ranks: tensors go out as frames, frames that come in go to the mailbox.
 
-It knows sockets and frames. What a frame means is its owner's business, which it asks through the
-calls of `Owner`. Everything here runs under the lock of `Progress`.
+    send:     frame ──> queue ──────────> socket
+    receive:  socket ──> decoder ──> mailbox ──> the receive that wants the message
+
+1. All of it runs under the lock of `Progress`, and nothing here blocks.
+2. A frame leaves at once as far as the kernel takes it. The rest is queued by reference, in order,
+   and leaves when the kernel has room.
+3. A message meets the mailbox when its frame is here. The mailbox names the memory, and the kernel
+   writes the payload straight into it.
+4. Memory is bounded: a message that no receive wants, beyond `unexpected_limit`, is left `pending`,
+   and the stream is not read on. While a thread of this rank waits it is read all the same: to stop
+   then could deadlock.
+5. A stream that broke, or whose bytes make no sense, is never used again: its owner ends it.
+
+A kind of connection that has another way for payloads (shared memory, a GPU, gloo, NCCL) overrides
+`send`, and `_locate`, which names the memory of a payload that arrives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from select import EPOLLIN, EPOLLOUT
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
 
 from transport.errors import PeerLost, ProtocolError, TransportError
-from transport.message.mailbox import Arrival
+from transport.message.mailbox import Arrival, Mailbox
 from transport.message.specs import MessageSpec
 from transport.message.tensors import fill, memory, payload_sum
-from transport.message.work import Send, Work
+from transport.message.work import Send, Traffic, Work
 from transport.sockets.addresses import LARGE_NBYTES, acknowledged, tune, tune_for
 from transport.sockets.event_loop import Progress
-from transport.sockets.send_queue import Buffer, OutgoingQueue
 from transport.wire.decoder import Decoder, PayloadDone
 from transport.wire.format import MESSAGES, Frame, FrameKind, Limits, check_crc, encode, unpack
 
 if TYPE_CHECKING:
+    from transport.device import Gpu
     from transport.sockets.gpu_stager import Stager
 
 READ_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # read at one go before other connections get a turn
 WRITE_BUDGET_NBYTES: Final = 4 * 1024 * 1024  # likewise
 JOIN_NBYTES: Final = 4096  # a frame up to this is copied into one buffer, which costs less
+MAX_GATHER: Final = 64  # buffers in one sendmsg; the kernel's own limit is 1024 (IOV_MAX)
+
+Buffer: TypeAlias = "bytes | memoryview"
 
 
 class Owner(Protocol):
-    """What a connection asks of the transport that it belongs to."""
+    """What a connection needs of the transport that it belongs to."""
 
-    def on_frame(self, connection: Connection, frame: Frame) -> bool:
-        """Make a message `connection.arriving`; return False to stop reading for now.
+    rank: int
+    gpu: Gpu | None
+    progress: Progress
+    traffic: Traffic
+    limits: Limits  # of a frame, in both directions
+    unexpected_limit: int  # bytes of messages that no receive wants
+    checksum: bool  # whether the payloads that are sent carry a sum
 
-        While `connection.ending` the owner takes every frame.
-        """
-
-    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
-        """Take note that the message is complete, and no longer arriving."""
+    @property
+    def closing(self) -> bool:
+        """Whether this rank has said goodbye to all others."""
 
     def on_goodbye(self, connection: Connection) -> None:
         """Take note that nothing more will come."""
@@ -55,27 +76,40 @@ class Owner(Protocol):
 class Connection:
     """The stream to one peer; frames may be queued before there is a socket."""
 
-    def __init__(self, progress: Progress, owner: Owner, peer: int, limits: Limits) -> None:
+    def __init__(self, owner: Owner, mailbox: Mailbox, peer: int) -> None:
         self.peer = peer
         self.socket: socket.socket | None = None
         self.ending = False  # the peer takes no more; what it had sent is read to the end
-        self._progress = progress
-        self._owner = owner
-        self._limits = limits
-        self._decoder = Decoder(limits, _read_meta)
-        self._queue = OutgoingQueue()
-        self._sequence = 0
-        self.pending: Frame | None = None  # a frame that the owner has not taken yet
+        self.pending: Frame | None = None  # a message that is not taken yet (rule 4)
         # The message whose payload is coming in; it keeps the memory alive that the kernel fills.
         self.arriving: Arrival | None = None
-        self._watched = 0
+        self.stager: Stager | None = None  # for tensors on this rank's GPU; None: it has none
+        self._owner = owner
+        self._mailbox = mailbox
+        self._progress = owner.progress
+        self._limits = owner.limits
+        self._checksum = owner.checksum
+        self._decoder = Decoder(owner.limits, _read_meta)
+        self._queue = OutgoingQueue()
+        self._sequence = 0
+        self._large = False  # whether the socket is tuned for large messages
+        self._watched = 0  # the epoll events that are asked for
         # What a kind of connection reads before the first frame: False while it has not all come.
         self._before_frames: Callable[[], bool] | None = None
+        if owner.gpu is not None:
+            from transport.sockets.gpu_stager import Stager
+
+            self.stager = Stager(owner.gpu, (owner.rank, peer), owner.progress)
 
     @property
     def flushed(self) -> bool:
         """Whether all that was queued is with the peer's kernel, so that it outlives this side."""
         return self._queue.empty and (self.socket is None or acknowledged(self.socket))
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is at work any more for what has left; see cuda/transport.py."""
+        return True
 
     @property
     def connected(self) -> bool:
@@ -90,6 +124,24 @@ class Connection:
         self._progress.register(sock.fileno(), EPOLLIN, self._on_events)
         self._watched = EPOLLIN
         self._flush()
+
+    def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
+        """Send a message's frame, and its payload.
+
+        Raises:
+            InvalidArgument: the message is over the limits.
+        """
+        if (spec.nbytes >= LARGE_NBYTES) != self._large and self.socket is not None:
+            self._large = not self._large
+            with contextlib.suppress(OSError):  # the peer is gone: whoever sends finds out
+                tune_for(self.socket, spec.nbytes)
+        if spec.on_gpu:
+            self._stage(spec, tensors, work)
+            return
+        kind, word = FrameKind.MESSAGE, 0
+        if self._checksum:
+            kind, word = FrameKind.SUMMED, payload_sum(tensors)
+        self.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=work.tag, word=word)
 
     def queue(
         self,
@@ -135,21 +187,25 @@ class Connection:
         if first:
             self._flush()
 
-    def take_place(
-        self, spec: MessageSpec, work: Send
-    ) -> Callable[[FrameKind, int, Sequence[torch.Tensor]], None]:
-        """Queue a message without its payload; return what to call with kind, word and tensors."""
-        encode(FrameKind.MESSAGE, 0, spec.packed, spec.nbytes, self._limits)  # says so now
+    def _stage(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
+        """Send a message of which a part is on the GPU; it keeps its place until that is copied."""
+        assert self.stager is not None
+        encode(
+            FrameKind.MESSAGE, 0, spec.packed, spec.nbytes, self._limits
+        )  # raises now if too long
         sequence, place = self._sequence, self._queue.take_place(work)
         self._sequence += 1
 
-        def fill(kind: FrameKind, word: int, tensors: Sequence[torch.Tensor]) -> None:
+        def fill_place(staged: Sequence[torch.Tensor]) -> None:
+            kind, word = FrameKind.MESSAGE, 0
+            if self._checksum:
+                kind, word = FrameKind.SUMMED, payload_sum(staged)
             head = encode(kind, sequence, spec.packed, spec.nbytes, tag=work.tag, word=word)
-            self._queue.fill_place(place, [head, *map(memory, tensors)], tensors)
+            self._queue.fill_place(place, [head, *map(memory, staged)], staged)
             if self.socket is not None:
                 self._flush()
 
-        return fill
+        self.stager.post(spec, tensors, fill_place)
 
     def _offer(self, frame: list[Buffer]) -> int:
         """Offer a frame to the kernel; return how many bytes it took."""
@@ -162,7 +218,7 @@ class Connection:
             return 0
 
     def resume(self) -> None:
-        """Offer the frame that was not taken once more, and read on if it is taken now."""
+        """Offer the pending message once more, and read on if it is taken now."""
         if self.pending is not None and self.socket is not None:
             frame, self.pending = self.pending, None
             if self._drain(frame):
@@ -178,9 +234,19 @@ class Connection:
         self.pending = None
 
     def detach(self, error: TransportError) -> None:
-        """Close the socket and fail what is still queued."""
+        """Close the socket; fail what is still queued or copied, and what was coming in."""
         self.close_socket()
         self._queue.fail(error)
+        arrival, self.arriving = self.arriving, None
+        if arrival is not None and arrival.receive is not None:
+            arrival.receive.fail(error)
+        if self.stager is not None:
+            self.stager.end()
+
+    def join(self) -> None:
+        """Wait for the threads of a connection that has ended; not to be called under the lock."""
+        if self.stager is not None:
+            self.stager.join()
 
     def _on_events(self, mask: int) -> None:
         if mask & EPOLLOUT:
@@ -257,7 +323,7 @@ class Connection:
                     if not self._begin(event):
                         return False
                 elif self.arriving is not None:
-                    self._owner.on_payload(self, self.arriving)
+                    self._received(self.arriving)
                 if self.socket is None:
                     return False
                 event = self._decoder.next_event()
@@ -267,24 +333,86 @@ class Connection:
         return True
 
     def _begin(self, frame: Frame) -> bool:
-        """Begin a frame, and end it if all of it is here; False when the owner does not take it."""
+        """Begin a frame, and end it if all of it is here; False when it has to wait."""
         if frame.kind is FrameKind.GOODBYE and not frame.payload_nbytes:
-            self._owner.on_goodbye(self)
+            self._decoder.take_payload()
+            self._on_goodbye()
             return True
-        if not self._owner.on_frame(self, frame):
-            self.pending = frame
-            self._watch()
+        arrival = self._arrive(frame)
+        if arrival is None:
+            self._hold(frame)
             return False
-        arrival = self.arriving
-        assert arrival is not None
+        self._begin_payload(frame, arrival)
+        return True
+
+    def _arrive(self, frame: Frame) -> Arrival | None:
+        """Give a message to the mailbox, which names its memory; None when it has to wait."""
+        src, kind, tag, mailbox = self.peer, frame.kind, frame.tag, self._mailbox
+        if kind not in MESSAGES:
+            raise ProtocolError(f"rank {src} sent a {kind.name} out of place")
+        spec: MessageSpec = frame.meta
+        if spec.nbytes != frame.payload_nbytes:
+            spec.fit(frame.payload_nbytes)  # raises
+        if not mailbox.wanted(src, tag) and not self.ending:
+            waiting = self._progress.driver is not None and not self._owner.closing
+            over = mailbox.held_nbytes(src) + spec.nbytes > self._owner.unexpected_limit
+            if over and not waiting:
+                return None
+        arrival = self.arriving = Arrival(src, tag, spec)
+        try:
+            if kind is not FrameKind.MESSAGE:
+                self._locate(frame, arrival)
+            mailbox.arrive(arrival)
+        except RuntimeError as error:  # torch's allocator
+            raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
+        return arrival
+
+    def _locate(self, frame: Frame, arrival: Arrival) -> None:
+        """Take from the frame of a message that is not a plain one what it says of the payload.
+
+        Raises:
+            ProtocolError: it says what cannot be.
+        """
+        if frame.kind is FrameKind.LENT:
+            raise ProtocolError(f"rank {self.peer} lends memory, but none was shown that is mapped")
+        if frame.kind is FrameKind.APART:
+            raise ProtocolError(f"rank {self.peer} sends a payload apart, but no path is open")
+        arrival.sum = frame.word
+
+    def _begin_payload(self, frame: Frame, arrival: Arrival) -> None:
+        """Let the kernel write the payload to its memory, unless it came with the frame."""
         payload = self._decoder.take_payload()
         if payload is None:
             self._decoder.receive_into([memory(tensor) for tensor in arrival.tensors])
         else:
-            if payload:  # nothing of a lent message is on the stream
+            if payload:  # (nothing of a lent message is on the stream)
                 fill(arrival.tensors, payload)
-            self._owner.on_payload(self, arrival)
-        return True
+            self._received(arrival)
+
+    def _received(self, arrival: Arrival) -> None:
+        """Check the payload, which is complete now, and complete the message.
+
+        Raises:
+            ProtocolError: the payload is not what was sent.
+        """
+        if arrival.sum is not None and (found := payload_sum(arrival.tensors)) != arrival.sum:
+            raise ProtocolError(
+                f"the payload's sum is {found:#x}, {arrival.sum:#x} was "
+                f"sent: bytes of the message with tag {arrival.tag} changed on the way"
+            )
+        self.arriving = None
+        traffic = self._owner.traffic
+        traffic.received[self.peer] += 1
+        traffic.received_nbytes += arrival.spec.nbytes
+        self._mailbox.complete(arrival)
+
+    def _hold(self, frame: Frame) -> None:
+        """Leave a frame for later, and stop reading."""
+        self.pending = frame
+        self._watch()
+
+    def _on_goodbye(self) -> None:
+        self._owner.on_goodbye(self)
 
     def _end(self, error: OSError | None) -> None:
         where = "in the middle of a frame" if self._decoder.mid_frame else "without a goodbye"
@@ -300,87 +428,78 @@ def _read_meta(kind: FrameKind, meta: bytes, crc: int) -> Any:
     return unpack(meta)
 
 
-# A connection that carries messages: which frame each becomes, and what it says of the payload.
+class Outgoing:
+    """One frame on its way out. It keeps the tensors alive whose memory its buffers view."""
 
-
-class Carrier(Connection):
-    """A stream with the payloads on it, summed or not; another carrier may know a better way."""
+    __slots__ = ("buffers", "tensors", "work")
 
     def __init__(
-        self, progress: Progress, owner: Owner, peer: int, limits: Limits, *, checksum: bool
+        self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
     ) -> None:
-        super().__init__(progress, owner, peer, limits)
-        self._checksum = checksum
-        self._large = False  # whether the socket is tuned for large messages
-        self.stager: Stager | None = None  # for GPU tensors; None: there are none
+        self.buffers = deque(memoryview(part) for part in frame)
+        self.tensors = tensors
+        self.work = work
+
+
+class OutgoingQueue:
+    """What one connection still has to send: `frames`, in order, then `behind`.
+
+    The first of `behind` is a place that is taken: its payload is not in memory yet. All that was
+    queued since waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.frames: deque[Outgoing] = deque()
+        self.behind: deque[Outgoing] = deque()
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing is at work any more for what has left; see cuda/transport.py."""
-        return True
+    def empty(self) -> bool:
+        """Whether there is nothing left to send, nor will be."""
+        return not self.frames and not self.behind
 
-    def send(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
-        """Send a message's frame, and its payload.
+    def append(
+        self, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor], work: Work | None
+    ) -> None:
+        """Queue a frame, header first; `work` is done when the last byte of it is sent."""
+        (self.behind or self.frames).append(Outgoing(frame, tensors, work))
 
-        Raises:
-            InvalidArgument: the message is over the limits.
-        """
-        if (spec.nbytes >= LARGE_NBYTES) != self._large and self.socket is not None:
-            self._large = not self._large
-            with contextlib.suppress(OSError):  # the peer is gone: whoever sends finds out
-                tune_for(self.socket, spec.nbytes)
-        if spec.on_gpu:
-            self._stage(spec, tensors, work)
-            return
-        kind, word = FrameKind.MESSAGE, 0
-        if self._checksum:
-            kind, word = FrameKind.SUMMED, payload_sum(tensors)
-        self.queue(kind, spec.packed, spec.nbytes, tensors, work, tag=work.tag, word=word)
+    def take_place(self, work: Work) -> Outgoing:
+        """Queue a frame that `fill_place` will give later."""
+        place = Outgoing((), (), work)
+        self.behind.append(place)
+        return place
 
-    def _stage(self, spec: MessageSpec, tensors: Sequence[torch.Tensor], work: Send) -> None:
-        """Send a message of which a part is on the GPU; it keeps its place until that is copied."""
-        assert self.stager is not None
-        place = self.take_place(spec, work)
+    def fill_place(
+        self, place: Outgoing, frame: Sequence[Buffer], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        """Give the frame for a place; all up to the next empty one may leave now."""
+        place.buffers.extend(memoryview(part) for part in frame)
+        place.tensors = tensors
+        while self.behind and self.behind[0].buffers:
+            self.frames.append(self.behind.popleft())
 
-        def fill(staged: Sequence[torch.Tensor]) -> None:
-            if self._checksum:
-                place(FrameKind.SUMMED, payload_sum(staged), staged)
-            else:
-                place(FrameKind.MESSAGE, 0, staged)
+    def gathered(self) -> Iterator[memoryview]:
+        """Yield the buffers that are to be sent next, in one call to the kernel."""
+        return itertools.islice((b for frame in self.frames for b in frame.buffers), MAX_GATHER)
 
-        self.stager.post(spec, tensors, fill)
+    def sent(self, nbytes: int) -> None:
+        """Take note of what the kernel took."""
+        while self.frames:
+            buffers = self.frames[0].buffers
+            while buffers and nbytes >= len(buffers[0]):
+                nbytes -= len(buffers.popleft())
+            if buffers:
+                if nbytes:
+                    buffers[0] = buffers[0][nbytes:]
+                return
+            work = self.frames.popleft().work
+            if work is not None:
+                work.complete()
 
-    def detach(self, error: TransportError) -> None:
-        """Close the socket, and fail what is still queued or copied."""
-        super().detach(error)
-        if self.stager is not None:
-            self.stager.end()
-
-    def join(self) -> None:
-        """Wait for the threads of a connection that has ended; not to be called under the lock."""
-        if self.stager is not None:
-            self.stager.join()
-
-    def fetch(self, frame: Frame, arrival: Arrival) -> None:
-        """Take from the frame of a message that is not a plain one what it says of the payload.
-
-        Raises:
-            ProtocolError: it says what cannot be.
-        """
-        if frame.kind is FrameKind.LENT:
-            raise ProtocolError(f"rank {self.peer} lends memory, but none was shown that is mapped")
-        if frame.kind is FrameKind.APART:
-            raise ProtocolError(f"rank {self.peer} sends a payload apart, but no path is open")
-        arrival.sum = frame.word
-
-    def finish(self, arrival: Arrival) -> None:
-        """Check the payload, which is complete.
-
-        Raises:
-            ProtocolError: it is not what was sent.
-        """
-        if arrival.sum is not None and (found := payload_sum(arrival.tensors)) != arrival.sum:
-            raise ProtocolError(
-                f"the payload's sum is {found:#x}, {arrival.sum:#x} was "
-                f"sent: bytes of the message with tag {arrival.tag} changed on the way"
-            )
+    def fail(self, error: TransportError) -> None:
+        """Fail all that is queued."""
+        for queued in (self.frames, self.behind):
+            while queued:
+                work = queued.popleft().work
+                if work is not None:
+                    work.fail(error)

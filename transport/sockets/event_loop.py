@@ -81,7 +81,7 @@ class Progress:
     ) -> None:
         self.lock = threading.Lock()
         self.guard = Guard(on_crash)
-        self._on_crash = on_crash  # called under the lock, as is
+        self.on_crash = on_crash  # called under the lock, as is
         self._on_drive = on_drive  # when a thread begins to drive
         self._changed = threading.Condition(self.lock)
         self._stopping = threading.Condition(self.lock)  # ends a wait for a driver to come back
@@ -121,6 +121,10 @@ class Progress:
         """Call back under the lock once `time.monotonic()` has reached `deadline`."""
         heapq.heappush(self._timers, (deadline, next(self._timer_number), callback))
         self.wake()
+
+    def call_after(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back under the lock when so many seconds are over."""
+        self.call_at(time.monotonic() + seconds, callback)
 
     def wake(self) -> None:
         """Make whoever polls look again: timers, or work that another thread has completed."""
@@ -254,7 +258,7 @@ class Progress:
             if self._timers:
                 self._call_timers()
         except BaseException as error:
-            self._on_crash(error)
+            self.on_crash(error)
             if not isinstance(error, Exception):
                 raise  # an interrupt is for the thread that waits here
         finally:

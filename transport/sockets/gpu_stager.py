@@ -35,17 +35,11 @@ class _Leaving(NamedTuple):
 class Stager:
     """The way of GPU tensors to one peer: copies them to where a socket can take them from."""
 
-    def __init__(
-        self,
-        gpu: Gpu,
-        ranks: tuple[int, int],
-        progress: Progress,
-        on_break: Callable[[Exception], None],
-    ) -> None:
+    def __init__(self, gpu: Gpu, ranks: tuple[int, int], progress: Progress) -> None:
         self.gpu = gpu
         self.rank, self._peer = ranks
         name = f"barepp-staging-{self.rank}-{self._peer}"
-        self._lane = CopyThread(name, progress, on_break)
+        self._lane = CopyThread(name, progress, progress.on_crash)
         self._started = False
 
     def post(

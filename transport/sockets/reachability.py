@@ -45,7 +45,7 @@ class Reachability:
         self._look_later()
 
     def _look_later(self) -> None:
-        self._progress.call_at(time.monotonic() + self._silence_s / LOOKS, self._look)
+        self._progress.call_after(self._silence_s / LOOKS, self._look)
 
     def _look(self) -> None:
         if self._socket.fileno() < 0:

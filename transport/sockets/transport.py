@@ -7,12 +7,10 @@ The transport named "tcp" uses TCP everywhere; "unix" is this file with both fam
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from transport.base import DEFAULT_UNEXPECTED_LIMIT, Transport
-from transport.device import Gpu
 from transport.errors import (
     DeviceError,
     InternalError,
@@ -23,16 +21,19 @@ from transport.errors import (
     WaitTimeout,
     fresh,
 )
-from transport.message.mailbox import Arrival, Mailbox
-from transport.message.specs import Message, MessageSpec
+from transport.message.mailbox import Mailbox
+from transport.message.specs import Message
 from transport.message.tensors import prepare, unsupported_host
 from transport.message.work import Farewell, Receive, Send, Work
 from transport.sockets.addresses import Address, listen
 from transport.sockets.buffer_pool import Pool
-from transport.sockets.connection import Carrier, Connection
+from transport.sockets.connection import Connection
 from transport.sockets.event_loop import Progress
 from transport.sockets.peers import Peer, Peers, Place
-from transport.wire.format import MESSAGES, Frame, FrameKind, Limits
+from transport.wire.format import FrameKind, Limits
+
+if TYPE_CHECKING:
+    from transport.device import Gpu
 
 CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
@@ -53,7 +54,7 @@ class TcpTransport(Transport):
 
     name: ClassVar[str] = "tcp"
     unix: ClassVar[bool] = False
-    carrier: ClassVar[type[Carrier]] = Carrier  # how payloads travel: there may be a better way
+    connection_class: ClassVar[type[Connection]] = Connection  # how payloads travel
 
     def __init__(
         self,
@@ -72,9 +73,9 @@ class TcpTransport(Transport):
     ) -> None:
         super().__init__(rank, world_size, gpu)
         self._lost_grace_s = lost_grace_s
-        self._unexpected_limit = unexpected_limit
-        self._limits = limits or Limits()
-        self._checksum = checksum
+        self.unexpected_limit = unexpected_limit
+        self.limits = limits or Limits()
+        self.checksum = checksum
         self._pool = Pool()
         room = self._pool.allocate
         self._mailbox = Mailbox(room)
@@ -84,11 +85,11 @@ class TcpTransport(Transport):
             self._mailbox = GpuMailbox(rank, gpu, room)
         self._farewell: Work | None = None  # set by `close`, done when all is flushed
         self._ended: TransportError | None = None
-        self._progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
-        self._lock, self._guard = self._progress.lock, self._progress.guard
+        self.progress = Progress(f"barepp-progress-{rank}", self._on_crash, self._resume_all)
+        self._lock, self._guard = self.progress.lock, self.progress.guard
         with self._lock, self._guard:
             place = Place(rank, world_size, addresses, listening, secret, self.unix, silence_s)
-            self._contacts = Peers(self._progress, place, self._connect, self._lose)
+            self._contacts = Peers(self.progress, place, self._connect, self._lose)
         self._peers = self._contacts.known
 
     @staticmethod
@@ -132,7 +133,7 @@ class TcpTransport(Transport):
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
         """Move bytes on all connections until the work is done; False when time ran out."""
-        return self._progress.run_until(work, timeout)
+        return self.progress.run_until(work, timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Send what is queued, say goodbye to every peer and end."""
@@ -148,7 +149,7 @@ class TcpTransport(Transport):
             else:
                 farewell.complete()
         try:
-            if not self._progress.run_until(farewell, timeout):
+            if not self.progress.run_until(farewell, timeout):
                 slow = sorted(rank for rank, peer in self._peers.items() if not peer.flushed)
                 raise WaitTimeout(f"ranks {slow} did not take what is queued within {timeout} s")
             farewell.wait()
@@ -159,7 +160,7 @@ class TcpTransport(Transport):
         """Fail everything that waits, close every socket and stop."""
         with self._lock, self._guard:
             self._end(error)
-        self._progress.stop()
+        self.progress.stop()
         for peer in list(self._peers.values()):
             peer.connection.join()
 
@@ -167,7 +168,7 @@ class TcpTransport(Transport):
         if self._ended is not None:
             return
         self._ended = error
-        self._progress.end(error)
+        self.progress.end(error)
         self._contacts.close()
         self._pool.close()
         self._mailbox.fail(error)
@@ -204,7 +205,7 @@ class TcpTransport(Transport):
         if all(peer.flushed for peer in self._peers.values()):
             self._farewell.complete()
         else:
-            self._progress.call_at(time.monotonic() + FLUSH_POLL_S, self._check_farewell)
+            self.progress.call_after(FLUSH_POLL_S, self._check_farewell)
 
     def _resume_all(self) -> None:
         """Read on from every peer, because some thread begins to wait: to stop could deadlock."""
@@ -215,13 +216,8 @@ class TcpTransport(Transport):
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
-    def _connect(self, rank: int) -> Carrier:
-        made = self.carrier(self._progress, self, rank, self._limits, checksum=self._checksum)
-        if self.gpu is not None:
-            from transport.sockets.gpu_stager import Stager
-
-            made.stager = Stager(self.gpu, (self.rank, rank), self._progress, self._on_crash)
-        return made
+    def _connect(self, rank: int) -> Connection:
+        return self.connection_class(self, self._mailbox, rank)
 
     def _lose(self, peer: Peer, error: TransportError) -> None:
         """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
@@ -230,8 +226,7 @@ class TcpTransport(Transport):
         peer.lost = True
         peer.connection.close_socket()
         if self._lost_grace_s:
-            due = time.monotonic() + self._lost_grace_s
-            self._progress.call_at(due, lambda: self._end_peer(peer, error))
+            self.progress.call_after(self._lost_grace_s, lambda: self._end_peer(peer, error))
         else:
             self._end_peer(peer, error)
 
@@ -242,44 +237,15 @@ class TcpTransport(Transport):
         if peer.call is not None:
             peer.call.cancel()
         peer.connection.detach(error)
-        arrival, peer.connection.arriving = peer.connection.arriving, None
-        if arrival is not None and arrival.receive is not None:
-            arrival.receive.fail(error)
         self._mailbox.fail(error, peer.connection.peer)
-        self._progress.wake()  # other threads may wait for what has just failed
+        self.progress.wake()  # other threads may wait for what has just failed
 
     # -- what a connection asks (see connection.Owner) --------------------------------------------
 
-    def on_frame(self, connection: Connection, frame: Frame) -> bool:
-        """Match a message with the receive that wants it, or hold it within the bound."""
-        src, kind, tag = connection.peer, frame.kind, frame.tag
-        if kind not in MESSAGES:
-            raise ProtocolError(f"rank {src} sent a {kind.name} out of place")
-        spec: MessageSpec = frame.meta
-        if spec.nbytes != frame.payload_nbytes:
-            spec.fit(frame.payload_nbytes)  # says so
-        waiting = self._progress.driver is not None and self._farewell is None
-        if not waiting and not connection.ending and not self._mailbox.wanted(src, tag):
-            held = self._mailbox.held_nbytes(src)
-            if held + spec.nbytes > self._unexpected_limit:
-                return False
-        arrival = connection.arriving = Arrival(src, tag, spec)
-        try:
-            if kind is not FrameKind.MESSAGE:
-                self._peers[src].connection.fetch(frame, arrival)
-            self._mailbox.arrive(arrival)
-        except RuntimeError as error:  # torch's allocator
-            raise ProtocolError(f"no memory for {spec} from rank {src}: {error}") from error
-        return True
-
-    def on_payload(self, connection: Connection, arrival: Arrival) -> None:
-        """Complete the message."""
-        src = connection.peer
-        self._peers[src].connection.finish(arrival)
-        connection.arriving = None
-        self.traffic.received[src] += 1
-        self.traffic.received_nbytes += arrival.spec.nbytes
-        self._mailbox.complete(arrival)
+    @property
+    def closing(self) -> bool:
+        """Whether this rank has said goodbye to all others."""
+        return self._farewell is not None
 
     def on_goodbye(self, connection: Connection) -> None:
         """Act on a goodbye."""

@@ -11,20 +11,27 @@
    the later ones of its lane, and nothing else.
 3. While a payload is under way the next frame is not taken: messages of a pair stay in order, and
    what the receiver has not asked for stays bounded, as if the payload were on the stream.
-4. The stream says how a peer ended. A receive that breaks is the loss of the peer; a send that
-   breaks may be an orderly end as well, so the stream is read first. And after a goodbye the lane
-   says which of the last sends the peer had taken.
+4. The stream says how a peer ended. A receive that breaks is the loss of the peer. A send that
+   breaks may be an orderly end as well, so the stream is read first (`BROKEN`). And when the stream
+   is over the lane says which of the last sends the peer had taken (`PARTING`).
+
+    NEW ── attach ──> OPENING ── lanes are open ──> OPEN ── stream over, sends left ──> PARTING
+                                                     │  └── nothing left to send ──┐        │
+                                             a send broke                          │   sends done,
+                                                     └──> BROKEN ── the grace ──> ENDED <── broken,
+                                                                    is over                too late
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import enum
+import functools
 import re
 import select
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
@@ -32,77 +39,72 @@ from typing import ClassVar, Final
 import torch
 
 from transport.errors import PeerLost, ProtocolError, TransportError
-from transport.message.mailbox import Arrival
+from transport.message.mailbox import Arrival, Mailbox
 from transport.message.specs import MessageSpec
 from transport.message.tensors import payload_sum
 from transport.message.work import Send
-from transport.sockets.connection import Carrier
+from transport.sockets.connection import Connection
 from transport.sockets.copy_thread import CopyThread, Group
-from transport.sockets.event_loop import Progress
 from transport.sockets.transport import UnixTransport
-from transport.wire.format import Frame, FrameKind, Limits
+from transport.wire.format import Frame, FrameKind
 
 OPEN_TIMEOUT_S: Final = 30.0  # for two ranks that are connected to open their groups
 STREAM_GRACE_S: Final = 5.0  # after a send broke, for the stream to say how the peer ended
 LOOK_S: Final = 5.0  # between two looks whether a stream that is not read has ended
 
 
-class OffStreamConnection(Carrier):
+class State(enum.Enum):
+    """Where a connection with lanes stands."""
+
+    NEW = enum.auto()  # there is no socket
+    OPENING = enum.auto()  # a thread opens the lanes over the socket; no frame has passed
+    OPEN = enum.auto()  # frames pass on the stream, payloads by the lanes
+    BROKEN = enum.auto()  # the outgoing lane is: the stream is read on, to say how the peer ended
+    PARTING = enum.auto()  # the stream is over: the lane has still to say how the last sends went
+    ENDED = enum.auto()
+
+
+class OffStreamConnection(Connection):
     """A stream, and a lane in each direction that is open before the first frame."""
 
-    def __init__(
-        self,
-        progress: Progress,
-        owner: OffStreamTransport,
-        peer: int,
-        limits: Limits,
-        *,
-        checksum: bool,
-    ) -> None:
-        super().__init__(progress, owner, peer, limits, checksum=checksum)
-        self.outgoing = CopyThread(
-            f"barepp-lane-{owner.rank}-{peer}", progress, self._on_send_broke
-        )
-        self.incoming = CopyThread(
-            f"barepp-lane-{peer}-{owner.rank}", progress, self._on_receive_broke
-        )
+    def __init__(self, owner: OffStreamTransport, mailbox: Mailbox, peer: int) -> None:
+        super().__init__(owner, mailbox, peer)
+        self.state = State.NEW
         self.leaving: deque[Send] = deque()  # what the outgoing lane has to send, or sends
-        self._sends_broke = False  # so that nothing more will be told of those
+        out, into = f"barepp-lane-{owner.rank}-{peer}", f"barepp-lane-{peer}-{owner.rank}"
+        self.outgoing = CopyThread(out, owner.progress, self._on_send_broke)
+        self.incoming = CopyThread(into, owner.progress, self._on_receive_broke)
         self._means = owner
-        self._sums = checksum and owner.sums
-        self._verdict: Callable[[], None] | None = None  # how it ended, while the lane may go on
+        self._sums = owner.checksum and owner.sums
+        self._opening: socket.socket | None = None  # while that is the other thread's
+        self._verdict: Callable[[], None] = lambda: None  # while parting: how the stream ended
         self._looking = False  # whether `_look` will be called
-        self._opening: socket.socket | None = None
 
     @property
     def flushed(self) -> bool:
         """Whether all that was queued has left, payloads too."""
-        return not self.leaving and self._opening is None and super().flushed
-
-    @property
-    def _awaits_lane(self) -> bool:
-        """Whether the outgoing lane has still to say how the last sends went."""
-        return bool(self.leaving) and not self._sends_broke
+        return not self.leaving and self.state is not State.OPENING and super().flushed
 
     @property
     def connected(self) -> bool:
         """Whether there is or was a socket, if only to open the lanes over it."""
-        return self._opening is not None or self.parting or super().connected
+        return self.state is not State.NEW
 
     @property
-    def parting(self) -> bool:
-        """Whether all is over but the last sends: the lane has still to say how they went."""
-        return self._verdict is not None
+    def _awaits_lane(self) -> bool:
+        """Whether the outgoing lane has still to say how the last sends went."""
+        return self.state is State.OPEN and bool(self.leaving)
 
     def attach(self, sock: socket.socket) -> None:
         """Open the lanes over the authenticated socket, in a thread; then read and write frames."""
-        self._opening = sock
+        self.state, self._opening = State.OPENING, sock
         name = f"{self.outgoing.name}-opening"
         threading.Thread(target=self._open_lanes, args=(sock,), name=name, daemon=True).start()
 
     def close_socket(self) -> None:
         """Close the socket, also one over which lanes are still being opened."""
         if self._opening is not None:
+            self.state = State.ENDED
             with contextlib.suppress(OSError):
                 self._opening.shutdown(socket.SHUT_RDWR)  # its thread closes it
             self._opening = None
@@ -111,6 +113,7 @@ class OffStreamConnection(Carrier):
     def detach(self, error: TransportError) -> None:
         """Close the socket, end the lanes and fail what they still had to send."""
         super().detach(error)
+        self.state = State.ENDED
         for lane in (self.outgoing, self.incoming):
             lane.end()
         while self.leaving:
@@ -132,62 +135,41 @@ class OffStreamConnection(Carrier):
         self.leaving.append(work)
         self.outgoing.post(tensors, self._on_sent, self._means.ready())
 
-    def fetch(self, frame: Frame, arrival: Arrival) -> None:
+    def _begin(self, frame: Frame) -> bool:
+        """Begin a frame unless a payload is under way (rule 3)."""
+        if self.arriving is not None:
+            self._hold(frame)
+            if not self._looking:
+                self._look()
+            return False
+        return super()._begin(frame)
+
+    def _locate(self, frame: Frame, arrival: Arrival) -> None:
         """Take from a message's frame what it says of the payload."""
         if frame.kind is not FrameKind.APART:
-            super().fetch(frame, arrival)
+            super()._locate(frame, arrival)
             return
         arrival.tensors = self._means.room(arrival.spec)
         if self._sums:
             arrival.sum = frame.word
 
-    def _begin(self, frame: Frame) -> bool:
-        """Begin a frame unless a payload is under way, which may be one for the lane to bring."""
-        if self.arriving is not None:
-            self._hold(frame)
-            return False
-        if frame.kind is FrameKind.GOODBYE and self._awaits_lane and not frame.payload_nbytes:
-            self._decoder.take_payload()
-            self._part(lambda: self._owner.on_goodbye(self))
-            return True
+    def _begin_payload(self, frame: Frame, arrival: Arrival) -> None:
+        """Let the lane bring the payload if it is not on the stream."""
         if frame.kind is not FrameKind.APART:
-            return super()._begin(frame)
-        if not self._owner.on_frame(self, frame):
-            self.pending = frame
-            self._watch()
-            return False
-        arrival = self.arriving
-        assert arrival is not None
+            super()._begin_payload(frame, arrival)
+            return
         self._decoder.take_payload()  # none of it is on the stream
-        self.incoming.post(arrival.tensors, lambda: self._on_received(arrival), self._means.ready())
-        return True
+        done = functools.partial(self._on_received, arrival)
+        self.incoming.post(arrival.tensors, done, self._means.ready())
 
-    def _end(self, error: OSError | None) -> None:
-        """Take note that the stream is over, which it is after a goodbye in any case."""
-        if self.parting:
-            self.close_socket()
-        elif self._means.closing and self._awaits_lane and self._queue.empty:
-            self.close_socket()  # (it may have hung up in answer to our goodbye)
-            self._part(lambda: Carrier._end(self, error))
-        else:
-            super()._end(error)
+    def _look(self, *, ended: bool = False) -> None:
+        """Lose a peer whose stream had ended a look ago, and whose payload still is not here.
 
-    def _hold(self, frame: Frame) -> None:
-        """Let a frame wait for the payload that is under way.
-
-        Until it is here the stream is not read, and a lane may never learn that its peer has died
-        (see `GlooGroup.abort`). So somebody has to look for the stream's end.
+        While a frame is held the stream is not read, and a lane may never learn that its peer has
+        died (see `GlooGroup.abort`). So somebody has to look for the stream's end.
         """
-        self.pending = frame
-        self._watch()
-        if not self._looking:
-            self._looking = True
-            self._progress.call_at(time.monotonic() + LOOK_S, lambda: self._look(ended=False))
-
-    def _look(self, *, ended: bool) -> None:
-        """Lose a peer whose stream had ended a while ago, and whose payload still is not here."""
-        self._looking = False
-        if self.arriving is None or self.socket is None:
+        self._looking = self.arriving is not None and self.socket is not None
+        if not self._looking or self.socket is None:
             return
         if ended:
             gone = f"rank {self.peer} ended while its payload was on the way"
@@ -195,22 +177,39 @@ class OffStreamConnection(Carrier):
             return
         poller = select.poll()
         poller.register(self.socket, select.POLLRDHUP)
-        ended = bool(poller.poll(0))
-        self._looking = True
-        self._progress.call_at(time.monotonic() + LOOK_S, lambda: self._look(ended=ended))
+        again = functools.partial(self._look, ended=bool(poller.poll(0)))
+        self._progress.call_after(LOOK_S, again)
+
+    # -- the end of the stream ---------------------------------------------------------------------
+
+    def _on_goodbye(self) -> None:
+        if self._awaits_lane:
+            self._part(super()._on_goodbye)
+        else:
+            super()._on_goodbye()
+
+    def _end(self, error: OSError | None) -> None:
+        """Take note that the stream is over, which it is after a goodbye in any case."""
+        if self.state is State.PARTING:
+            self.close_socket()
+        elif self._owner.closing and self._awaits_lane and self._queue.empty:
+            self.close_socket()  # (it may have hung up in answer to our goodbye)
+            self._part(functools.partial(super()._end, error))
+        else:
+            super()._end(error)
 
     def _part(self, verdict: Callable[[], None]) -> None:
         """Tell the owner how it ended as soon as the lane has said how the last sends went.
 
         The peer may have taken them and left before the lane has noticed; if not, the lane breaks.
         """
-        self._verdict = verdict
-        self._progress.call_at(time.monotonic() + STREAM_GRACE_S, self._end_parting)
+        self.state, self._verdict = State.PARTING, verdict
+        self._progress.call_after(STREAM_GRACE_S, self._end_parting)
 
     def _end_parting(self) -> None:
-        verdict, self._verdict = self._verdict, None
-        if verdict is not None:
-            verdict()
+        if self.state is State.PARTING:
+            self.state = State.ENDED
+            self._verdict()
 
     # -- what the lanes tell, under the lock -------------------------------------------------------
 
@@ -219,32 +218,28 @@ class OffStreamConnection(Carrier):
         if not self.leaving:
             self._end_parting()
 
+    def _on_send_broke(self, error: Exception) -> None:
+        self._end_parting()
+        if self.state is State.OPEN:
+            self.state, self.ending = State.BROKEN, True
+            self.resume()
+            lost = self._broken("to", error)
+            self._progress.call_after(STREAM_GRACE_S, lambda: self._owner.on_end(self, lost))
+
     def _on_received(self, arrival: Arrival) -> None:
         try:
-            self._owner.on_payload(self, arrival)
+            self._received(arrival)
         except ProtocolError as error:
             self._owner.on_end(self, error)
         else:
             self.resume()
 
     def _on_receive_broke(self, error: Exception) -> None:
-        if not self.parting:
+        if self.state is not State.PARTING:
             self._owner.on_end(self, self._broken("from", error))
 
-    def _on_send_broke(self, error: Exception) -> None:
-        if self.parting:
-            self._end_parting()
-            return
-        lost = self._broken("to", error)
-        self._sends_broke = self.ending = True
-        self.resume()
-        due = time.monotonic() + STREAM_GRACE_S
-        self._progress.call_at(due, lambda: self._owner.on_end(self, lost))
-
     def _broken(self, direction: str, error: Exception) -> PeerLost:
-        lost = PeerLost(f"the payload path {direction} rank {self.peer} broke: {_brief(error)}")
-        lost.__cause__ = error.with_traceback(None)
-        return lost
+        return _lost(f"the payload path {direction} rank {self.peer} broke", error)
 
     def _open_lanes(self, sock: socket.socket) -> None:
         broken: Exception | None = None
@@ -255,19 +250,19 @@ class OffStreamConnection(Carrier):
         except Exception as error:  # torch's own, or the socket's
             broken = error.with_traceback(None)
         with self._progress.lock, self._progress.guard:
-            if self._opening is not sock:  # it all ended meanwhile
+            opening, self._opening = self._opening, None
+            if opening is None or broken is not None:
                 sock.close()
+            if opening is None:  # it all ended meanwhile
                 return
-            self._opening = None
             if broken is not None:
-                sock.close()
-                why = _brief(broken)
-                lost = PeerLost(f"no payload path to rank {self.peer} could be opened: {why}")
-                lost.__cause__ = broken
+                self.state = State.ENDED
+                lost = _lost(f"no payload path to rank {self.peer} could be opened", broken)
                 self._owner.on_end(self, lost)
             else:
                 for lane, group in zip((self.outgoing, self.incoming), groups, strict=True):
                     lane.start(group)
+                self.state = State.OPEN
                 super().attach(sock)
             self._progress.wake()  # messages may have left, or failed, for which others wait
 
@@ -275,13 +270,8 @@ class OffStreamConnection(Carrier):
 class OffStreamTransport(UnixTransport):
     """Frames over Unix streams or TCP; payloads by what a subclass opens between two ranks."""
 
-    carrier: ClassVar[type[Carrier]] = OffStreamConnection
+    connection_class: ClassVar[type[Connection]] = OffStreamConnection
     sums: ClassVar[bool] = True  # whether a payload can be summed where it lies
-
-    @property
-    def closing(self) -> bool:
-        """Whether this rank has said goodbye to all others."""
-        return self._farewell is not None
 
     @abc.abstractmethod
     def open_groups(self, peer: int, sock: socket.socket) -> tuple[Group, Group]:
@@ -303,6 +293,9 @@ class OffStreamTransport(UnixTransport):
         return None
 
 
-def _brief(error: Exception) -> str:
-    """Return an error's first sentence, without the line of somebody's source before it."""
-    return re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
+def _lost(what: str, error: Exception) -> PeerLost:
+    """Return the loss with its cause's first sentence, without the source line before that."""
+    said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
+    lost = PeerLost(f"{what}: {said}")
+    lost.__cause__ = error.with_traceback(None)
+    return lost

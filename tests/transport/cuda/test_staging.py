@@ -29,7 +29,7 @@ from transport.errors import (
 from transport.message import specs as metadata
 from transport.message.specs import MessageSpec, TensorSpec
 from transport.message.tensors import prepare
-from transport.wire.format import Limits
+from transport.wire.format import Limits, pack
 
 STREAMS = ["tcp", "unix", "shm", "gloo"]
 streams_only = pytest.mark.parametrize("name", STREAMS)  # where a send is copied by a thread
@@ -287,7 +287,7 @@ def test_cpu_messages_have_the_same_bytes_as_ever() -> None:
     assert again == spec == MessageSpec.of((torch.zeros(2), torch.zeros(3)))
     for wrong in ("@gpu", "float32@gpu@gpu", "gpu", "float32@tpu"):
         with pytest.raises(ProtocolError, match="dtype"):
-            metadata.read_meta(metadata.pack([False, wrong, [1]]).data)
+            metadata.read_meta(*pack([False, wrong, [1]]))
     gpu.close()
 
 

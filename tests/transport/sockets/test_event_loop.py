@@ -263,7 +263,7 @@ def test_what_a_crash_took_off_every_list_fails_for_whoever_waits(
     with worlds.world("unix", 2) as ranks:
         in_hand, other = ranks[0].irecv(1, 1), ranks[0].irecv(1, 2)
         waits = [start(lambda w=work: w.wait(SOON_S)) for work in (in_hand, other)]  # type: ignore[misc]
-        eventually(lambda: ranks[0]._progress._followers == 1)
+        eventually(lambda: ranks[0].progress._followers == 1)
         monkeypatch.setattr(Mailbox, "complete", lambda *_: 1 // 0)
         ranks[1].send(torch.ones(1), 0, 1, timeout=SOON_S)
         for wait in waits:

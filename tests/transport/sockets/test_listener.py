@@ -19,7 +19,7 @@ from transport_worlds import SOON_S, eventually, start
 
 from transport.errors import PeerLost, ProtocolError, TransportClosed
 from transport.sockets import addresses, listener
-from transport.sockets import dialer as call
+from transport.sockets import peers as call
 from transport.sockets.addresses import Address
 from transport.sockets.handshake import Hello, Initiator, Role, Verdict, new_secret
 from transport.sockets.listener import Listener
@@ -250,7 +250,7 @@ def test_timers_do_not_pile_up_with_callers(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(100):
             socks.append(socket.create_connection(port_of(ranks[0])))
             time.sleep(0.001)
-        assert len(ranks[0]._progress._timers) <= 2
+        assert len(ranks[0].progress._timers) <= 2
         eventually(
             lambda: ranks[0]._contacts.listener.strangers == 100
         )  # and all are thrown out in time

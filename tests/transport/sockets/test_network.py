@@ -24,7 +24,6 @@ from transport.errors import (
     WaitTimeout,
 )
 from transport.message.specs import MessageSpec
-from transport.sockets import dialer as call
 from transport.sockets import listener, peers
 from transport.wire.format import HEADER
 
@@ -314,7 +313,7 @@ def test_a_call_that_never_succeeds(
 ) -> None:
     """Both sides are told in time, each with the other's name; and neither is connected to."""
     if says is NO_ANSWER:
-        monkeypatch.setattr(call, "CALL_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(peers, "CALL_TIMEOUT_S", 0.2)
     with networks.world(network, 2, [fault]) as ranks:
         work = ranks[0].isend(FIRST, 1)
         error = told(lambda: work.wait(SOON_S))
@@ -356,8 +355,7 @@ def right_or_named(rank: Any, seed: int, timeout: float) -> TransportError | Non
 def test_whatever_happens_a_message_is_right_or_its_error_has_a_name(
     network: Network, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    for module in (call, peers):
-        monkeypatch.setattr(module, "CALL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(peers, "CALL_TIMEOUT_S", 2.0)
     monkeypatch.setattr(listener, "HANDSHAKE_TIMEOUT_S", 0.3)
     troubles = random_troubles(random.Random(seed), 3)
     stalls = any(isinstance(t, Fault) and t.act is Act.STALL for t in troubles)

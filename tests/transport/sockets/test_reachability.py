@@ -12,9 +12,9 @@ import transport_worlds as worlds
 from hosts import Hosts
 from transport_worlds import SOON_S, start
 
-import transport.sockets.dialer
+import transport.sockets.peers
 from transport.errors import PeerLost, WaitTimeout
-from transport.sockets import peers
+from transport.sockets import reachability
 
 SILENCE_S = 1.0
 LOADED_S = 3.0  # what a machine that does other things too may take longer
@@ -23,7 +23,7 @@ LOADED_S = 3.0  # what a machine that does other things too may take longer
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     monkeypatch.setitem(worlds.SOCKETS, "tcp", worlds.SOCKETS["tcp"])  # both are put back
-    monkeypatch.setattr(transport.sockets.dialer, "dial", transport.sockets.dialer.dial)
+    monkeypatch.setattr(transport.sockets.peers, "dial", transport.sockets.peers.dial)
     try:
         made = far.arrange(0.02)
     except RuntimeError as error:
@@ -79,7 +79,7 @@ def test_a_wire_that_was_away_for_less_than_the_limit_changes_nothing(hosts: Hos
 
 def test_ranks_of_one_host_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[object] = []
-    monkeypatch.setattr(peers, "Reachability", lambda *arguments: watched.append(arguments))
+    monkeypatch.setattr(reachability, "Reachability", lambda *arguments: watched.append(arguments))
     for name in ("tcp", "unix"):
         with worlds.world(name, 2, silence_s=SILENCE_S) as (one, other):
             one.isend(torch.ones(3), 1)
