@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # for type checkers, which need to see the imports
     from transport.errors import Failure as Failure
     from transport.errors import JobFailed as JobFailed
 else:
-    __all__ = [*sorted(name for names in _NAMES.values() for name in names)]
+    __all__ = sorted(name for names in _NAMES.values() for name in names)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

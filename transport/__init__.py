@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # for type checkers, which need to see the imports
     from transport.registry import transport_class as transport_class
     from transport.registry import transport_names as transport_names
 else:
-    __all__ = [*sorted(name for names in _NAMES.values() for name in names)]
+    __all__ = sorted(name for names in _NAMES.values() for name in names)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
