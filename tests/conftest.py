@@ -94,7 +94,11 @@ def undisturbed(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--matrix", default="40", help="how many cases of the fault matrix, or all")
+    parser.addoption(
+        "--matrix",
+        default="40",
+        help="how many cases of the fault matrix; all: those, and every product of factors in full",
+    )
     parser.addoption(
         "--wire",
         type=float,
@@ -139,6 +143,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         count, seed = metafunc.config.getoption("--matrix"), metafunc.config.stash[SEED]
         drawn = matrix.cases() if count == "all" else matrix.sample(int(count), seed)
         metafunc.parametrize("case", drawn, ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--matrix") != "all":
+        rest = [item for item in items if item.get_closest_marker("rest") is not None]
+        if rest:
+            config.hook.pytest_deselected(items=rest)
+            items[:] = [item for item in items if item.get_closest_marker("rest") is None]
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Exactness is the specification: schedule and number of ranks change no bit of what is learnt.
 
-Over inproc, where the ranks are threads, a run takes a tenth of a second: schedules and worlds are
-all there, what goes with them (stages a rank, partition, recompute) is drawn, from a fixed seed.
-Over sockets each schedule runs once in each of its worlds.
+Over inproc, where the ranks are threads, a run takes a tenth of a second: each schedule runs in
+each world, what goes with them (microbatches, stages a rank, partition, recompute) is drawn, from a
+fixed seed, or such that any two values meet (covering.py). Over sockets each schedule runs once in
+each of its worlds, over one transport or another.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import monolith
 import pytest
 import torch
 import zoo
+from covering import every_pair
 from torch import nn
 from torch.nn import functional
 from zoo import ZOO, Model, linear
@@ -130,17 +132,15 @@ def test_the_monolith_gives_the_bits_of_plain_torch(num_microbatches: int) -> No
 
 # Worlds of 5 and 17 ranks show what a schedule's shape has to do with the number of ranks; what is
 # new in the later schedules (I and W, several stages a rank) the small worlds show.
-GRID = [
-    (world_size, schedule)
-    for schedule in SCHEDULES
-    for world_size in WORLDS
-    if world_size <= 4 or schedule in ("naive", "gpipe", "1f1b")
-]
-OVER_SOCKETS = [
-    (world_size, schedule)
-    for world_size, schedule in GRID
-    if world_size in (2, 4) or schedule in ("naive", "gpipe", "1f1b")
-]
+def in_the_grid(world_size: int, schedule: str, *_: object) -> bool:
+    return world_size <= 4 or schedule in ("naive", "gpipe", "1f1b")
+
+
+def over_sockets(world_size: int, schedule: str, transport: str) -> bool:
+    if transport == "gloo":  # (the others pass too; each costs half a second)
+        return world_size == 4
+    first = schedule in ("naive", "gpipe", "1f1b")
+    return world_size in (2, 4) or (first and in_the_grid(world_size, schedule))
 
 
 def peaks(schedule: str, world_size: int, num_microbatches: int) -> list[int]:
@@ -152,8 +152,10 @@ def peaks(schedule: str, world_size: int, num_microbatches: int) -> list[int]:
     return theory.get(schedule) or simulate(order, num_stages, Costs()).peak_in_flight
 
 
-@pytest.mark.parametrize("num_microbatches", MICROBATCHES)
-@pytest.mark.parametrize(("world_size", "schedule"), GRID)
+@pytest.mark.parametrize(
+    ("world_size", "schedule", "num_microbatches"),
+    every_pair(WORLDS, SCHEDULES, MICROBATCHES, where=in_the_grid),
+)
 def test_every_schedule_on_any_number_of_ranks_gives_the_bits_of_plain_torch(
     world_size: int, schedule: str, num_microbatches: int
 ) -> None:
@@ -166,13 +168,8 @@ def test_every_schedule_on_any_number_of_ranks_gives_the_bits_of_plain_torch(
 
 
 @pytest.mark.parametrize(
-    ("transport", "world_size", "schedule"),
-    [
-        (transport, *case)
-        for transport in ("tcp", "shm", "gloo")
-        for case in OVER_SOCKETS
-        if transport != "gloo" or case[0] == 4  # (the others pass too; each costs half a second)
-    ],
+    ("world_size", "schedule", "transport"),
+    every_pair(WORLDS, SCHEDULES, ["tcp", "shm", "gloo"], where=over_sockets),
 )
 def test_processes_give_the_bits_of_plain_torch(
     transport: str, world_size: int, schedule: str
@@ -278,24 +275,35 @@ def one_rank(name: str) -> tuple[list[float], str, dict[str, bytes]]:
     return result[0], result[1], result[3]
 
 
-@pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_model_that_is_hard_to_cut_gives_the_bits_of_one_rank(name: str, schedule: str) -> None:
-    model, random = HARD[name], Random(f"{name} {schedule}")
-    num_layers = len(model.layers)
+def stages_for(name: str, schedule: str, ranks: int | None) -> tuple[int, int]:
+    """Return how many ranks and stages there are; None is as many ranks as the layers allow."""
     stages_per_rank = 1 + (schedule in TWO_STAGES_A_RANK)
-    for world_size in sorted({2, 3, num_layers // stages_per_rank}):
-        num_stages = world_size * stages_per_rank
-        if num_stages > num_layers:
-            continue
-        partition = drawn_partition(random, num_layers, num_stages)
-        recompute = random.choice(RECOMPUTE)
-        work = partial(train, num_stages=num_stages, recompute=recompute)
-        results = barepp.run(work, world_size, model, schedule, 3, partition, transport="inproc")
-        state = {key: value for result in results for key, value in result[3].items()}
-        for losses, parameters_sha256, _, _ in results:
-            found = (losses, parameters_sha256, state)
-            assert found == one_rank(name), f"{partition} on {world_size} ranks, {recompute}"
+    world_size = ranks or len(HARD[name].layers) // stages_per_rank
+    return world_size, world_size * stages_per_rank
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "ranks"),
+    every_pair(
+        list(HARD),
+        SCHEDULES,
+        [2, 3, None],
+        where=lambda name, *case: stages_for(name, *case)[1] <= len(HARD[name].layers),
+    ),
+)
+def test_a_model_that_is_hard_to_cut_gives_the_bits_of_one_rank(
+    name: str, schedule: str, ranks: int | None
+) -> None:
+    model, random = HARD[name], Random(f"{name} {schedule} {ranks}")
+    world_size, num_stages = stages_for(name, schedule, ranks)
+    partition = drawn_partition(random, len(model.layers), num_stages)
+    recompute = random.choice(RECOMPUTE)
+    work = partial(train, num_stages=num_stages, recompute=recompute)
+    results = barepp.run(work, world_size, model, schedule, 3, partition, transport="inproc")
+    state = {key: value for result in results for key, value in result[3].items()}
+    for losses, parameters_sha256, _, _ in results:
+        found = (losses, parameters_sha256, state)
+        assert found == one_rank(name), f"{partition} on {world_size} ranks, {recompute}"
 
 
 # -- a weight that several layers of a stage use ---------------------------------------------------
