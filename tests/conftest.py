@@ -75,13 +75,13 @@ def pytest_testnodedown(node: Any) -> None:
 # -- scripts that are started in a tenth of a second ----------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def starter() -> Iterator[Starter]:
     with Starter() as made:
         yield made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What one process learns by `TRAIN`."""
     script = write_script(tmp_path_factory.mktemp("alone"), TRAIN)

@@ -1,6 +1,6 @@
 """Ranks in processes of their own, each with a GPU; for tests only.
 
-The processes are spawned, not forked: a process in which CUDA has begun cannot be forked.
+With a real GPU the processes are spawned: one in which CUDA has begun cannot be forked.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def processes(
 
     Nothing of them is there any more at the end of the `with` block.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("fork" if gpu is fake else "spawn")
     secret = new_secret()
     pipes = [context.Pipe() for _ in range(world_size)]
     ranks = [

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import on_gpu
 import real_gpu
+import torch
 from fake_gpu import FakeGpu
 
 from transport.base import Transport
@@ -112,3 +113,12 @@ def eventually(condition: Callable[[], bool], timeout: float = SOON_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, "this did not come true in time"
         time.sleep(0.001)
+
+
+def distinct(tensor: torch.Tensor) -> list[float]:
+    """Return a tensor's values, each once; `unique` alone would sort millions of equal ones."""
+    if tensor.numel():
+        low, high = tensor.aminmax()
+        if low == high:
+            return [low.item()]
+    return tensor.unique().tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -20,11 +21,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults() -> int:
+def page_faults(processes: int) -> list[int]:
+    """Run that many processes at one time; return what each counted."""
     command = [sys.executable, "-W", "ignore", "-c", COUNT]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) for _ in range(processes)
+    ]
+    return [int(process.communicate()[0]) for process in started]
 
 
 def test_the_next_step_finds_its_memory_warm():
     """Without it the same program has none or 245440, by what happens to lie above the blocks."""
-    assert [page_faults() < 100 for _ in range(3)] == [True] * 3
+    counted = page_faults(3)
+    assert max(counted) < 100, counted

@@ -87,9 +87,9 @@ def check_bits(ended: Ended, undisturbed: str) -> None:
 # fault: what every other rank is told
 FAULTS = {
     "os.kill(os.getpid(), signal.SIGKILL)": "lost by 2: it is gone: its control connection ended",
-    "raise ValueError('boom')": "exception by 2: ValueError: boom",
 }
 MORE_FAULTS = {
+    "raise ValueError('boom')": "exception by 2: ValueError: boom",
     "sys.exit(3)": "exit by 2: it called sys.exit(3)",
     "os._exit(0)": "lost by 2: it is gone: its control connection ended",
     # (torchrun gives a stopped process 30 s to heed its SIGTERM)

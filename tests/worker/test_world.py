@@ -197,18 +197,20 @@ def test_a_script_that_runs_by_itself() -> None:
         "with barepp.init() as world:\n"
         "    print(world.rank, world.world_size, torch.get_num_threads())\n"
     )
-    for extra, threads in (({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        environment.pop("OMP_NUM_THREADS", None)
-        ended = subprocess.run(
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)
+    started = [
+        subprocess.Popen(
             [sys.executable, "-c", script],
             env={**environment, **extra},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            timeout=LIMIT_S,
-            check=True,
         )
-        assert ended.stdout == f"0 1 {threads}\n"
+        for extra in ({}, {"OMP_NUM_THREADS": "2"})
+    ]
+    for process, threads in zip(started, (1, 2), strict=True):
+        assert process.communicate(timeout=LIMIT_S)[0] == f"0 1 {threads}\n"
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])

@@ -20,7 +20,7 @@ import torch
 import transport_worlds as worlds
 from fake_gpu import FakeGpu
 from gpu_ranks import processes, told
-from transport_worlds import SOON_S, eventually, on_all_ranks, start
+from transport_worlds import SOON_S, distinct, eventually, on_all_ranks, start
 
 from transport.cuda import ipc_sender as ipc_arena
 from transport.cuda.ipc_sender import SLOTS, TABLE_NBYTES
@@ -41,7 +41,7 @@ def on(rank: Any, value: float, size: int = BIG) -> torch.Tensor:
 
 def values(rank: Any, tensor: torch.Tensor) -> list[float]:
     assert rank.gpu.holds(tensor)
-    return rank.gpu.download(tensor).unique().tolist()
+    return distinct(rank.gpu.download(tensor))
 
 
 def acquaint(ranks: list[Any]) -> None:
@@ -212,12 +212,12 @@ def test_no_two_messages_ever_share_memory(seed: int) -> None:
                 kept.append((i, got))
                 while len(kept) > rng.randrange(60):
                     j, tensor = kept.pop(rng.randrange(len(kept)))
-                    assert rank.gpu.download(tensor).unique().tolist() == [j]
+                    assert distinct(rank.gpu.download(tensor)) == [j]
                 if rng.random() < 0.5:
                     work.wait(SOON_S)
                 del flag, got, message, work
             for j, tensor in kept:
-                assert rank.gpu.download(tensor).unique().tolist() == [j]
+                assert distinct(rank.gpu.download(tensor)) == [j]
             return len(rank._peers[1 - rank.rank].connection.lender._written)
 
         assert min(on_all_ranks(ranks, run)) > 1
@@ -279,9 +279,9 @@ def test_over_tcp_and_to_who_has_no_gpu_it_is_staged() -> None:
     with worlds.world("cuda_ipc", 2, gpus=gpus) as ranks:
         for i in range(4):
             ranks[0].isend(on(ranks[0], i), 1)
-            assert ranks[1].recv(0, timeout=SOON_S).unique().tolist() == [i]
+            assert distinct(ranks[1].recv(0, timeout=SOON_S)) == [i]
             ranks[1].isend(torch.full((BIG,), float(i)), 0)  # lent, as over shm
-            assert ranks[0].recv(1, timeout=SOON_S).unique().tolist() == [i]
+            assert distinct(ranks[0].recv(1, timeout=SOON_S)) == [i]
         assert ranks[1]._peers[0].connection.lender._blocks
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transport_worlds as worlds
 from fake_gpu import POISON, FakeGpu
-from transport_worlds import SOON_S, eventually, start
+from transport_worlds import SOON_S, distinct, eventually, start
 
 from transport.errors import (
     DeviceError,
@@ -61,7 +61,7 @@ def on(rank: Any, value: float, size: int = BIG) -> torch.Tensor:
 def values(rank: Any, tensor: torch.Tensor) -> list[float]:
     """Return the values, each once, that the current stream finds in a tensor."""
     assert rank.gpu.holds(tensor)
-    return rank.gpu.download(tensor).unique().tolist()
+    return distinct(rank.gpu.download(tensor))
 
 
 # -- the order of streams --------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_messages_keep_their_order_whichever_memory_they_are_in(pair: list[Any])
     for i in range(12):
         got = pair[1].recv(0, timeout=SOON_S)
         assert pair[1].gpu.holds(got) == bool(i % 2)
-        assert pair[1].gpu.download(got).unique().tolist() == [i]
+        assert distinct(pair[1].gpu.download(got)) == [i]
     assert closing.result(SOON_S) is None
 
 
@@ -200,7 +200,7 @@ def test_a_message_of_both_kinds_keeps_them(pair: list[Any]) -> None:
         pair[0].isend(mixed(pair[0]), 1)
         got = (work or pair[1].irecv(0)).wait(SOON_S)
         assert [pair[1].gpu.holds(part) for part in got] == [False, True, False, True, False]
-        assert got[0].tolist() == [1, 0, 1] and got[2].unique().tolist() == [4]
+        assert got[0].tolist() == [1, 0, 1] and distinct(got[2]) == [4]
         assert [values(pair[1], got[i]) for i in (1, 3)] == [[3], [5]]
 
 
@@ -223,7 +223,7 @@ def test_into_decides(pair: list[Any], early: bool, sent_on: str, into_on: str) 
     got = work.wait(SOON_S)
     assert [part is target for part, target in zip(got, into, strict=True)] == [True, True]
     for i, value in enumerate((7, 8)):
-        assert pair[1].gpu.download(into[i]).unique().tolist() == [value]
+        assert distinct(pair[1].gpu.download(into[i])) == [value]
 
 
 def test_a_rank_without_a_gpu_gets_it_on_the_cpu(name: str) -> None:
@@ -232,7 +232,7 @@ def test_a_rank_without_a_gpu_gets_it_on_the_cpu(name: str) -> None:
         assert (one.device, other.device) == (torch.device("cpu"),) * 2  # (the fake's own)
         one.isend((torch.ones(2), on(one, 6)), 1)
         got = other.irecv(0).wait(SOON_S)
-        assert [part.unique().tolist() for part in got] == [[1], [6]]
+        assert [distinct(part) for part in got] == [[1], [6]]
         other.isend(got[1], 0)
         assert not gpu.holds(one.recv(1, timeout=SOON_S))  # it was on the CPU there
     gpu.close()
