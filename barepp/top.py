@@ -1,9 +1,11 @@
-"""`python -m barepp.top`: what every rank of a running job is about, drawn anew each second.
+"""`python -m barepp.top`: what every rank of a running job does, in a table, each second anew.
 
-On a terminal the picture is redrawn in its place, elsewhere it is printed again and again. --once
-looks for one interval, because rates need two looks, and prints one picture. Ctrl-C ends it, and
-not the job. Exit code: 0, also when the job has ended; 2 when there is no job to watch, or more
-than one and none is chosen.
+On a terminal rich (the extra `ui`) redraws the table in its place; without rich the terminal is
+cleared each time. Elsewhere the table is printed again and again. --once looks for one interval,
+because rates need two looks, and prints one table. Ctrl-C ends this command and not the job.
+
+Exit code: 0, also when the job has ended; 2 when there is no job to watch, or more than one and
+none is chosen.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 from barepp.cli import reader_is_gone
 from barepp.errors import BareppError, JobEnded
@@ -20,19 +23,25 @@ from barepp.monitor.client import add_job_argument, line_to
 from barepp.monitor.rates import RankRates, looks
 from barepp.monitor.status import JobStatus
 from barepp.monitor.table import as_object, interval, picture
-from barepp.monitor.terminal import Screen, size_of
+from barepp.monitor.terminal import Screen, new_screen, size_of
+
+_CLEAR: Final = "\x1b[H\x1b[J"  # ECMA-48: to the upper left corner, and erase to the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parsed = _parser().parse_args(arguments)
+    screen = new_screen() if sys.stdout.isatty() and not parsed.json else None
     try:
         with line_to(parsed.job) as line:
             seen = looks(line, parsed.interval, threading.Event())
             if parsed.once:
                 next(seen)  # rates need two
             for job, readings in seen:
-                parsed.show(job, readings)
+                if parsed.json:
+                    print(json.dumps(as_object(job, readings)), flush=True)
+                else:
+                    _show(job, readings, screen)
                 if parsed.once:
                     break
     except JobEnded as error:
@@ -41,30 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"barepp.top: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if sys.stdout.isatty():
+        if screen is None and sys.stdout.isatty():
             print()  # the terminal has written ^C there
     except BrokenPipeError:
         return reader_is_gone()
+    finally:
+        if screen is not None:
+            print(screen.leave(), end="", flush=True)
     return 0
 
 
-def _show_as_json(job: JobStatus, readings: Sequence[RankRates]) -> None:
-    print(json.dumps(as_object(job, readings)), flush=True)
-
-
-class _Shown:
-    """Shows one picture after the other on stdout."""
-
-    def __init__(self) -> None:
-        self._screen = Screen()
-
-    def __call__(self, job: JobStatus, readings: Sequence[RankRates]) -> None:
-        size = size_of(sys.stdout.fileno()) if sys.stdout.isatty() else None
-        if size is None:
-            print("\n".join(picture(job, readings)), end="\n\n", flush=True)
-        else:
-            lines = picture(job, readings, size.columns, size.lines)
-            print(self._screen.draw(lines, size.columns), end="", flush=True)
+def _show(job: JobStatus, readings: Sequence[RankRates], screen: Screen | None) -> None:
+    size = size_of(sys.stdout.fileno()) if sys.stdout.isatty() else None
+    lines = picture(job, readings, size)
+    if size is None:
+        print("\n".join(lines), end="\n\n", flush=True)
+    elif screen is None:
+        print(_CLEAR + "\n".join(lines), flush=True)
+    else:
+        print(screen.draw(lines, size), end="", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,12 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="show one picture and end")
     parser.add_argument(
-        "--json",
-        dest="show",
-        action="store_const",
-        const=_show_as_json,
-        default=_Shown(),
-        help="one JSON object a line for each picture",
+        "--json", action="store_true", help="one JSON object a line for each picture"
     )
     return parser
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = Script(parsed.script, tuple(parsed.args))
     try:
         with Output(log_dir) as output:
-            with _watching(output, parsed.interval) if parsed.watch else nullcontext():
+            with watching(output, parsed.interval) if parsed.watch else nullcontext():
                 outcome = Job(task, options, output, events, nodes=nodes).run()
             tell(outcome, output)
     except UsageError as error:
@@ -93,11 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         events.close()
     return outcome.exit_code
-
-
-def _watching(output: Output, interval_s: float) -> AbstractContextManager[None]:
-
-    return watching(output, interval_s)
 
 
 def _refuse(why: object, nodes: Nodes | None = None, world_size: int = 0) -> int:
@@ -144,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="show what every rank is about, below what the ranks print; from another terminal "
-        "python -m barepp.top does the same",
+        help="show what every rank does in a table, which rich (pip install 'barepp[ui]') keeps "
+        "below what the ranks print; python -m barepp.top shows it in another terminal",
     )
     parser.add_argument(
         "--interval", type=interval, default=1.0, metavar="S", help="seconds between pictures (1)"
@@ -267,8 +262,8 @@ def _watch_own_job(output: Output, interval_s: float, stop: threading.Event) -> 
             line_to(str(os.getpid())) as line,
         ):
             for job, readings in looks(line, interval_s, stop):
-                columns, height = size_of(2) or (None, None)
-                output.show_below(picture(job, readings, columns, height), columns)
+                size = size_of(2)
+                output.show_below(picture(job, readings, size), size)
 
 
 if __name__ == "__main__":

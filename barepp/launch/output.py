@@ -9,7 +9,7 @@ A thread of its own copies what the ranks print:
    the last words of a rank that died stand before the report of its death.
 3. Whatever goes wrong with a terminal or a log file, the pipes are emptied: a rank must not hang
    because a disk is full.
-4. A picture that stands below (`--watch`) is taken away before anything is shown, and drawn again.
+4. A table that stands below (`--watch`) is taken away before anything is shown, and drawn again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
 
-from barepp.monitor.terminal import Screen
+from barepp.monitor.terminal import Screen, new_screen
 
 READ_NBYTES: Final = 64 * 1024
 MAX_LINE_NBYTES: Final = 64 * 1024  # a longer line is shown in pieces
@@ -61,9 +61,8 @@ class Output:
         self._logs: dict[int, BinaryIO] = {}
         self._later: deque[Callable[[], None]] = deque()  # to be done when all pipes are empty
         self._new: deque[_Source] = deque()
-        self._picture: tuple[Sequence[str], int | None] | None = None  # the next one
-        self._below: tuple[Sequence[str], int] | None = None  # the one that stands on a terminal
-        self._screen = Screen()
+        self._picture: tuple[Sequence[str], os.terminal_size | None] | None = None  # the next one
+        self._screen: Screen | None = None  # where a picture stands on a terminal
         self._finish_by: float | None = None
         self._selector = selectors.DefaultSelector()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -85,13 +84,13 @@ class Output:
         self._later.append(partial(self._show, target, text.encode(errors="replace")))
         self._wake()
 
-    def show_below(self, lines: Sequence[str], columns: int | None) -> None:
+    def show_below(self, lines: Sequence[str], size: os.terminal_size | None) -> None:
         """Show a picture; of several at once only the last one is shown. Never blocks.
 
-        On a terminal of `columns` it stands below whatever is shown from then on, in the place of
-        the picture before. None is for anything else: there it is shown as other text is.
+        On a terminal of that size it stands below whatever is shown from then on, in the place of
+        the picture before, if rich is installed. Otherwise it is shown as other text is.
         """
-        self._picture = lines, columns
+        self._picture = lines, size
         self._wake()
 
     def let_stand(self) -> None:
@@ -176,26 +175,26 @@ class Output:
                 os.close(source.fd)
 
     def _draw(self) -> None:
-        picture, self._picture = self._picture, None
-        if picture is None:
+        if self._picture is None:
             return
-        lines, columns = picture
-        if columns is None:
-            self._show(2, "\n".join([*lines, "", ""]).encode(errors="replace"))
+        (lines, size), self._picture = self._picture, None
+        if size is not None and self._screen is None:
+            self._screen = new_screen()
+        if size is None or self._screen is None:
+            self._show(2, _encoded("\n".join([*lines, "", ""])))
         else:
-            self._below = lines, columns
-            self._put(2, self._screen.draw(lines, columns).encode(errors="replace"))
+            self._put(2, _encoded(self._screen.draw(lines, size)))
 
     def _leave_picture(self) -> None:
         self._draw()
-        self._below = None
+        if self._screen is not None:
+            self._put(2, _encoded(self._screen.leave()))
+            self._screen = None
 
     def _show(self, target: int, text: bytes) -> None:
-        if self._below is not None:
-            self._put(2, self._screen.erase().encode())
+        if self._screen is not None and (target == 2 or os.isatty(1)):
+            target, text = 2, _encoded(self._screen.above(text.decode(errors="surrogateescape")))
         self._put(target, text)
-        if self._below is not None:
-            self._put(2, self._screen.draw(*self._below).encode(errors="replace"))
 
     def _put(self, target: int, text: bytes) -> None:
         # Whoever replaced the stream (a notebook, a test) may have closed it: then nobody looks.
@@ -234,6 +233,10 @@ class EventLog:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
 
 
 def write_to_descriptor(target: int, data: bytes) -> None:

@@ -1,12 +1,13 @@
-"""What two looks at a job make more than one: rates; and what the kernel says of its processes."""
+"""Rates, which take two looks at a job; and CPU time and memory, which the kernel tells."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import psutil
 
@@ -14,15 +15,6 @@ from barepp.monitor.client import Line
 from barepp.monitor.status import SILENT_S, JobStatus, RankStatus
 
 WINDOW_S: Final = 5.0  # over which rates are taken, so that they do not jump
-
-
-class Counts(NamedTuple):
-    """What a rank had counted at one time, in seconds of its own clock."""
-
-    at: float
-    microbatches: float
-    received_nbytes: int
-    sent_nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +48,8 @@ class Rates:
 
     def __init__(self, *, local: bool) -> None:
         self._local = local
-        self._counts: dict[int, deque[Counts]] = {}
+        # Of each rank: seconds of its own clock, microbatches, bytes received and sent by then.
+        self._counts: dict[int, deque[list[float]]] = {}
         self._processes: dict[int, psutil.Process] = {}
 
     def take(self, ranks: Sequence[RankStatus]) -> list[RankRates]:
@@ -66,12 +59,12 @@ class Rates:
     def _read(self, status: RankStatus) -> RankRates:
         cpu_percent = rss_nbytes = None
         state, state_s = status.state, status.state_s
-        if status.silent_s is not None and status.silent_s > SILENT_S:
+        if (status.silent_s or 0.0) > SILENT_S:
             state, state_s = f"silent; last heard: {state}", status.silent_s
-        process = self._process(status)
-        if process is not None:
-            known = status.pid in self._processes
-            try:
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if self._local and status.pid:
+                known = self._processes.get(status.pid)
+                process = known or psutil.Process(status.pid)
                 with process.oneshot():
                     if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                         state = f"stopped; last heard: {status.state}"
@@ -80,50 +73,30 @@ class Rates:
                     percent = process.cpu_percent()  # since the last call
                 cpu_percent = percent if known else None
                 self._processes[process.pid] = process
-            except psutil.Error:  # it has ended meanwhile
-                pass
-        done, received, sent = self._rates(status)
+        done, received, sent = self._rates(status) or (None, None, None)
         return RankRates(status, state, state_s, done, received, sent, cpu_percent, rss_nbytes)
 
-    def _process(self, status: RankStatus) -> psutil.Process | None:
-        if not self._local or not status.pid:
+    def _rates(self, status: RankStatus) -> tuple[float, float, float] | None:
+        """Return microbatches, bytes received and bytes sent a second; None when not known."""
+        counts = status.microbatches, status.received_nbytes, status.sent_nbytes
+        now = [count for count in (status.measured_at, *counts) if count is not None]
+        if len(now) < 4:
             return None
-        try:
-            return self._processes.get(status.pid) or psutil.Process(status.pid)
-        except psutil.Error:
-            return None
-
-    def _rates(self, status: RankStatus) -> tuple[float | None, float | None, float | None]:
-        unknown = None, None, None
-        if (
-            status.measured_at is None
-            or status.microbatches is None
-            or status.received_nbytes is None
-            or status.sent_nbytes is None
-        ):
-            return unknown
-        now = Counts(
-            status.measured_at, status.microbatches, status.received_nbytes, status.sent_nbytes
-        )
         history = self._counts.setdefault(status.rank, deque())
         if (status.silent_s or 0.0) > SILENT_S:
             history.clear()  # what it does now, nobody knows
-            return unknown
+            return None
         if history and any(new < old for new, old in zip(now, history[-1], strict=True)):
             history.clear()  # a new world, which counts from 0
-        if not history or now.at > history[-1].at:
+        if not history or now[0] > history[-1][0]:
             history.append(now)
-        while len(history) > 2 and history[1].at <= now.at - WINDOW_S:
+        while len(history) > 2 and history[1][0] <= now[0] - WINDOW_S:
             history.popleft()
-        first, last = history[0], history[-1]
-        seconds = last.at - first.at
+        seconds, *more = (new - old for new, old in zip(history[-1], history[0], strict=True))
         if not seconds:
-            return unknown
-        return (
-            (last.microbatches - first.microbatches) / seconds,
-            (last.received_nbytes - first.received_nbytes) / seconds,
-            (last.sent_nbytes - first.sent_nbytes) / seconds,
-        )
+            return None
+        done, received, sent = (count / seconds for count in more)
+        return done, received, sent
 
 
 def looks(

@@ -1,21 +1,26 @@
-"""Draws the readings of a job as a table, in plain text: a line a rank.
+"""The table of a job's ranks as plain text, one line a rank.
 
     job 4711: demos/gpipe.py, 2 ranks over shm, running for 12.3 s
     rank     pid  state            for   steps micro/s   CPU   memory     in/s    out/s ...
        0    4713  computing 0F3  0.0 s     120    81.2   97%  312 MiB  1.2 MiB  1.2 MiB ...
 
-What is not known is a "-". Where a terminal is too narrow, the right end is cut off.
+"-" stands for what is not known. Where a terminal is too narrow, the right end is cut off.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from barepp.monitor.rates import RankRates
     from barepp.monitor.status import JobStatus
+
+_FORMAT: Final = "{:>4} {:>7}  {:{width}} {:>6} {:>7} {:>7} {:>5}" + " {:>8}" * 5
+_NAMES: Final = ("rank", "pid", "state", "for", "steps", "micro/s", "CPU", "memory")
+_HEADER: Final = (*_NAMES, "in/s", "out/s", "in", "out")
 
 MIN_INTERVAL_S: Final = 0.1
 MAX_INTERVAL_S: Final = 86400.0
@@ -27,23 +32,22 @@ _UNITS: Final = ("KiB", "MiB", "GiB", "TiB")
 
 
 def picture(
-    job: JobStatus,
-    readings: Sequence[RankRates],
-    columns: int | None = None,
-    lines: int | None = None,
+    job: JobStatus, readings: Sequence[RankRates], size: os.terminal_size | None = None
 ) -> list[str]:
-    """Return the table's lines, within a terminal of `columns` and `lines`; None is no bound."""
-    state_width = WIDE_STATE
-    if columns is not None:
-        state_width = min(WIDE_STATE, max(NARROW_STATE, columns - _OTHERS_WIDTH))
+    """Return the table's lines, within a terminal of that size; None is no bound."""
+    width = WIDE_STATE
+    if size is not None:
+        width = min(WIDE_STATE, max(NARROW_STATE, size.columns - _OTHERS_WIDTH))
     ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
     head = f"job {job.pid}: {job.task}, {ranks} over {job.transport}"
-    rows = [f"{head}, running for {seconds(job.age_s)}", _header(state_width)]
-    rows += [_row(reading, state_width) for reading in readings]
-    if lines is not None and len(rows) >= lines:  # the cursor stands on a line of its own
-        left_out = len(rows) - max(lines - 2, 2)
-        rows = [*rows[: max(lines - 2, 2)], f"and {left_out} more"]
-    return rows if columns is None else [cut(row, columns) for row in rows]
+    rows = [f"{head}, running for {seconds(job.age_s)}", _FORMAT.format(*_HEADER, width=width)]
+    rows += [_FORMAT.format(*_cells(reading, width), width=width) for reading in readings]
+    if size is None:
+        return rows
+    if len(rows) >= size.lines:
+        shown = max(size.lines - 2, 2)
+        rows = [*rows[:shown], f"and {len(rows) - shown} more"]
+    return [cut(row, size.columns) for row in rows]
 
 
 def as_object(job: JobStatus, readings: Sequence[RankRates]) -> dict[str, Any]:
@@ -56,39 +60,26 @@ def as_object(job: JobStatus, readings: Sequence[RankRates]) -> dict[str, Any]:
     return {"job": job.to_record(), "ranks": ranks}
 
 
-def _header(state_width: int) -> str:
-    return (
-        f"rank {'pid':>7}  {'state':{state_width}} {'for':>6} {'steps':>7} {'micro/s':>7} "
-        f"{'CPU':>5} {'memory':>8} {'in/s':>8} {'out/s':>8} {'in':>8} {'out':>8}"
-    )
+def _cells(reading: RankRates, width: int) -> Iterator[str]:
+    status, state = reading.status, reading.state
+    yield str(status.rank)
+    yield _shown(status.pid)
+    yield cut(state if len(state) <= width else state.replace("the input of ", ""), width)
+    yield "-" if reading.state_s is None else seconds(reading.state_s)
+    yield _shown(status.steps)
+    yield _shown(reading.microbatches_per_s, "{:.1f}")
+    yield _shown(reading.cpu_percent, "{:.0f}%")
+    sizes = reading.rss_nbytes, reading.received_per_s, reading.sent_per_s
+    yield from map(nbytes, (*sizes, status.received_nbytes, status.sent_nbytes))
 
 
-def _row(reading: RankRates, state_width: int) -> str:
-    status = reading.status
-    percent, rate = reading.cpu_percent, reading.microbatches_per_s
-    return (
-        f"{status.rank:4} {_or_dash(status.pid):>7}  {_fitted(reading.state, state_width)} "
-        f"{'-' if reading.state_s is None else seconds(reading.state_s):>6} "
-        f"{_or_dash(status.steps):>7} {'-' if rate is None else f'{rate:.1f}':>7} "
-        f"{'-' if percent is None else f'{percent:.0f}%':>5} {nbytes(reading.rss_nbytes):>8} "
-        f"{nbytes(reading.received_per_s):>8} {nbytes(reading.sent_per_s):>8} "
-        f"{nbytes(status.received_nbytes):>8} {nbytes(status.sent_nbytes):>8}"
-    )
-
-
-def _fitted(state: str, width: int) -> str:
-    if len(state) > width:
-        state = state.replace("the input of ", "")
-    return f"{cut(state, width):{width}}"
+def _shown(value: float | None, form: str = "{}") -> str:
+    return "-" if value is None else form.format(value)
 
 
 def cut(text: str, width: int) -> str:
     """Return `text` in at most `width` characters."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
-
-
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)
 
 
 def seconds(value: float) -> str:

@@ -1,46 +1,54 @@
-"""A few lines at the end of a terminal that are drawn over and over, each time in their own place.
-
-What is written is text with the control sequences of ECMA-48 that every terminal knows. A picture
-is one write, and what stands there is written over rather than erased first: nothing flickers.
-"""
+"""A few lines at the end of a terminal that rich redraws in their own place."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
-
-_UP: Final = "\x1b[{}F"  # to the beginning of the line that many lines further up
-_CLEAR_LINE: Final = "\x1b[K"  # from here to its end
-_CLEAR_BELOW: Final = "\x1b[J"
-_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"  # (private to DEC's VT100, and known everywhere)
 
 
 class Screen:
-    """Remembers how much it has drawn; it writes nothing itself."""
+    """Remembers what it has drawn; it writes nothing itself. ImportError where rich is missing."""
 
     def __init__(self) -> None:
-        self._height = 0
-        self._width = 0
+        from rich.console import Console
+        from rich.live import Live
 
-    def draw(self, lines: Sequence[str], columns: int) -> str:
-        """Return what draws `lines` over those before, on a terminal that is `columns` wide.
+        self._console = Console(force_terminal=True, color_system=None)
+        self._live = Live(
+            console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
 
-        Where the terminal has become too narrow for those, it may have broken them into more:
-        nobody knows how many, so they stay, and the new ones are drawn below.
-        """
-        start = _UP.format(self._height) if self._height and self._width <= columns else ""
-        self._height = len(lines)
-        self._width = min(max(map(len, lines), default=0), columns)
-        # (A full line leaves the cursor on its last character, which clearing would take away.)
-        body = "".join(s + (_CLEAR_LINE if len(s) < columns else "") + "\n" for s in lines)
-        return f"{_NO_WRAP}{start}{body}{_CLEAR_BELOW}{_WRAP}"
+    def draw(self, lines: Sequence[str], size: os.terminal_size) -> str:
+        """Return what draws `lines` over those before, on a terminal of that size."""
+        from rich.text import Text
 
-    def erase(self) -> str:
-        """Return what takes away the lines that stand there, and goes to where they stood."""
-        start = _UP.format(self._height) + _CLEAR_BELOW if self._height else ""
-        self._height = 0
-        return start
+        self._console.size = size
+        with self._console.capture() as drawn:
+            self._live.start()
+            self._live.update(Text("\n".join(lines), no_wrap=True), refresh=True)
+        return drawn.get()
+
+    def above(self, text: str) -> str:
+        """Return what prints whole lines above those that stand there."""
+        from rich.segment import Segment, Segments
+
+        with self._console.capture() as drawn:
+            self._console.print(Segments([Segment(text)]), crop=False)
+        return drawn.get()
+
+    def leave(self) -> str:
+        """Return what lets the lines stand, and goes below them."""
+        with self._console.capture() as drawn:
+            self._live.stop()
+        return drawn.get()
+
+
+def new_screen() -> Screen | None:
+    """Return a screen; None where rich, the extra `ui`, is not installed."""
+    try:
+        return Screen()
+    except ImportError:
+        return None
 
 
 def size_of(fd: int) -> os.terminal_size | None:

@@ -8,20 +8,22 @@ _SEQUENCE = re.compile(r"\x1b\[(\??\d*)([A-Za-z])")
 
 
 class Terminal:
-    """Lines that grow downwards; a longer one than `columns` is cut or wrapped, as was asked."""
+    """Lines that grow downwards; a longer one than `columns` is wrapped."""
 
     def __init__(self, columns: int = 80) -> None:
         self.columns = columns
         self.lines = [""]
-        self._row = 0
-        self._wrap = True
+        self.cursor_shown = True
+        self._row = self._printed = 0
 
     def write(self, text: str) -> None:
-        for part in re.split(r"(\x1b\[\??\d*[A-Za-z]|\n)", text):
+        for part in re.split(r"(\x1b\[\??\d*[A-Za-z]|\n|\r)", text):
             if match := _SEQUENCE.fullmatch(part):
                 self._obey(match[2], match[1])
             elif part == "\n":
                 self._newline()
+            elif part == "\r":
+                self._printed = 0
             elif part:
                 self._print(part)
 
@@ -32,10 +34,10 @@ class Terminal:
 
     def _print(self, text: str) -> None:
         # (Nothing here moves the cursor within a line, so what is printed begins at its left end.)
-        while self._wrap and len(text) > self.columns:
+        while len(text) > self.columns:
             self.lines[self._row], text = text[: self.columns], text[self.columns :]
             self._newline()
-        text = text[: self.columns]
+        assert self._printed == 0, "text is printed at the left end"
         self.lines[self._row] = text + self.lines[self._row][len(text) :]
         self._printed = len(text)
 
@@ -47,16 +49,16 @@ class Terminal:
 
     def _obey(self, letter: str, argument: str) -> None:
         match letter:
-            case "F":
+            case "A":
                 assert int(argument) <= self._row, "above the top"
                 self._row -= int(argument)
-                self._printed = 0
-            case "K":
-                column = min(self._printed, self.columns - 1)  # the cursor stays in the line
-                self.lines[self._row] = self.lines[self._row][:column]
+            case "K" if argument == "2":
+                self.lines[self._row] = ""
+            case "H":
+                self._row = self._printed = 0
             case "J":
                 self.lines[self._row :] = [""]
-            case "l" | "h" if argument == "?7":
-                self._wrap = letter == "h"
+            case "l" | "h" if argument == "?25":
+                self.cursor_shown = letter == "h"
             case _:
                 raise AssertionError(f"an unknown sequence: {argument}{letter}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
+import sys
 import time
 
 import pytest
@@ -140,7 +142,7 @@ def test_the_table_is_aligned_and_says_what_is_known():
 
 @pytest.mark.parametrize("columns", [20, 80, 100, 130, 200])
 def test_no_line_is_wider_than_the_terminal(columns):
-    rows = picture(JOB, some_readings(), columns)
+    rows = picture(JOB, some_readings(), os.terminal_size((columns, 24)))
     assert all(len(row) <= columns for row in rows)
     if columns >= 80:
         assert "waiting for 12F3 from rank 5" in rows[3].replace("the input of ", "")
@@ -150,7 +152,7 @@ def test_no_line_is_wider_than_the_terminal(columns):
 
 @pytest.mark.parametrize(("lines", "rows"), [(3, 3), (10, 9), (14, 13), (15, 14), (40, 14)])
 def test_no_more_lines_than_the_terminal_has(lines, rows):
-    shown = picture(JOB, some_readings(12), 100, lines)
+    shown = picture(JOB, some_readings(12), os.terminal_size((100, lines)))
     assert len(shown) == rows
     assert (shown[-1] == f"and {14 - rows + 1} more") == (rows < 14)
 
@@ -189,24 +191,56 @@ def test_an_interval_is_a_number_of_seconds():
 # -- drawing ---------------------------------------------------------------------------------------
 
 
-def test_pictures_of_any_size_are_drawn_over_each_other():
+@pytest.fixture(autouse=True)
+def a_terminal_that_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
+SIZE = os.terminal_size((80, 24))
+
+
+def test_pictures_of_any_size_are_drawn_over_each_other_and_text_above_them():
     rng = random.Random(1)
     terminal, screen = Terminal(), Screen()
     terminal.write("before\n")
-    for _ in range(200):
-        lines = ["x" * rng.randrange(120) for _ in range(rng.randrange(6))]
-        terminal.write(screen.draw(lines, 80))
-        assert terminal.shown == ["before", *(line[:80] for line in lines)]
-    terminal.write(screen.erase())
-    assert terminal.shown == ["before"]
+    above = ["before"]
+    for number in range(200):
+        lines = ["x" * rng.randrange(120) for _ in range(rng.randrange(1, 6))]
+        terminal.write(screen.draw(lines, SIZE))
+        if rng.randrange(3) == 0:
+            terminal.write(screen.above(f"line {number}\n"))
+            above.append(f"line {number}")
+        seen = [*above, *(line[:80] for line in lines)]
+        assert terminal.lines[: len(seen)] == seen and not any(terminal.lines[len(seen) :])
+    assert not terminal.cursor_shown
+    terminal.write(screen.leave())
+    terminal.write("after\n")
+    assert terminal.cursor_shown
+    assert terminal.shown == [*seen, "after"]
 
 
-def test_lines_that_a_narrower_terminal_may_have_broken_are_left_alone():
-    screen = Screen()
-    screen.draw(["x" * 60], 80)
-    assert "\x1b[1F" in screen.draw(["y" * 60], 60)
-    assert "\x1b[1F" not in screen.draw(["z"], 50)
-    assert "\x1b[1F" in screen.draw(["z"], 10)
+def test_what_a_rank_prints_comes_through_as_it_is():
+    """Colours, control characters, long lines, what is no UTF-8: nothing is changed or cut."""
+    shown = bytearray()
+    raw = (
+        b"[rank 0] \x1b[31mred\x1b[0m \x08\x07 10%\r20%\t\xff\xfe [bold] :smile: "
+        + b"x" * 300
+        + b"\n"
+    )
+    (reader, writer), (other_reader, other_writer) = os.pipe(), os.pipe()
+    os.write(writer, raw.removeprefix(b"[rank 0] "))
+    for fd in (writer, other_writer):
+        os.close(fd)
+    with Output(None, lambda target, data: shown.extend(data)) as output:
+        output.show_below(["picture"], SIZE)
+        eventually(lambda: b"picture" in shown)
+        output.add_rank(0, other_reader, reader)
+        eventually(lambda: raw in shown)
+        output.let_stand()
+
+
+def test_a_screen_that_nothing_was_drawn_on_leaves_nothing():
+    assert Screen().leave() == ""
 
 
 def test_a_file_has_no_size(tmp_path):
@@ -215,20 +249,33 @@ def test_a_file_has_no_size(tmp_path):
 
 
 def test_on_a_terminal_the_picture_stands_below_all_that_is_printed():
-    terminal = Terminal(40)
+    terminal, size = Terminal(40), os.terminal_size((40, 24))
     with Output(None, lambda target, data: terminal.write(data.decode())) as output:
         output.say("first\n")
-        output.show_below(["picture 1", "of a job"], 40)
-        eventually(lambda: terminal.lines[-2:] == ["of a job", ""])
+        output.show_below(["picture 1", "of a job"], size)
+        eventually(lambda: terminal.lines[-2:] == ["picture 1", "of a job"])
         for number in range(5):
             output.say(f"line {number}, {'long ' * 12}\n")
-        output.show_below(["picture 2"], 40)
-        eventually(lambda: terminal.lines[-2:] == ["picture 2", ""])
+        output.show_below(["picture 2"], size)
+        eventually(lambda: terminal.lines[-1] == "picture 2")
         output.let_stand()
         output.say("last\n")
     assert terminal.shown[-2:] == ["picture 2", "last"]
     text = "\n".join(terminal.shown)
     assert text.count("picture") == 1 and text.startswith("first\nline 0") and "line 4" in text
+
+
+def test_without_rich_pictures_are_printed_one_below_the_other(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.live", None)
+    shown = bytearray()
+    with Output(None, lambda target, data: shown.extend(data)) as output:
+        output.show_below(["picture 0"], SIZE)
+        eventually(lambda: shown.endswith(b"picture 0\n\n"))
+        output.show_below(["picture 1"], SIZE)
+        eventually(lambda: shown.endswith(b"picture 1\n\n"))
+        output.let_stand()
+        output.say("last\n")
+    assert shown == b"picture 0\n\npicture 1\n\nlast\n"
 
 
 def test_elsewhere_pictures_are_printed_and_only_the_latest_of_several():

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -275,27 +276,37 @@ def test_the_launcher_shows_the_picture_and_its_door_ends_with_it(tmp_path: Path
         assert_nothing_left(running)
 
 
-def test_on_a_terminal_one_picture_is_redrawn_and_ctrl_c_ends_it_and_not_the_job(tmp_path: Path):
+@pytest.mark.parametrize("rich", [True, False])
+def test_on_a_terminal_one_picture_is_redrawn_and_ctrl_c_ends_it_and_not_the_job(
+    rich: bool, tmp_path: Path
+):
     go = tmp_path / "go"
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "barepp.top", "--interval", "0.2", str(os.getpid())]
+    hide = "" if rich else "sys.modules['rich.live'] = None; "
+    code = f"import sys; {hide}from barepp.top import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--interval", "0.2", str(os.getpid())]
+    environ = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
     with watched_job(tmp_path, TRAIN_AND_WAIT.replace("{go}", str(go))) as job:
         settled(job)
-        with subprocess.Popen(command, stdout=slave, stderr=PIPE, cwd=ROOT) as top:
+        with subprocess.Popen(command, stdout=slave, stderr=PIPE, env=environ) as top:
             drawn = ""
             while drawn.count("job ") < 4:
                 drawn += os.read(master, 65536).decode()
             top.send_signal(signal.SIGINT)
             _, err = top.communicate(timeout=20)
             assert (top.returncode, err) == (0, b"")
+            while select.select([master], [], [], 0.2)[0]:
+                drawn += os.read(master, 65536).decode()
         job.line.status()
         go.touch()
     for fd in (master, slave):
         os.close(fd)
     assert job.finish().code == 0
     terminal = Terminal(100)
-    terminal.write(drawn[: drawn.rindex("\x1b[?7h")].replace("\r", ""))
-    assert len(terminal.shown) == 4
-    assert terminal.shown[0].startswith(f"job {os.getpid()}: ")
-    assert terminal.shown[1].startswith("rank ") and "in the script's own code" in terminal.shown[3]
+    terminal.write(drawn.replace("\r\n", "\n"))
+    assert terminal.cursor_shown
+    shown = [line for line in terminal.shown if line]
+    assert len(shown) == 4
+    assert shown[0].startswith(f"job {os.getpid()}: ")
+    assert shown[1].startswith("rank ") and "in the script's own code" in shown[3]
