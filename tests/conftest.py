@@ -154,6 +154,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def full_products(request: pytest.FixtureRequest) -> bool:
+    """Whether a test that draws its own combinations shall take all of them."""
+    return bool(request.config.getoption("--matrix") == "all")
+
+
+@pytest.fixture
 def told_ms(request: pytest.FixtureRequest) -> list[float]:
     return request.config.stash[TOLD_MS]
 
