@@ -21,7 +21,10 @@ from starter import Starter  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "demos"))  # as when a demo runs: its own folder comes first
 
-WORKERS = 2  # of pytest-xdist; most tests are several processes themselves
+# Workers of pytest-xdist. Most tests are several processes themselves, and many of them wait. Tests
+# that look at how long something took, or load the machine, are marked `xdist_group("timed")`: they
+# run one after the other.
+WORKERS = 3
 SEED = pytest.StashKey[int]()
 TOLD_MS = pytest.StashKey[list[float]]()
 

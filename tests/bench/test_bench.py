@@ -316,6 +316,7 @@ def test_training_beside_torch(tmp_path: Path) -> None:
     assert [len(measured["costs_ms"][kind]) for kind in ("forward", "backward")] == [2, 2]
 
 
+@pytest.mark.xdist_group("timed")
 def test_bubbles_of_stages_that_sleep(tmp_path: Path) -> None:
     flags = ["--ranks", "2", "--microbatches", "4", "--forward-ms", "4", "--rounds", "1"]
     rows = bench(tmp_path, "bubbles", *flags, "--steps", "1")["rows"]

@@ -6,6 +6,7 @@ import dataclasses
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -396,6 +397,7 @@ HEALTHY = """
 """
 
 
+@pytest.mark.xdist_group("timed")
 @pytest.mark.parametrize(
     "trouble",
     [
@@ -491,5 +493,10 @@ def test_threads_that_can_go_on_are_left_alone():
             world.recv(1)
             world.send(torch.ones(1), 1)
 
-    for function in (slow, with_limit, helped):
-        on_threads(function)
+    with nothing_left(), ThreadPoolExecutor() as pool:
+        works = [
+            pool.submit(barepp.run, function, 2, transport="inproc")
+            for function in (slow, with_limit, helped)
+        ]
+        for work in works:
+            work.result(LIMIT_S)

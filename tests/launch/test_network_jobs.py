@@ -15,8 +15,6 @@ from jobs import Finished, nothing_left, run_job
 from proxy import Network
 from troubles import RENDEZVOUS, Act, Fault, Pace, Part, Spot, Trouble
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 # (torch's own optimizers import its compiler, which takes seconds.)
 TRAIN = """
     import barepp, torch

@@ -26,8 +26,6 @@ from barepp.worker.world import World
 from transport.errors import WaitTimeout
 from transport.registry import transport_names
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 ALL = ["inproc", "tcp", "unix", "shm", "auto"]
 PROCESSES = ["tcp", "shm"]
 

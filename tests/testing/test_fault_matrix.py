@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 from matrix import MICROBATCHES, STEPS, THREADS, WORLD_SIZES, Case, cases, sample, train, transports
 
 import barepp
 from barepp.testing import run_with_fault
 from barepp.worker.faults.kinds import WHEN
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 # Milliseconds in truth, as the summary at the end shows; but a machine may be shared by many.
 TOLD_WITHIN_S = 5.0

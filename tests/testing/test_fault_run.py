@@ -21,8 +21,6 @@ from barepp.worker.faults.kinds import DEADLY, Fault, fault_action
 from barepp.worker.world import World
 from transport.errors import Failure, UnknownTransport
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 SOON_S = 5.0  # for what takes milliseconds, on a machine that is loaded
 
 SCRIPT = """

@@ -10,11 +10,10 @@ from jobs import nothing_left, run_job
 from soak import SAMPLES, SCRIPT, growth, samples, soak
 from troubles import Pace
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 STEPS = 120
 
 
+@pytest.mark.xdist_group("timed")
 def test_nothing_grows_and_no_bit_changes_over_a_network_that_is_late(tmp_path: Path) -> None:
     with nothing_left():
         soaked = soak(tmp_path, STEPS, Pace(3, largest=400, delay_s=0.001))

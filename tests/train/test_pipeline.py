@@ -564,6 +564,7 @@ def test_a_pipeline_of_several_ranks_is_not_used_again_after_a_failed_step():
     failing("a step of this pipeline failed", work)
 
 
+@pytest.mark.xdist_group("timed")
 @pytest.mark.parametrize("schedule", barepp.schedule_names())
 def test_the_measured_bubble_is_the_predicted_one(schedule):
     stages = 8 if schedule in ("interleaved_1f1b", "zb_v") else 4

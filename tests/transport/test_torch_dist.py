@@ -41,8 +41,6 @@ from transport.torch_dist import off_stream as apart
 from transport.torch_dist.transport import TAG, GlooGroup, NcclTransport, PairStore
 from transport.wire.format import Frame, FrameKind
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 
 @pytest.fixture
 def ranks() -> Iterator[list[Any]]:

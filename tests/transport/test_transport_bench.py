@@ -17,6 +17,7 @@ from transport.sockets.handshake import new_secret
 FIGURES = ("half_round_trip_us", "fresh_us", "one_way_gb_per_s", "both_ways_gb_per_s")
 
 
+@pytest.mark.xdist_group("timed")
 def test_every_transport_is_measured_beside_gloo_and_a_copy(tmp_path: Path) -> None:
     names = ["shm", "unix", "tcp"]
     if torch.distributed.is_gloo_available():
@@ -70,6 +71,7 @@ def late_gpu(rank: int) -> fake_gpu.FakeGpu:
 LATE_S = 0.01
 
 
+@pytest.mark.xdist_group("timed")
 def test_on_a_gpu_what_is_timed_is_the_end_of_the_copies() -> None:
     """Each copy of this GPU takes 5 ms on average; who times the calls alone finds less.
 

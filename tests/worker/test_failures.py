@@ -23,8 +23,6 @@ from barepp.launch.report import report
 from barepp.worker.failures import failure_of
 from transport.errors import RECORD_TEXT_LIMIT, Failure
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
 # What survivors do: wait for rank 1 in one way or another, and show what they are told.
 SURVIVE = """
     import barepp, faulthandler, os, signal, sys, threading, time, torch
@@ -620,6 +618,7 @@ RACES = {
 }
 
 
+@pytest.mark.xdist_group("timed")
 def test_the_decision_is_right_every_time_on_a_loaded_machine(tmp_path: Path) -> None:
     """A rank's words, its end and its peers' complaints race each other to the launcher."""
     text = """
@@ -646,6 +645,7 @@ def test_the_decision_is_right_every_time_on_a_loaded_machine(tmp_path: Path) ->
                 assert f"[rank {rank}] told by 2" in job.out
 
 
+@pytest.mark.xdist_group("timed")
 def test_healthy_ends_are_right_every_time_on_a_loaded_machine(tmp_path: Path) -> None:
     text = """
         import barepp

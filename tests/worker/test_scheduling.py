@@ -11,6 +11,7 @@ from barepp import run
 from barepp.worker.process import compute_in_turns
 from barepp.worker.world import World
 
+pytestmark = pytest.mark.xdist_group("timed")
 CORES = len(os.sched_getaffinity(0))
 
 

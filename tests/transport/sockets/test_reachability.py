@@ -16,6 +16,7 @@ import transport.sockets.peers
 from transport.errors import PeerLost, WaitTimeout
 from transport.sockets import reachability
 
+pytestmark = pytest.mark.xdist_group("timed")
 SILENCE_S = 1.0
 LOADED_S = 3.0  # what a machine that does other things too may take longer
 
