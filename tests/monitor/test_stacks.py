@@ -28,9 +28,24 @@ from barepp.monitor.stacks import (
     process_state,
     take_stacks,
 )
+from barepp.monitor.stacks import _of_the_script as of_the_script
 from barepp.monitor.status import SILENT_S
 from barepp.monitor.status_socket import StatusSocket
 from barepp.stacks import main
+
+
+def test_the_frames_around_the_scripts_own_are_left_out() -> None:
+    script = '  File "/somewhere/train.py", line 12 in <module>'
+    thread = f"""Current thread 0x00007f0000000000 (most recent call first):
+  File "{ROOT}/transport/message/work.py", line 80 in wait
+  File "{ROOT}/barepp/worker/world.py", line 90 in recv
+{script}
+  File "<frozen runpy>", line 88 in _run_code
+  File "{ROOT}/barepp/worker/main.py", line 70 in run
+"""
+    assert of_the_script(thread) == script
+    assert of_the_script(thread.replace(f"{script}\n", "")) == ""
+
 
 EVERYWHERE = """
     import ctypes, hashlib, os, signal, time

@@ -20,6 +20,7 @@ from barepp.trace.analysis import (
     typical_step,
 )
 from barepp.trace.chrome_format import ActionSpan, NoteSpan, RankTrace, StepSpan, Trace
+from barepp.trace.step_breakdown import RankTimes
 
 
 @every_shape
@@ -34,6 +35,13 @@ def test_a_step_is_what_was_simulated(shape, transfer):
     assert predicted(trace, schedule_of(trace, 1)).makespan == pytest.approx(
         float(simulate(trace.schedule.order, trace.schedule.num_stages, Costs()).makespan)
     )
+
+
+def test_what_is_left_of_a_step_is_its_own():
+    waits_ms = [(0, "activations", 2.0), (1, "gradients", 1.0)]
+    times = RankTimes(20.0, 8.0, waits_ms, 4.0, 0.5, 8, 2, 0)
+    assert (times.waiting_ms, times.communicating_ms) == (3.0, 4.5)
+    assert (times.own_ms, times.moving_ms) == (4.5, 8.5)
 
 
 @every_shape

@@ -23,7 +23,9 @@ from barepp.train.messages import (
     unpack_activation,
     unpack_gradient,
 )
+from barepp.train.stage.stage import Stage
 from transport.errors import ProtocolError
+from transport.message.work import Send
 
 SCHEDULES = ["naive", "gpipe", "1f1b"]  # the others: tests/train/test_exactness.py
 cross_entropy = nn.functional.cross_entropy
@@ -105,6 +107,60 @@ def sizes_that_change(world, schedule):
 def test_the_batch_size_may_change_at_every_step(schedule):
     [reference] = run(sizes_that_change, 1, schedule)
     assert run(sizes_that_change, 3, schedule) == [reference] * 3
+
+
+def test_every_step_draws_other_masks():
+    def losses(world):
+        layers = [functools.partial(nn.Dropout, 0.5), functools.partial(nn.Linear, 64, 10)]
+        pipe = barepp.Pipeline(world, layers, cross_entropy, num_microbatches=2)
+        return [float(pipe.step(*data(8))) for _ in range(3)]
+
+    [alone] = run(losses, 1)
+    assert len(set(alone)) == 3
+    assert run(losses, 2) == [alone] * 2
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_a_step_ends_when_all_that_it_sent_has_left(schedule, monkeypatch):
+    waited = []
+
+    class Noted(Send):
+        def wait(self, timeout=None):
+            waited.append(id(self))
+            return super().wait(timeout)
+
+    monkeypatch.setattr("transport.inproc.Send", Noted)
+
+    def sent(world):
+        pipe = barepp.Pipeline(world, barepp.mlp(4, 16), cross_entropy, schedule=schedule)
+        works = []
+        isend = world.transport.isend
+
+        def noted(message, dst, tag=0):
+            works.append(isend(message, dst, tag))
+            return works[-1]
+
+        world.transport.isend = noted
+        pipe.step(*data(16))
+        return [id(work) for work in works]
+
+    for rank in run(sent, 3):
+        assert len(rank) >= 8 and set(rank) <= set(waited)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "zb_v"])
+def test_a_forward_is_told_whether_its_backward_comes_in_two_parts(schedule, monkeypatch):
+    """Otherwise the bits are the same, but W computes all input gradients once more."""
+    told = []
+    forward = Stage.forward
+
+    def noted(self, *args, split, **options):
+        told.append(split)
+        return forward(self, *args, split=split, **options)
+
+    monkeypatch.setattr(Stage, "forward", noted)
+    run(step_once, 2, schedule, 4, 8, 4)
+    assert set(told) == {schedule != "1f1b"}
 
 
 def test_data_is_needed_only_where_it_is_used():
