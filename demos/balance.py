@@ -1,4 +1,4 @@
-"""Step 13 of the course: one layer is heavier than the others. Where to cut?
+"""Step 15 of the course: one layer is heavier than the others. Where to cut?
 
     python -m barepp.launch --world 2 demos/balance.py
 
@@ -25,21 +25,21 @@ Here both partitions are trained, in turns; `--trace PATH` records the balanced 
 has a core for each rank. Where ranks have less than that, because they are more than the cores or
 because others use them too, the work of all stages shares what there is, however it is cut, and
 little is gained.
+
+You can now say: a pipeline is as fast as its slowest stage: measure the layers, and cut where the
+slowest stage is fastest.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import barepp
 import digits
 import training
-from barepp.plan.simulate import simulate
-from barepp.train.models import LayerBuilder, LinearReLU
 from flags import check_at_least, run_demo
-from transport.collectives import broadcast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ TIMES = 4  # how much wider it is within
 SCHEDULE = "1f1b"
 TURN = 10  # steps
 # Flags of the other steps that are settled here.
-WITHOUT = ("stages", "partition", "recompute", "autocast")
+WITHOUT = ("stages", "partition", "recompute", "autocast", "verbose")
 
 
 class Block(nn.Module):
@@ -59,11 +59,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.widen = LinearReLU(width, TIMES * width)
-        self.narrow = LinearReLU(TIMES * width, width)
+        widen, narrow = barepp.mlp(1, TIMES * width, in_features=width, num_classes=width)
+        self.widen, self.narrow = widen(), narrow()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.widen(x))  # [rows, width]
+        return torch.relu(self.narrow(self.widen(x)))  # [rows, width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Row:
     parameters_sha256: str
 
 
-def layers_of(flags: training.Flags) -> list[LayerBuilder]:
+def layers_of(flags: training.Flags) -> list[Callable[[], nn.Module]]:
     """Return the builders of the net."""
     layers = barepp.mlp(flags.layers, flags.hidden)
     return [*layers[:HEAVY], partial(Block, flags.hidden), *layers[HEAVY + 1 :]]
@@ -108,8 +108,7 @@ def compare(world: barepp.World, flags: training.Flags) -> tuple[list[Row], list
     costs = measured(world, flags, data) if world.rank == 0 else []
     # Rank 0 alone has measured, so it tells the others where to cut.
     sizes = torch.tensor(barepp.balance(costs, schedule)) if world.rank == 0 else None
-    told = broadcast(world.transport, sizes, root=0)
-    assert isinstance(told, Tensor)
+    told = world.broadcast(sizes, root=0)
     pipes = [
         barepp.Pipeline(
             world,
@@ -148,7 +147,7 @@ def row_of(world: barepp.World, pipe: barepp.Pipeline, costs: list[barepp.LayerC
     predicted_ms = bubble = 0.0
     if world.rank == 0:
         stages = barepp.stage_costs(costs, pipe.partition, pipe.schedule)
-        timeline = simulate(pipe.schedule.order, len(pipe.partition), stages)
+        timeline = barepp.simulate(pipe.schedule.order, len(pipe.partition), stages)
         predicted_ms, bubble = 1e3 * float(timeline.makespan), timeline.bubble
     summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
     return Row(

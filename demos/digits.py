@@ -10,8 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from barepp.errors import DataError, UsageError
-from barepp.train.stage.seeding import derive_seed
+from barepp import DataError, UsageError, derive_seed
 
 import torch
 from torch import Tensor

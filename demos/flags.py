@@ -1,4 +1,4 @@
-"""The demos' command lines: flags from a dataclass, and mistakes told in one sentence."""
+"""The command lines of the demos: flags from a dataclass, and one sentence for each mistake."""
 
 import argparse
 import contextlib
@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import barepp
-from barepp.worker.init import by_itself
 
 F = TypeVar("F")
 
 
 @contextlib.contextmanager
 def one_sentence(world: barepp.World) -> Iterator[None]:
-    """Tell a person's mistake in one sentence instead of a traceback, and end with code 2.
+    """Print a person's mistake as one sentence without a traceback, and exit with code 2.
 
-    With several ranks, which all make the same mistake, that is the launcher's to say, once.
+    Several ranks make the same mistake: then the launcher prints it, once.
     """
     try:
         yield
@@ -29,7 +28,7 @@ def one_sentence(world: barepp.World) -> Iterator[None]:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Tell a person's mistake, and end."""
+    """Print a person's mistake, and exit."""
     print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -37,15 +36,15 @@ def refuse(error: Exception) -> NoReturn:
 def join() -> barepp.World:
     """Join the world, on the device that --device names.
 
-    That flag is read before all others, which only a rank of a world can answer for. A launcher
-    has one of its own for all ranks, and the demo then needs none.
+    This flag is read before the others, because the world decides what they may be. (A launcher has
+    a --device of its own, for all ranks.)
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device")
     try:
         return barepp.init(device=parser.parse_known_args(sys.argv[1:])[0].device)
     except barepp.UsageError as error:
-        if not by_itself():
+        if barepp.launched():
             raise
         refuse(error)
 
@@ -62,12 +61,12 @@ def read(
     about: str,
     without: Collection[str] = (),
 ) -> F | None:
-    """Return this command line's flags in a dataclass as `defaults` is one; None for --help alone.
+    """Return the flags of this command line, in a dataclass like `defaults`; None for --help.
 
-    Each field is a flag of the same name, but for those that the demo is `without`; one whose
-    default is None is a path.
+    Each field is a flag of the same name, except those in `without`. A field whose default is None
+    is a path, one whose default is False takes no value.
     """
-    # Not argparse's own --help: it would print once a rank, and leave without the others.
+    # Not argparse's own --help: every rank would print it, and leave without the others.
     parser = _Parser(
         prog=Path(sys.argv[0]).name,
         description=about,
@@ -80,12 +79,15 @@ def read(
     parser.add_argument("--device", metavar="WORD", help=text)
     flags = {name: value for name, value in vars(defaults).items() if name not in without}
     for name, default in flags.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=help_texts[name])
+            continue
         type_ = Path if default is None else type(default)
         text = help_texts[name] + ("" if default is None else f" ({default})")
         metavar = {Path: "PATH", int: "N", float: "X", str: "WORD"}[type_]
         parser.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=text)
     chosen = vars(parser.parse_args(sys.argv[1:]))
-    chosen.pop("device")  # `join` has seen to it
+    chosen.pop("device")  # `join` has read it
     if chosen.pop("help"):
         if world.rank == 0:
             print(parser.format_help(), end="")
@@ -100,9 +102,9 @@ def run_demo(
     run: Callable[[barepp.World, F], tuple[str, object]],
     without: Collection[str] = (),
 ) -> None:
-    """Join the world, read the flags and `run`; rank 0 prints the text that comes of it there.
+    """Join the world, read the flags and `run`; rank 0 prints the text that `run` returns.
 
-    What else comes of it is an object for the flag `json`, if that names a file.
+    The object that it returns as well goes into the file that --json names.
     """
     with join() as world, one_sentence(world):
         flags = read(defaults, help_texts, world, about or "", without)
@@ -111,7 +113,7 @@ def run_demo(
         text, found = run(world, flags)
         if world.rank == 0:
             print(text)
-            path: Path | None = vars(flags)["json"]
+            path: Path | None = vars(flags).get("json")
             if path is not None:
                 path.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Step 14 of the course: a transformer that learns to write Python, byte by byte, in a pipeline.
+"""Step 16 of the course: a transformer that learns to write Python, byte by byte, in a pipeline.
 
     python -m barepp.launch --world 4 demos/gpt.py
 
@@ -22,6 +22,9 @@ bit for bit, on any number of ranks: masks depend on the layer, the step and the
 At the end it writes. Every byte goes once through the whole pipeline: the last rank draws it and
 tells the others. That is slow on purpose (nothing is cached) and shows what inference through a
 pipeline costs: while one rank works the others wait.
+
+You can now say: random numbers depend on the seed, the layer, the step and the microbatch, never
+on the rank: dropout is the same wherever the model is cut.
 """
 
 import dataclasses
@@ -29,14 +32,12 @@ import math
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import barepp
 import training
-from barepp.trace.step_breakdown import RankTimes, table
-from barepp.train.stage.seeding import derive_seed
 from flags import check_at_least, check_positive, check_writable, run_demo
 from gpt_model import gpt, loss_fn
-from transport.collectives import broadcast
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ class Flags:
     text: Path | None = None
     json: Path | None = None
     trace: Path | None = None
+    verbose: bool = False
 
 
 HELP = {
@@ -104,7 +106,7 @@ class Results:
     tokens_per_s: float  # a token is a byte; all that a step takes, the first one left out
     bubble_measured: float
     peak_in_flight: list[int]  # per rank
-    ranks: list[RankTimes]  # what each rank did all the time
+    ranks: list[dict[str, Any]]  # how each rank spent its time
     written: str
 
 
@@ -142,8 +144,7 @@ def read_text(path: Path | None) -> Tensor:
 
 def share_text(world: barepp.World, flags: Flags) -> tuple[Tensor, Tensor]:
     """Return what is learnt from and what is held out, the same on every rank: rank 0's."""
-    text = broadcast(world.transport, read_text(flags.text) if world.rank == 0 else None, root=0)
-    assert isinstance(text, Tensor)
+    text = world.broadcast(read_text(flags.text) if world.rank == 0 else None, root=0)
     held_out = max(int(len(text) * HELD_OUT), flags.context + 1)
     if len(text) < 2 * held_out:
         raise barepp.DataError(
@@ -169,18 +170,18 @@ def train(
     """Train the pipeline; return the loss of each step, in bits a byte, and the seconds a step."""
     optimizer = torch.optim.AdamW(pipe.parameters(), lr=flags.lr, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, flags))
-    take_step = training.step_of(pipe, optimizer, flags.autocast)
+    scaler = barepp.LossScaler(pipe, enabled=flags.autocast == "fp16")  # for --autocast fp16 only
     every = max(1, flags.steps // training.NUM_PROGRESS_LINES)
     losses = []
     began = time.perf_counter()
     for step in range(flags.steps):
         if step == 1:  # the first one warms up
             began = now(world)
-        seed = derive_seed(flags.seed, "excerpts", step=step)
+        seed = barepp.derive_seed(flags.seed, "excerpts", step=step)
         text, following = excerpts(learnt, flags.batch, flags.context, seed)
         pipe.zero_grad()
         losses.append(bits(pipe.step(text, following)))
-        if take_step():
+        if scaler.step(optimizer):  # optimizer.step(); float16 sometimes has to skip it
             rate.step()
         if world.rank == 0 and ((step + 1) % every == 0 or step + 1 == flags.steps):
             print(f"step {step + 1:4d}/{flags.steps}   {losses[-1]:.3f} bits a byte")
@@ -212,15 +213,14 @@ def write(world: barepp.World, pipe: barepp.Pipeline, flags: Flags) -> str:
     """Return `PROMPT` and what the model puts behind it, the same on every rank."""
     pipe.eval()
     text = list(PROMPT)
-    generator = torch.Generator().manual_seed(derive_seed(flags.seed, "writing"))
+    generator = torch.Generator().manual_seed(barepp.derive_seed(flags.seed, "writing"))
     for _ in range(flags.write):
         scores = pipe.forward(torch.tensor([text[-flags.context :]]))  # [1, length, 256]
         drawn = None
         if isinstance(scores, Tensor):  # on the rank of the last stage
             likely = (scores[0, -1].cpu().float() / TEMPERATURE).softmax(0)  # [256]
             drawn = torch.multinomial(likely, 1, generator=generator)  # [1]
-        drawn = broadcast(world.transport, drawn, root=pipe.last_rank)
-        assert isinstance(drawn, Tensor)
+        drawn = world.broadcast(drawn, root=pipe.last_rank)
         text.append(int(drawn))
     return bytes(text).decode(errors="replace")
 
@@ -233,18 +233,14 @@ def run(world: barepp.World, flags: Flags) -> Results:
         gpt(flags),
         loss_fn,
         schedule=flags.schedule,
-        num_stages=flags.stages or None,
-        num_microbatches=flags.microbatches,
-        partition=training.partition_of(flags.partition),
-        seed=flags.seed,
-        recompute=flags.recompute,
-        autocast=training.precision_of(flags.autocast),
-        sample=excerpts(learnt, flags.batch, flags.context, seed=0),
+        **training.pipeline_options(flags, excerpts(learnt, flags.batch, flags.context, seed=0)),
     )
     if flags.trace is not None:
         pipe.trace()
     losses, step_s = train(world, pipe, learnt, flags)
     summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
+    if flags.verbose and world.rank == 0:
+        print(f"\n{flags.schedule}, milliseconds a step:\n{summary.table()}\n")
     if flags.trace is not None:
         barepp.write_trace(world, pipe.recorder, flags.trace)
     return Results(
@@ -261,21 +257,16 @@ def run(world: barepp.World, flags: Flags) -> Results:
         tokens_per_s=flags.batch * flags.context / step_s,
         bubble_measured=summary.bubble,
         peak_in_flight=summary.peak_in_flight,
-        ranks=summary.ranks,
+        ranks=list(map(dataclasses.asdict, summary.ranks)),
         written=write(world, pipe, flags),
     )
 
 
 def report(results: Results) -> str:
     """Return what a person reads at the end."""
-    bubble = f"{results.bubble_measured:.1%} measured"
-    where = "\n".join(table(results.ranks))
     return f"""
-{results.schedule}, milliseconds a step:
-{where}
-
 step            {results.step_ms:.1f} ms ({results.schedule}), {results.tokens_per_s:.0f} bytes/s
-bubble          {bubble}; peak in-flight {results.peak_in_flight}
+bubble          {results.bubble_measured:.1%} measured; peak in-flight {results.peak_in_flight}
 parameters      sha256 {results.parameters_sha256}
 held out        {results.held_out:.3f} bits a byte
 it writes       {results.written!r}"""

@@ -1,10 +1,11 @@
 """The model of demos/gpt.py: a transformer, as a list of callables that build one layer each."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from barepp.train.models import LayerBuilder
+import barepp  # noqa: F401  (before torch)
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,9 @@ def shrink(linear: nn.Linear, size: Size) -> None:
     nn.init.zeros_(linear.bias)
 
 
-def gpt(size: Size) -> list[LayerBuilder]:
+def gpt(size: Size) -> list[Callable[[], nn.Module]]:
     """Return 2 × blocks + 2 builders; a rank calls those of its own stages."""
-    block: list[LayerBuilder] = [partial(Attention, size), partial(FeedForward, size)]
+    block: list[Callable[[], nn.Module]] = [partial(Attention, size), partial(FeedForward, size)]
     return [partial(Embedding, size), *(block * size.blocks), partial(Head, size)]
 
 

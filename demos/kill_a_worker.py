@@ -1,4 +1,4 @@
-"""Step 15 of the course: a rank dies at a chosen action. Who is told what, and when?
+"""Step 17 of the course: a rank dies at a chosen action. Who is told what, and when?
 
     python demos/kill_a_worker.py
 
@@ -26,6 +26,9 @@ short:
 `check` wants what should be true after any failure: the cause names the rank and what happened to
 it, every other rank was told that same cause, in time, and nothing is left behind.
 tests/testing/test_fault_matrix.py does so for each action of each schedule.
+
+You can now say: a failure has one cause: every other rank is told it, raises it, and ends; nothing
+is left behind.
 """
 
 import argparse

@@ -13,6 +13,9 @@ processes):
     images → 8 layers → output ──[1]──→ received → 8 layers and the head → loss
                            │                │                               │
                           [4] ←────[3]── received.grad ←────[2] backward ───┘
+
+You can now say: between two stages only numbers cross: an activation forwards, and its gradient
+backwards.
 """
 
 import digits

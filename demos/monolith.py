@@ -1,32 +1,32 @@
-"""Step 1 of the course: one process, one loop. What every pipeline has to reproduce bit for bit.
+"""Step 1 of the course: one process, one loop. Every pipeline has to reproduce it bit for bit.
 
     python demos/monolith.py
 
 ends with
 
-    test accuracy   0.9778
+    test accuracy   0.9722
+    parameters      sha256 …
 
-The net is 16 layers of Linear(128) + ReLU and a head; it learns to name handwritten digits of 8×8
-pixels. Each batch of 64 rows is cut into 8 microbatches of 8, as a pipeline will need it: the
-gradients of the microbatches add up to those of the batch. One process gains nothing by that. It
-is done here so that the pipelines of the next steps can be compared with it: `parameters_sha256`
-is the same in all of them.
+The net has 16 layers of Linear(128) + ReLU and a head; it learns to name handwritten digits of 8×8
+pixels. Each batch of 64 rows is cut into 8 microbatches of 8 rows, as a pipeline needs it: the
+gradients of the microbatches add up to the gradient of the batch. One process gains nothing from
+that. It is done here so that the pipelines of the next steps can be compared with this loop: the
+`sha256` over all parameters is the same in all of them.
+
+You can now say: the gradients of the microbatches, each weighted by its share of the rows, add up
+to the gradient of the whole batch.
 """
 
-import dataclasses
-import functools
 import hashlib
 import time
+from itertools import pairwise
 
 import barepp
 import digits
 import training
-from barepp.program.lowering import Step, lower
-from barepp.trace.recorder import Recorder, Times
-from barepp.train.stage.seeding import derive_seed
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -36,21 +36,21 @@ def build(num_layers: int, hidden: int, seed: int) -> nn.Sequential:
     for index, builder in enumerate(barepp.mlp(num_layers, hidden)):
         # Why not one seed for all? A rank of a pipeline builds only some of the layers; their
         # weights must not depend on what was drawn for the layers before them.
-        torch.manual_seed(derive_seed(seed, "init", index))
+        torch.manual_seed(barepp.derive_seed(seed, "init", index))
         model.append(builder())
     return model
 
 
 def step(
     model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: Tensor,
+    labels: Tensor,
     num_microbatches: int,
-    recorder: Recorder | None = None,
-) -> torch.Tensor:
+    recorder: barepp.Recorder | None = None,
+) -> Tensor:
     """Add the gradients of one batch to `.grad`; return the mean loss over its rows."""
     num_microbatches = min(num_microbatches, len(labels))  # none is empty
-    times: list[Times] = []
+    clock = [time.perf_counter_ns()]
     total = torch.zeros(())
     parts = zip(
         images.tensor_split(num_microbatches),  # as even as possible: [8, 64] each
@@ -58,32 +58,25 @@ def step(
         strict=True,
     )
     for x, y in parts:
-        began = time.perf_counter_ns()
         # Why the factor? cross_entropy is the mean over this microbatch's rows. Weighted by the
-        # microbatch's share of the batch, the means add up to that over all rows.
+        # microbatch's share of the batch, the means add up to the mean over all rows.
         loss = functional.cross_entropy(model(x), y) * (len(y) / len(labels))  # []
-        forward_ended = time.perf_counter_ns()
+        clock.append(time.perf_counter_ns())
         loss.backward()
-        ended = time.perf_counter_ns()
-        times.append((began, began, forward_ended, forward_ended))
-        times.append((forward_ended, forward_ended, ended, ended))
+        clock.append(time.perf_counter_ns())
         total += loss.detach()
     if recorder is not None:
-        recorder.add_actions(program(num_microbatches), times)
+        record(recorder, num_microbatches, clock)
     return total
 
 
-def schedule(num_microbatches: int) -> barepp.Schedule:
-    """Return what `step` does as a schedule: the naive one of a pipeline of one stage."""
-    naive = barepp.make_schedule("naive", 1, num_microbatches)
-    return dataclasses.replace(naive, name="monolith")
-
-
-@functools.cache
-def program(num_microbatches: int) -> list[Step]:
-    """Return the schedule's actions, none of which sends anything."""
-    [alone] = lower(schedule(num_microbatches).order, num_stages=1)
-    return alone
+def optimizers(
+    model: nn.Module, flags: training.Flags
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return the optimizer, and what lets its learning rate decay."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
+    return optimizer, decay
 
 
 def train(world: barepp.World, flags: training.Flags) -> training.Results:
@@ -94,46 +87,49 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
         raise barepp.UsageError(f"this demo computes on the CPU, not on {world.device}")
     training_set, test_set = digits.load()
     model = build(flags.layers, flags.hidden, flags.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
+    optimizer, decay = optimizers(model, flags)
+    recorder = barepp.Recorder(tracing=flags.trace is not None, schedule=schedule(flags))
     progress = training.Progress(flags.steps)
-    recorder = Recorder(tracing=flags.trace is not None, schedule=schedule(flags.microbatches))
-    losses = []
     for index in range(flags.steps):
         images, labels = digits.batch(training_set, index, flags.batch, flags.seed)
         optimizer.zero_grad()
         recorder.begin_step(index)
-        losses.append(step(model, images, labels, flags.microbatches, recorder).item())
+        loss = step(model, images, labels, flags.microbatches, recorder)  # []
         recorder.end_step()
         with recorder.span("optimizer"):
             optimizer.step()
         decay.step()
-        progress.tell(index, losses[-1], len(labels))
-    summary = barepp.summarise(world, recorder, peak_in_flight=1)
-    if flags.trace is not None:
-        barepp.write_trace(world, recorder, flags.trace)
+        progress.after_step(loss, len(labels))
     with torch.no_grad():
         answers = model(test_set.images).argmax(1)  # [360]
-    return training.Results(
+    return training.results_of(
+        world,
+        flags,
+        recorder,
+        1,  # microbatch in flight
         schedule="monolith",
-        world_size=1,
         stages=1,
         partition=[flags.layers + 1],
-        microbatches=flags.microbatches,
-        steps=flags.steps,
-        losses=losses,
+        losses=progress.losses,
         test_accuracy=(answers == test_set.labels).double().mean().item(),
         parameters_sha256=parameters_sha256(model),
-        step_ms=summary.step_ms,
-        # One process waits for nobody, and keeps one microbatch at a time.
-        bubble_measured=0.0,
+        same_bits=True,  # this is the one process
         bubble_predicted=0.0,
-        peak_in_flight=[1],
-        computing_ms=summary.computing_ms,
-        waiting_ms=summary.waiting_ms,
-        moving_ms=summary.moving_ms,
-        ranks=summary.ranks,
+        bubble_measured=0.0,  # one process waits for no other
     )
+
+
+def parameters_after(num_steps: int, flags: training.Flags) -> str:
+    """Return the SHA-256 of the parameters after the first steps: the other demos compare it."""
+    training_set, _ = digits.load()
+    model = build(flags.layers, flags.hidden, flags.seed)
+    optimizer, decay = optimizers(model, flags)
+    for index in range(num_steps):
+        optimizer.zero_grad()
+        step(model, *digits.batch(training_set, index, flags.batch, flags.seed), flags.microbatches)
+        optimizer.step()
+        decay.step()
+    return parameters_sha256(model)
 
 
 def parameters_sha256(model: nn.Module) -> str:
@@ -144,5 +140,28 @@ def parameters_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def schedule(flags: training.Flags) -> barepp.Schedule:
+    """Return the order of `step` as a schedule: the naive one of a pipeline of one stage."""
+    return barepp.make_schedule("naive", 1, flags.microbatches)
+
+
+def record(recorder: barepp.Recorder, num_microbatches: int, clock: list[int]) -> None:
+    """Tell the recorder when the forwards and backwards of a step began and ended, for --trace."""
+    [actions] = barepp.make_schedule("naive", 1, num_microbatches).order
+    program = [(action, None, None) for action in actions]  # received from no rank, sent to none
+    times = [(a, a, b, b) for a, b in pairwise(clock)]
+    recorder.add_actions(program, times)
+
+
+def report(results: training.Results) -> str:
+    """Return the lines that a person reads at the end."""
+    return (
+        f"\ntest accuracy   {results.test_accuracy:.4f}"
+        f"\nparameters      sha256 {results.parameters_sha256}"
+        "\nlook next       demos/manual_split.py: the same net in two halves"
+    )
+
+
 if __name__ == "__main__":
-    training.main(train, __doc__, without=("stages", "partition", "recompute", "autocast"))
+    without = ("stages", "partition", "recompute", "autocast")
+    training.main(train, __doc__, without=without, report=report)

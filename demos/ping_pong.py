@@ -11,6 +11,9 @@ time, and half a round trip is how long it took. Small ones tell the latency. Th
 eight isends in a row, and rank 1 has posted the eight irecvs before: while one message is copied,
 the next is on its way already. Large ones tell the bandwidth. More ranks than two look on. (The
 numbers above are from two busy cores of a virtual machine.)
+
+You can now say: a send returns as soon as its tensor may be written again, an isend at once;
+neither waits until the other rank receives.
 """
 
 import statistics

@@ -1,33 +1,29 @@
-"""What the training demos share: their flags, the training loop, and the summary at the end.
+"""What the training demos share: their flags, the printing, and the comparison with one process.
 
-demos/naive.py, gpipe.py, one_f_one_b.py and those that follow differ in one word, the schedule;
-everything else that they do is `train` below. Nothing in it knows how many ranks there are.
+The training loop is in each demo. Here is the rest: `main` joins the world and reads the flags,
+`Follower` prints the progress and collects the results.
 """
 
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import barepp
-import digits
-from barepp.plan.simulate import Costs, simulate
-from barepp.trace.step_breakdown import RankTimes, own_time, table
-from barepp.train.stage.autocast import HALVES
 from flags import check_at_least, check_positive, check_writable, run_demo
-from transport.collectives import broadcast
 
 import torch
-from torch.nn import functional
 
-NUM_PROGRESS_LINES = 10
+NUM_PROGRESS_LINES = 5
+COMPARED_STEPS = 20  # that one process repeats at the end
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """What a person can choose; the defaults learn the digits in a few seconds."""
+    """What a person can choose; with the defaults the digits are learnt in a few seconds."""
 
     steps: int = 460  # 20 epochs
     batch: int = 64
@@ -42,13 +38,14 @@ class Flags:
     lr: float = 1e-3
     json: Path | None = None
     trace: Path | None = None
+    verbose: bool = False
 
 
 HELP = {
     "steps": "optimizer steps to take",
     "batch": "rows of a batch",
     "microbatches": "into how many microbatches a batch is cut",
-    "stages": "slices of the model; 0 for what is usual: one a rank, or what the schedule needs",
+    "stages": "slices of the model; 0 for the usual number: one a rank, or what the schedule needs",
     "partition": "uniform, balanced, or how many layers each stage gets: 5,4,4,4",
     "recompute": "which microbatches run their forward again in backward, to save memory",
     "autocast": "off, bf16 or fp16: matrix products in half precision",
@@ -58,12 +55,13 @@ HELP = {
     "lr": "learning rate of Adam at the start; it decays linearly to 0",
     "json": "write the results there",
     "trace": "write what each rank did when there, for Perfetto and python -m barepp.timeline",
+    "verbose": "print where the time of a step went, rank by rank",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a run came to: the object that --json writes."""
+    """The results of a run: the object that --json writes."""
 
     schedule: str
     world_size: int
@@ -74,6 +72,7 @@ class Results:
     losses: list[float]  # one a step
     test_accuracy: float
     parameters_sha256: str
+    same_bits: bool | None  # as one process after the first steps; None: not compared
     step_ms: float  # median; forward and backward, without the optimizer
     bubble_measured: float
     bubble_predicted: float
@@ -81,80 +80,24 @@ class Results:
     computing_ms: list[float]
     waiting_ms: list[float]
     moving_ms: list[float]
-    ranks: list[RankTimes]  # the same and more: what each rank did all the time
+    ranks: list[dict[str, Any]]  # the same and more: how each rank spent its time
 
 
-def train(world: barepp.World, flags: Flags, schedule: str) -> Results:
-    """Train the net on the digits through a pipeline; the same results on every rank."""
-    training_set, test_set = digits.load()
-    pipe = barepp.Pipeline(
-        world,
-        barepp.mlp(flags.layers, flags.hidden),
-        functional.cross_entropy,
-        schedule=schedule,
-        num_stages=flags.stages or None,
-        num_microbatches=flags.microbatches,
-        partition=partition_of(flags.partition),
-        seed=flags.seed,
-        recompute=flags.recompute,
-        autocast=precision_of(flags.autocast),
-        sample=digits.batch(training_set, 0, flags.batch, flags.seed),
-    )
-    if flags.trace is not None:
-        pipe.trace()
-    # Each rank has an optimizer for its own layers: Adam treats each number by itself, so nothing
-    # has to be agreed on.
-    optimizer = torch.optim.Adam(pipe.parameters(), lr=flags.lr)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
-    take_step = step_of(pipe, optimizer, flags.autocast)
-    progress = Progress(flags.steps, silent=world.rank != 0)
-    losses = []
-    for step in range(flags.steps):
-        images, labels = digits.batch(training_set, step, flags.batch, flags.seed)
-        pipe.zero_grad()
-        loss = pipe.step(images, labels)  # []
-        if take_step():
-            decay.step()
-        losses.append(loss.item())
-        progress.tell(step, losses[-1], len(labels))
-    summary = barepp.summarise(world, pipe.recorder, pipe.peak_in_flight)
-    if flags.trace is not None:
-        barepp.write_trace(world, pipe.recorder, flags.trace)
-    return Results(
-        schedule=schedule,
-        world_size=world.world_size,
-        stages=pipe.schedule.num_stages,
-        partition=pipe.partition,
-        microbatches=flags.microbatches,
-        steps=flags.steps,
-        losses=losses,
-        test_accuracy=accuracy(world, pipe, test_set),
-        parameters_sha256=pipe.parameters_sha256(),
-        step_ms=summary.step_ms,
-        bubble_measured=summary.bubble,
-        bubble_predicted=predicted_bubble(pipe.schedule, pipe.partition, flags),
-        peak_in_flight=summary.peak_in_flight,
-        computing_ms=summary.computing_ms,
-        waiting_ms=summary.waiting_ms,
-        moving_ms=summary.moving_ms,
-        ranks=summary.ranks,
-    )
-
-
-def accuracy(world: barepp.World, pipe: barepp.Pipeline, data: digits.Digits) -> float:
-    """Return on every rank which part of `data` the net names correctly."""
-    pipe.eval()
-    output = pipe.forward(data.images)  # [rows, 10] on the last stage's rank, else None
-    right = None
-    if isinstance(output, torch.Tensor):
-        right = (output.argmax(1).cpu() == data.labels).double().mean()  # []
-    shared = broadcast(world.transport, right, root=pipe.last_rank)
-    assert isinstance(shared, torch.Tensor)
-    return shared.item()
+def pipeline_options(flags: Any, sample: tuple[Any, Any]) -> dict[str, Any]:
+    """Return the arguments of `barepp.Pipeline` that most people leave as they are."""
+    return {
+        "num_stages": flags.stages or None,
+        "num_microbatches": flags.microbatches,
+        "partition": partition_of(flags.partition),
+        "seed": flags.seed,
+        "recompute": flags.recompute,
+        "autocast": precision_of(flags.autocast),
+        "sample": sample,
+    }
 
 
 def partition_of(text: str) -> str | list[int]:
-    """Return "5,4,4,4" as a list, and a word as it is: whether it means anything, others know."""
+    """Return "5,4,4,4" as a list, and a word unchanged: `Pipeline` checks it."""
     if not text[:1].isdigit():
         return text
     try:
@@ -166,30 +109,120 @@ def partition_of(text: str) -> str | list[int]:
 
 
 def precision_of(autocast: str) -> torch.dtype | None:
-    """Return what a flag --autocast means."""
+    """Return the dtype that the flag --autocast names."""
     if autocast not in ("off", *HALVES):
         raise barepp.UsageError(f"--autocast is off, {' or '.join(HALVES)}, not {autocast}")
     return HALVES.get(autocast)
 
 
-def step_of(
-    pipe: barepp.Pipeline, optimizer: torch.optim.Optimizer, autocast: str
-) -> Callable[[], bool]:
-    """Return what lets the optimizer step, and tells whether it did: with float16 not always."""
-    if autocast == "fp16":
-        return partial(barepp.LossScaler(pipe).step, optimizer)
+class Progress:
+    """Prints a line now and then: step, loss, images a second since the line before."""
 
-    def step() -> bool:
-        optimizer.step()
-        return True
+    def __init__(self, num_steps: int, *, silent: bool = False) -> None:
+        self.losses: list[float] = []
+        self._num_steps = num_steps
+        self._every = max(1, num_steps // NUM_PROGRESS_LINES)
+        self._silent = silent
+        self._images = 0
+        self._since = time.perf_counter()
 
-    return step
+    def after_step(self, loss: torch.Tensor, num_images: int) -> None:
+        """Take the result of the next step."""
+        self.losses.append(loss.item())
+        self._images += num_images
+        done = len(self.losses)
+        if self._silent or (done % self._every and done != self._num_steps):
+            return
+        now = time.perf_counter()
+        rate = self._images / (now - self._since)
+        print(
+            f"step {done:4d}/{self._num_steps}   loss {self.losses[-1]:.4f}   {rate:6.0f} images/s"
+        )
+        self._images, self._since = 0, now
+
+
+class Follower(Progress):
+    """Follows the training of a pipeline: prints its progress, and collects its results."""
+
+    def __init__(self, world: barepp.World, pipe: barepp.Pipeline, flags: Flags) -> None:
+        super().__init__(flags.steps, silent=world.rank != 0)
+        self._world, self._pipe, self._flags = world, pipe, flags
+        self._compared_steps = min(COMPARED_STEPS, flags.steps)
+        self._early_sha256 = ""
+        if flags.trace is not None:
+            pipe.trace()
+
+    def after_step(self, loss: torch.Tensor, num_images: int) -> None:
+        """Take the result of the next step; every rank calls it."""
+        super().after_step(loss, num_images)
+        if len(self.losses) == self._compared_steps:
+            self._early_sha256 = self._pipe.parameters_sha256()
+
+    def results(self, test_accuracy: float) -> Results:
+        """Return the results, the same on every rank; every rank calls it."""
+        pipe, flags = self._pipe, self._flags
+        return results_of(
+            self._world,
+            flags,
+            pipe.recorder,
+            pipe.peak_in_flight,
+            schedule=pipe.schedule.name,
+            stages=pipe.schedule.num_stages,
+            partition=pipe.partition,
+            losses=self.losses,
+            test_accuracy=test_accuracy,
+            parameters_sha256=pipe.parameters_sha256(),
+            same_bits=self._same_bits(),
+            bubble_predicted=predicted_bubble(pipe.schedule, pipe.partition, flags),
+        )
+
+    def _same_bits(self) -> bool | None:
+        """Repeat the first steps in this process, without a pipeline; compare the parameters."""
+        if self._flags.autocast != "off" or self._world.device.type != "cpu":
+            return None  # the demo of one process computes in float32 on the CPU
+        same = None
+        if self._world.rank == 0:  # the others wait
+            import monolith  # which imports this file
+
+            alone = monolith.parameters_after(self._compared_steps, self._flags)
+            same = torch.tensor(alone == self._early_sha256)
+        return bool(self._world.broadcast(same, root=0))
+
+
+def results_of(
+    world: barepp.World,
+    flags: Flags,
+    recorder: barepp.Recorder,
+    peak_in_flight: int,
+    **others: Any,
+) -> Results:
+    """Put the results together: what the recorder has measured, and `others`; collective."""
+    if flags.trace is not None:
+        barepp.write_trace(world, recorder, flags.trace)
+    summary = barepp.summarise(world, recorder, peak_in_flight)
+    if flags.verbose and world.rank == 0:
+        print(f"\nmilliseconds a step, the median {summary.step_ms:.2f}:\n{summary.table()}")
+    return Results(
+        **{
+            "world_size": world.world_size,
+            "microbatches": flags.microbatches,
+            "steps": flags.steps,
+            "step_ms": summary.step_ms,
+            "bubble_measured": summary.bubble,
+            "peak_in_flight": summary.peak_in_flight,
+            "computing_ms": summary.computing_ms,
+            "waiting_ms": summary.waiting_ms,
+            "moving_ms": summary.moving_ms,
+            "ranks": list(map(dataclasses.asdict, summary.ranks)),
+            **others,
+        }
+    )
 
 
 def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Flags) -> float:
     """Return what theory says: a backward costs twice a forward, a transfer nothing.
 
-    Uniform stages count as equal; of others each layer does.
+    Uniform stages cost the same; otherwise each layer does.
     """
     # A batch with fewer rows than microbatches makes as many microbatches as it has rows.
     num_microbatches = min(flags.microbatches, flags.batch)
@@ -199,68 +232,58 @@ def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Fla
     again = 0 if flags.recompute == "off" else 1
     cost = [1] * stages if flags.partition == "uniform" else partition
     inputs = [(1 + again) * one for one in cost]
-    return simulate(order, stages, Costs(cost, inputs, cost)).bubble
-
-
-class Progress:
-    """Prints a line every so often: step, loss, images a second since the line before."""
-
-    def __init__(self, num_steps: int, *, silent: bool = False) -> None:
-        self._num_steps = num_steps
-        self._every = max(1, num_steps // NUM_PROGRESS_LINES)
-        self._silent = silent
-        self._images = 0
-        self._since = time.perf_counter()
-
-    def tell(self, step: int, loss: float, num_images: int) -> None:
-        """Take the result of a step (from 0)."""
-        self._images += num_images
-        done = step + 1
-        if self._silent or (done % self._every and done != self._num_steps):
-            return
-        now = time.perf_counter()
-        rate = self._images / (now - self._since)
-        print(f"step {done:4d}/{self._num_steps}   loss {loss:.4f}   {rate:6.0f} images/s")
-        self._images, self._since = 0, now
+    return barepp.simulate(order, stages, barepp.Costs(cost, inputs, cost)).bubble
 
 
 def report(results: Results) -> str:
-    """Return the summary that a person reads at the end."""
-    ranks, cores = results.world_size, len(os.sched_getaffinity(0))
-    lines = [
-        "",
-        f"{results.schedule}, milliseconds a step:",
-        *table(results.ranks),
-        "",
-        f"step            {results.step_ms:.2f} ms, the median of {results.steps}: forward and "
-        "backward, without the optimizer",
-        f"bubble          {results.bubble_predicted:.1%} predicted, {results.bubble_measured:.1%} "
-        "measured: 1 - computing / (ranks * step)",
-    ]
+    """Return the lines that a person reads at the end."""
+    compared = min(COMPARED_STEPS, results.steps)
+    same = {
+        True: f"yes (one process has repeated the first {compared} steps: equal parameters)",
+        False: f"NO (one process has repeated the first {compared} steps: other parameters)",
+        None: "not compared (one process is compared on the CPU, without --autocast)",
+    }
+    return "\n".join(
+        [
+            "",
+            f"test accuracy   {results.test_accuracy:.4f}",
+            f"parameters      sha256 {results.parameters_sha256}",
+            f"the same bits as one process: {same[results.same_bits]}",
+            f"bubble          {results.bubble_predicted:.1%} predicted, "
+            f"{results.bubble_measured:.1%} measured: the part of the time in which ranks are idle",
+            f"                {why_they_differ(results.world_size)}",
+            f"in flight       at most {', '.join(map(str, results.peak_in_flight))} microbatches "
+            "on ranks 0, 1, ...",
+            "look next       --verbose prints where the time went, --trace FILE records all of it;",
+            '                README.md, "The course, in order", has the next step',
+        ]
+    )
+
+
+def why_they_differ(ranks: int) -> str:
+    """Return why more of the time is lost than the schedule alone loses."""
+    cores = len(os.sched_getaffinity(0))
     if ranks > cores:
         shared = "1 core" if cores == 1 else f"{cores} cores"
-        lines.append(
-            f"                {ranks} ranks share {shared}: it contains waiting for a core"
-        )
-    lines += [
-        own_time(results.ranks),
-        f"parameters      sha256 {results.parameters_sha256}",
-        f"test accuracy   {results.test_accuracy:.4f}",
-    ]
-    return "\n".join(lines)
+        return f"They differ because {ranks} ranks share {shared}: a rank also waits for a core."
+    return "They differ because messages and Python take time too: the prediction leaves them out."
 
 
 def main(
-    run: Callable[[barepp.World, Flags], Results], about: str | None, without: Collection[str] = ()
+    train: Callable[[barepp.World, Flags], Results],
+    about: str | None,
+    *,
+    without: Collection[str] = (),
+    report: Callable[[Results], str] = report,
 ) -> None:
-    """Run a training demo: join the world, read the flags, train, and let rank 0 tell.
+    """Run a training demo: join the world, read the flags, train; rank 0 prints the report.
 
     `without` names flags that would change nothing in it.
     """
 
     def demo(world: barepp.World, flags: Flags) -> tuple[str, object]:
         check(flags, world)
-        results = run(world, flags)
+        results = train(world, flags)
         return report(results), dataclasses.asdict(results)
 
     run_demo(Flags(), HELP, about, demo, without)

@@ -67,6 +67,23 @@ def test_the_steps_of_the_course_are_counted_alike():
         assert first.startswith(f'"""Step {number} of the course: '), first
 
 
+def test_each_step_ends_with_what_can_now_be_said():
+    """The README lists one sentence for each step; a demo's docstring ends with its own."""
+    listed = README[README.index("After each step you should be able to say:") :].split("\n## ")[0]
+    sentences = re.findall(r"^\d+\. (.*?)(?=\n\d+\. |\n*\Z)", listed, re.MULTILINE | re.DOTALL)
+    sentences = [" ".join(sentence.split()) for sentence in sentences]
+    steps = rows("| step | run |", README)
+    assert len(sentences) == len(steps)
+    said = set()
+    for sentence, (_, command, _) in zip(sentences, steps, strict=True):
+        for demo in set(re.findall(r"demos/(\w+)\.py", command)) - said:
+            said.add(demo)
+            manual = (ROOT / "demos" / f"{demo}.py").read_text().split('"""')[1]
+            last = " ".join(manual.strip().split("\n\n")[-1].split())
+            assert last.casefold() == f"You can now say: {sentence}".casefold(), demo
+    assert len(said) > 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "picture"),
     re.findall(r"`(--schedule [^`]+)`.*?```\n(.*?)```", README, re.DOTALL),

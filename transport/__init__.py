@@ -22,6 +22,7 @@ _NAMES = {  # where each public name is
     "transport.message.specs": ["MessageSpec", "TensorSpec"],
     "transport.message.work": ["Work"],
     "transport.registry": ["transport_class", "transport_names"],
+    "transport.wire.records": ["RecordStream"],
 }
 
 if TYPE_CHECKING:  # for type checkers, which need to see the imports
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # for type checkers, which need to see the imports
     from transport.message.work import Work as Work
     from transport.registry import transport_class as transport_class
     from transport.registry import transport_names as transport_names
+    from transport.wire.records import RecordStream as RecordStream
 else:
     __all__ = sorted(name for names in _NAMES.values() for name in names)  # noqa: PLE0605
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from barepp.trace.recorder import AWAITED, Recorder
-from barepp.trace.step_breakdown import RankTimes, longest_first
+from barepp.trace.step_breakdown import RankTimes, longest_first, own_time, table
 from transport.collectives import all_reduce
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class Summary:
     step_ms: float
     bubble: float
     ranks: list[RankTimes]
+
+    def table(self) -> str:
+        """Return where a step's time went, as lines for a person: a row for each rank."""
+        return "\n".join([*table(self.ranks), "", own_time(self.ranks)])
 
     @property
     def computing_ms(self) -> list[float]:

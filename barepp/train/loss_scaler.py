@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 class LossScaler:
     """Scales the backward of a pipeline's loss; made by every rank, with the same arguments.
 
+    Without `enabled` it only lets the optimizers step, for scripts that have float16 as an option.
+
     Attributes:
         scale: what the backward of the next step starts from.
     """
@@ -48,6 +50,7 @@ class LossScaler:
         growth_factor: float = 2.0,
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
+        enabled: bool = True,
     ) -> None:
         if not (init_scale > 0 and growth_factor > 1 > backoff_factor > 0 and growth_interval > 0):
             raise UsageError(
@@ -59,8 +62,9 @@ class LossScaler:
         self._backoff_factor = backoff_factor
         self._growth_interval = growth_interval
         self._good_steps = 0  # in a row
+        self._enabled = enabled
         self.scale = 0.0
-        self._set(init_scale)
+        self._set(init_scale if enabled else 1.0)
 
     def step(self, *optimizers: Optimizer) -> bool:
         """Unscale the gradients, and let the optimizers step if they are numbers on every rank.
@@ -71,12 +75,15 @@ class LossScaler:
         Raises:
             UsageError: a gradient is in float16; parameters have to be float32.
         """
-        with self._pipe.recorder.span("unscaling"):
-            finite = self._agreed(_unscaled(optimizers, self.scale))
+        finite = True
+        if self._enabled:
+            with self._pipe.recorder.span("unscaling"):
+                finite = self._agreed(_unscaled(optimizers, self.scale))
         if finite:
             for optimizer in optimizers:
                 optimizer.step()
-        self._update(finite)
+        if self._enabled:
+            self._update(finite)
         return finite
 
     def state_dict(self) -> dict[str, float]:

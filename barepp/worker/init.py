@@ -151,9 +151,9 @@ def _beat(control: ControlClient, world: World) -> None:
     control.beat_with(state)
 
 
-def by_itself() -> bool:
-    """Whether no launcher has started this process, so that it is to be a world of one."""
-    return process.membership is None and _started_by_others() is None
+def launched() -> bool:
+    """Whether a launcher (ours, torchrun or srun) started this process as one rank of a job."""
+    return process.membership is not None or _started_by_others() is not None
 
 
 def _started_by_others() -> Started | None:

@@ -24,6 +24,7 @@ from barepp.errors import UsageError
 from barepp.worker.failures import failure_of
 from barepp.worker.heartbeat import AT_BARRIER, Heartbeat, beat_of, script_threads
 from transport.collectives import barrier as barrier_over_messages
+from transport.collectives import broadcast
 from transport.errors import Failure, JobFailed, TransportClosed
 
 if TYPE_CHECKING:
@@ -171,6 +172,16 @@ class World:
             return self.transport.recv(
                 src, _user_tag(tag), into=into, expect=expect, timeout=timeout
             )
+        finally:
+            self.activity = ()
+
+    def broadcast(
+        self, message: Message | None, root: int, *, timeout: float | None = None
+    ) -> Message:
+        """Return the root's message on every rank; the others pass None. Every rank calls it."""
+        self.activity = ("waiting for a broadcast from rank", root)
+        try:
+            return broadcast(self.transport, message, root, timeout=timeout)
         finally:
             self.activity = ()
 

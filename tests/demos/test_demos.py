@@ -1,5 +1,6 @@
 """The course: each demo does what its docstring says, and all of them learn the same net."""
 
+import ast
 import gzip
 import json
 import re
@@ -7,19 +8,27 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import monolith as monolith_demo
 import pytest
+import rendezvous
 import torch
-from jobs import ROOT
+import training
+from jobs import ROOT, run_script
 from traces import check_format
 
+import barepp
+import transport
 from barepp import LayerCost, balance, make_schedule
 from barepp.plan.__main__ import main as plan
 from barepp.plan.simulate import Costs, simulate
 from barepp.timeline import main as show
 from barepp.trace.chrome_reader import read_trace
+from transport.sockets.handshake import HELLO, NONCE_NBYTES, PROOF_NBYTES
 
 DEMOS = ROOT / "demos"
 PIPELINES = {
@@ -30,7 +39,11 @@ PIPELINES = {
     "zero_bubble": "zb_h1",
     "zero_bubble_v": "zb_v",
 }
-COURSE = ["monolith", "manual_split", "ping_pong", *PIPELINES, "balance", "kill_a_worker"]
+COURSE = [
+    *("monolith", "manual_split", "ping_pong", "rendezvous", "by_hand"),
+    *(*PIPELINES, "balance", "gpt", "kill_a_worker"),
+]
+BF16 = ["--steps", "1", "--autocast", "bf16"]
 ODD = ["--steps", "3", "--batch", "21", "--microbatches", "4"]  # 6, 5, 5, 5 rows
 KEYS = {
     "schedule",
@@ -46,6 +59,7 @@ KEYS = {
     "bubble_measured",
     "bubble_predicted",
     "peak_in_flight",
+    "same_bits",
 }
 
 
@@ -60,8 +74,18 @@ def python(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProc
     )
 
 
-def launch(world_size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return python("-m", "barepp.launch", "--world", str(world_size), *arguments)
+def launch(world_size: int, demo: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `python -m barepp.launch --world N DEMO FLAGS…`, but the ranks are forked from here."""
+    with tempfile.TemporaryDirectory() as folder:
+        finished = run_script(Path(folder), ROOT / demo, list(map(str, flags)), world_size)
+    return subprocess.CompletedProcess([demo], finished.code, finished.out, finished.err)
+
+
+def as_the_manual_says(demo: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the docstring's command, with more flags, on forked ranks."""
+    module, name, world, number, script, *more = the_command(demo)
+    assert (module, name, world) == ("-m", "barepp.launch", "--world")
+    return launch(int(number), script, *more, *flags)
 
 
 @pytest.fixture
@@ -127,9 +151,11 @@ def results(path: Path) -> dict:
 def test_four_processes_learn_the_digits(tmp_path: Path) -> None:
     path = tmp_path / "gpipe.json"
     run = python(*the_command("gpipe"), "--json", path)
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stderr) == (0, "")
     assert_keeps_its_promise("gpipe", run.stdout)
+    assert len(run.stdout.splitlines()) == 14
     found = results(path)
+    assert found["same_bits"] is True
     assert found["test_accuracy"] >= 0.95
     assert found["bubble_predicted"] == pytest.approx(3 / 11)
     assert found["bubble_predicted"] < found["bubble_measured"] < 1
@@ -165,17 +191,18 @@ def test_the_monoliths_trace_is_drawn_like_any_other(tmp_path: Path, alone: Call
     assert show([str(trace)]) == 0
 
 
-def test_manual_split() -> None:
-    run = python(*the_command("manual_split"))
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.endswith("34 of 34 gradients are those of the whole net, bit for bit\n")
-    assert_keeps_its_promise("manual_split", run.stdout)
+def test_manual_split(alone: Callable) -> None:
+    assert the_command("manual_split") == ["demos/manual_split.py"]
+    code, shown, told = alone("manual_split")
+    assert (code, told) == (0, "")
+    assert shown.endswith("34 of 34 gradients are those of the whole net, bit for bit\n")
+    assert_keeps_its_promise("manual_split", shown)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ping_pong(world_size: int) -> None:
-    command = [str(world_size) if word == "2" else word for word in the_command("ping_pong")]
-    run = python(*command)
+    assert the_command("ping_pong")[3:] == ["2", "demos/ping_pong.py"]
+    run = launch(world_size, "demos/ping_pong.py")
     assert (run.returncode, run.stderr) == (0, "")
     assert_keeps_its_promise("ping_pong", run.stdout)
 
@@ -195,10 +222,11 @@ def test_a_pipeline_learns_what_the_monolith_learns(
     if world_size == 1:
         assert alone(demo, *flags)[0] == 0
     else:
-        run = python(*the_command(demo), *flags)
+        run = as_the_manual_says(demo, *flags)
         assert run.returncode == 0, run.stderr
         assert "[rank 1]" not in run.stdout  # one rank speaks for all
     found = results(path)
+    assert found["same_bits"] is True
     for key in ("losses", "parameters_sha256", "test_accuracy", "steps", "microbatches"):
         assert found[key] == monolith[key], key
     assert found["schedule"] == PIPELINES[demo]
@@ -217,6 +245,36 @@ def test_a_pipeline_learns_what_the_monolith_learns(
         ]
     assert traced.clock_error_ns == [0] * world_size  # of one host
     assert show([str(trace)]) == 0
+
+
+@pytest.mark.parametrize("demo", PIPELINES)
+def test_a_pipeline_prints_what_its_manual_says(demo: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run = as_the_manual_says(demo, "--steps", "2", "--json", path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert_keeps_its_promise(demo, run.stdout)
+    found = results(path)
+    assert f"    bubble          {found['bubble_predicted']:.1%} predicted" in docstring(demo)
+    assert "microbatch " not in run.stdout and "computing" not in run.stdout
+
+
+def test_the_table_of_times_is_told_to_who_asks(alone: Callable) -> None:
+    assert "computing" not in alone("gpipe", *ODD)[1]
+    code, shown, _ = alone("gpipe", *ODD, "--verbose")
+    assert code == 0
+    assert "rank   peak in-flight   peak memory   computing" in shown
+    assert re.search(r"own time +\d+ µs an action", shown)
+
+
+def test_other_bits_would_be_noticed(alone: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(num_steps: int, flags: training.Flags) -> str:
+        return parameters_after(num_steps - 1, flags)
+
+    parameters_after = monolith_demo.parameters_after
+    assert "the same bits as one process: yes" in alone("gpipe", *ODD)[1]
+    monkeypatch.setattr(monolith_demo, "parameters_after", wrong)
+    assert "the same bits as one process: NO" in alone("gpipe", *ODD)[1]
+    assert "the same bits as one process: not compared" in alone("gpipe", *BF16)[1]
 
 
 def test_stages_and_recompute_are_flags(monolith: dict, tmp_path: Path, alone: Callable) -> None:
@@ -277,7 +335,7 @@ def test_a_partition_is_a_flag(
 
 def test_four_processes_cut_where_the_first_one_says(monolith: dict, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    run = python(*the_command("one_f_one_b"), *ODD, "--partition", "balanced", "--json", path)
+    run = as_the_manual_says("one_f_one_b", *ODD, "--partition", "balanced", "--json", path)
     assert run.returncode == 0, run.stderr
     found = results(path)
     assert found["parameters_sha256"] == monolith["parameters_sha256"]
@@ -287,7 +345,7 @@ def test_four_processes_cut_where_the_first_one_says(monolith: dict, tmp_path: P
 def test_balance(tmp_path: Path) -> None:
     path, trace = tmp_path / "results.json", tmp_path / "trace.json"
     sizes = ["--steps", "12", "--hidden", "128", "--microbatches", "8"]
-    run = python(*the_command("balance"), *sizes, "--json", path, "--trace", trace)
+    run = as_the_manual_says("balance", *sizes, "--json", path, "--trace", trace)
     assert run.returncode == 0, run.stderr
     assert_keeps_its_promise("balance", run.stdout)
     found = json.loads(path.read_text())
@@ -307,11 +365,12 @@ def test_balance(tmp_path: Path) -> None:
         assert [note.name for note in rank.notes if note.step is None] == 12 * ["optimizer (Adam)"]
 
 
-def test_kill_a_worker() -> None:
-    run = python(*the_command("kill_a_worker"))
-    assert (run.returncode, run.stderr) == (0, "")
-    assert_keeps_its_promise("kill_a_worker", run.stdout)
-    assert run.stdout.startswith("barepp: rank 2 failed: it was killed by SIGKILL")
+def test_kill_a_worker(alone: Callable) -> None:
+    assert the_command("kill_a_worker") == ["demos/kill_a_worker.py"]
+    code, shown, told = alone("kill_a_worker")
+    assert (code, told) == (0, "")
+    assert_keeps_its_promise("kill_a_worker", shown)
+    assert shown.startswith("barepp: rank 2 failed: it was killed by SIGKILL")
 
 
 @pytest.mark.parametrize(
@@ -332,8 +391,9 @@ def test_kill_a_worker_refuses_in_one_sentence(
 
 @pytest.mark.parametrize("demo", COURSE)
 def test_the_manual_is_complete(demo: str) -> None:
-    assert the_command(demo)[-1] == f"demos/{demo}.py"
+    assert f"demos/{demo}.py" in the_command(demo)
     assert promised_lines(demo)
+    assert "\n\nYou can now say: " in docstring(demo)
 
 
 @pytest.mark.parametrize("demo", PIPELINES)
@@ -345,6 +405,136 @@ def test_the_picture_in_the_manual_is_what_plan_draws(
     drawn = capsys.readouterr().out.split("\n\n")[1]
     indented = "\n".join("    " + line for line in drawn.splitlines())
     assert indented in docstring(demo)
+
+
+# -- by hand --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+def test_loops_by_hand_learn_what_the_monolith_learns(schedule: str, monolith: dict) -> None:
+    """Their lists are those that the schedules' own files make."""
+    run = launch(4, "demos/by_hand.py", *ODD, "--schedule", schedule, "--print")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert f"after 3 steps; parameters sha256 {monolith['parameters_sha256']}" in run.stdout
+    order = make_schedule(schedule, 4, 4).order
+    for rank, actions in enumerate(order):
+        listed = " ".join(map(str, actions))
+        line = f"[rank {rank}] {listed}  (the same list as barepp.make_schedule)\n"
+        assert line in run.stdout
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+def test_loops_by_hand_on_any_number_of_ranks(
+    schedule: str, world_size: int, monolith: dict
+) -> None:
+    """Also with fewer microbatches than ranks, and when sends wait, where no circle can be."""
+    waits = ["--sends", "wait"] if schedule != "1f1b" else []
+    flags = [*ODD, "--schedule", schedule, *waits]
+    run = launch(world_size, "demos/by_hand.py", *flags)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert monolith["parameters_sha256"] in run.stdout
+    run = launch(world_size, "demos/by_hand.py", *flags, "--microbatches", "2", "--print")
+    assert run.returncode == 0 and run.stdout.count("(the same list as") == world_size
+
+
+def test_by_hand_as_its_manual_says() -> None:
+    run = as_the_manual_says("by_hand", "--steps", "2")
+    promise = docstring("by_hand").split("ends with\n\n")[1].splitlines()[0].strip()
+    shown = re.compile(as_pattern(promise).pattern.replace("460", "2"))
+    assert run.returncode == 0 and shown.search(run.stdout), run.stdout
+
+
+def test_sends_that_wait_end_in_a_deadlock_that_is_proven() -> None:
+    began = time.monotonic()
+    run = launch(4, "demos/by_hand.py", *ODD, "--schedule", "1f1b", "--sends", "wait")
+    assert time.monotonic() - began < 20
+    assert run.returncode == 124
+    assert run.stderr.startswith("barepp: the job failed: a deadlock: every rank waits, and no ")
+    assert "rank 2 waits for rank 3" in run.stderr and "rank 3 waits for rank 2" in run.stderr
+    assert "in one_f_one_b" in run.stderr  # of the stacks
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--schedule", "zb_v"], "--schedule is one of naive, gpipe, 1f1b"),
+        (["--sends", "never"], "--sends is one of start, wait"),
+        (["--json", "x"], "unrecognized arguments: --json x"),
+    ],
+)
+def test_by_hand_refuses_in_one_sentence(flags: list[str], sentence: str, alone: Callable) -> None:
+    assert alone("by_hand", *flags) == (2, "", f"by_hand.py: {sentence}\n")
+
+
+# -- the conversation of the rendezvous ------------------------------------------------------------
+
+
+def test_the_ranks_conversation_is_the_real_one() -> None:
+    assert rendezvous.HELLO.format == HELLO.format
+    sizes = [HELLO.size, NONCE_NBYTES + PROOF_NBYTES, PROOF_NBYTES, 1]
+    assert [size for _, _, size in rendezvous.HANDSHAKE] == sizes
+    run = python(*the_command("rendezvous"))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert_keeps_its_promise("rendezvous", run.stdout)
+    assert run.stdout.startswith(
+        "a stranger  -> rendezvous  64 zero bytes; the answer: it hangs up"
+    )
+    for rank in (1, 2):
+        said = re.findall(rf"^rank {rank} +-> rendezvous +(\w+)", run.stdout, re.MULTILINE)
+        heard = re.findall(rf"^rendezvous +-> rank {rank} +(\w+)", run.stdout, re.MULTILINE)
+        assert said == ["hello", "proof", "join", "barrier", "barrier", "goodbye", "end"]
+        answers = ["challenge", "verdict", "attached", "world", "release", "release", "end"]
+        assert heard == answers
+        assert f"want to be rank {rank} of job" in run.stdout
+    book = re.search(r"the address book: (.*)", run.stdout)
+    assert book is not None and re.findall(r"rank (\d) at barepp-", book[1]) == ["0", "1", "2"]
+    assert "join       world_size 3, address barepp-" in run.stdout
+
+
+def test_a_rank_that_cannot_begin_ends_the_conversation(tmp_path: Path) -> None:
+    shutil.copytree(DEMOS, tmp_path / "demos", ignore=shutil.ignore_patterns("data", "__pyc*"))
+    script = tmp_path / "demos" / "rendezvous.py"
+    script.write_text(
+        script.read_text().replace(
+            "    with barepp.init()", "    sys.exit(3)\n    with barepp.init()"
+        )
+    )
+    run = python(script)
+    assert run.returncode == 1
+    assert "rank 0 has ended, so nobody serves the rendezvous" in run.stderr
+
+
+# -- what demos may use ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("demo", sorted(DEMOS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_demo_uses_public_names_only(demo: Path) -> None:
+    """So does a script of a reader's own: nothing of barepp.<room>.… or transport.<room>.…"""
+    tree = ast.parse(demo.read_text())
+    own = {path.stem for path in DEMOS.glob("*.py")}
+    packages = {"barepp": barepp, "transport": transport}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [str(node.module)]
+            if modules[0] in packages:
+                assert {alias.name for alias in node.names} <= {*packages[modules[0]].__all__}
+            if modules == ["barepp.testing"]:
+                assert {alias.name for alias in node.names} <= {*barepp.testing.__all__}
+        else:
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in packages
+            ):
+                assert node.attr in packages[node.value.id].__all__, ast.unparse(node)
+            continue
+        for module in modules:
+            top = module.partition(".")[0]
+            public = module in ("barepp", "barepp.testing", "transport")
+            assert public or top == "torch" or top in own or top in sys.stdlib_module_names, module
 
 
 # -- wrong input ----------------------------------------------------------------------------------
@@ -443,5 +633,5 @@ def test_damaged_data_gets_one_sentence(tmp_path: Path) -> None:
 def test_help_is_the_manual_and_is_told_once() -> None:
     run = launch(2, "demos/one_f_one_b.py", "--help")
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.count("Step 7 of the course") == 1
+    assert run.stdout.count("Step 9 of the course") == 1
     assert "--microbatches N" in run.stdout

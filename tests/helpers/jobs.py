@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,17 @@ def write_script(folder: Path, text: str, name: str = "script.py") -> Path:
 
 def run_job(folder: Path, text: str, world_size: int = 2, **options: Any) -> Finished:
     """Run a script's text on ranks that are forked from this process."""
+    return run_script(folder, write_script(folder, text), (), world_size, **options)
+
+
+def run_script(
+    folder: Path, path: Path, arguments: Sequence[str], world_size: int, **options: Any
+) -> Finished:
+    """Run a script as it stands on ranks that are forked from this process."""
     shown: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
     log_dir = folder / "log"
     log_dir.mkdir(exist_ok=True)
-    script = Script(str(write_script(folder, text)))
+    script = Script(str(path), tuple(arguments))
     events = EventLog(log_dir / "events.jsonl")
     began = time.monotonic()
     with Output(log_dir, write=lambda target, data: shown[target].extend(data)) as output:
