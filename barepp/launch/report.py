@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from barepp.launch.output import Output
 from barepp.launch.processes.rank_process import Member, Outcome, Rank
-from barepp.monitor.stacks import _stack_lines
+from barepp.monitor.stacks import stack_lines
 from barepp.worker.heartbeat import IN_SCRIPT
 from transport.errors import Failure, printable, signal_name
 
@@ -31,7 +31,7 @@ def report(failure: Failure, ranks: Sequence[Member]) -> str:
         lines += ["    " + line for line in failure.traceback.rstrip().splitlines()]
     if failure.cause == "hang":
         mine = [rank for rank in ranks if isinstance(rank, Rank)]  # other launchers show their own
-        lines += _stack_lines({rank.rank: rank.stacks for rank in mine})
+        lines += stack_lines({rank.rank: rank.stacks for rank in mine})
     for rank in ranks:
         if rank.rank != failure.rank and rank.rank not in same:
             lines.append(f"barepp: rank {rank.rank} {_fate(rank)}")

@@ -29,7 +29,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
@@ -301,13 +301,12 @@ def _signal_in(status: Mapping[str, str], field: str) -> bool:
 
 def where_all_are(graph: str, stacks: Mapping[int, str]) -> str:
     """Return who waits for whom and every rank's Python stack, of a job that runs; many lines."""
-    lines = ["barepp: where every rank is:", *graph.splitlines(), *_stack_lines(stacks)]
+    lines = ["barepp: where every rank is:", *graph.splitlines(), *stack_lines(stacks)]
     return printable("\n".join(lines)) + "\n"
 
 
-def _stack_lines(stacks: Mapping[int, str]) -> list[str]:
-    lines = []
+def stack_lines(stacks: Mapping[int, str]) -> Iterator[str]:
+    """Yield the lines of a report that show these ranks' Python stacks."""
     for rank, text in sorted(stacks.items()):
-        lines.append(f"barepp: the Python stack of rank {rank}:")
-        lines += ["    " + line for line in text.splitlines()]
-    return lines
+        yield f"barepp: the Python stack of rank {rank}:"
+        yield from ("    " + line for line in text.splitlines())

@@ -1,15 +1,35 @@
-"""What a launcher tells of its job to whoever watches: one record of it, and one of each rank."""
+"""The state of a job and of its ranks, as records that a launcher sends to other processes."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Any, Final, TypeVar, get_type_hints
 
 from barepp.errors import BareppError
 
+Self = TypeVar("Self", bound="_Record")
+
+
+class _Record:
+    """What a launcher sends to other processes as a map; the field's types say what is right."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Return a map that msgpack takes."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_record(cls: type[Self], record: object) -> Self:
+        """Read what another process has sent; BareppError when it is something else."""
+        if isinstance(record, dict):
+            values = {name: record.get(name, ...) for name in cls.__annotations__}
+            kinds = get_type_hints(cls)
+            if all(isinstance(value, kinds[name]) for name, value in values.items()):
+                return cls(**values)
+        raise BareppError(f"not the {cls.__name__} of a job: {record!r:.200}")
+
 
 @dataclasses.dataclass(frozen=True)
-class JobStatus:
+class JobStatus(_Record):
     """A running job. `pid` is its launcher's, `task` its script or function, `age_s` seconds."""
 
     pid: int
@@ -18,27 +38,9 @@ class JobStatus:
     world_size: int
     age_s: float
 
-    def to_record(self) -> dict[str, Any]:
-        """Return a map that msgpack takes."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_record(cls, record: object) -> JobStatus:
-        """Read what another process has sent; BareppError when it is something else."""
-        match record:
-            case {
-                "pid": int(pid),
-                "task": str(task),
-                "transport": str(transport),
-                "world_size": int(world_size),
-                "age_s": float(age_s),
-            }:
-                return cls(pid, task, transport, world_size, age_s)
-        raise BareppError(f"not what a job says of itself: {record!r:.200}")
-
 
 @dataclasses.dataclass(frozen=True)
-class RankStatus:
+class RankStatus(_Record):
     """A rank, as its launcher knows it; None is what that does not know.
 
     Attributes:
@@ -61,30 +63,6 @@ class RankStatus:
     microbatches: float | None = None
     sent_nbytes: int | None = None
     received_nbytes: int | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return a map that msgpack takes."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_record(cls, record: object) -> RankStatus:
-        """Read what another process has sent; BareppError when it is something else."""
-        match record:
-            case {
-                "rank": int(rank),
-                "pid": int() | None as pid,
-                "state": str(state),
-                "state_s": float() | None as state_s,
-                "silent_s": float() | None as silent_s,
-                "measured_at": float() | None as measured_at,
-                "steps": int() | None as steps,
-                "microbatches": float() | None as microbatches,
-                "sent_nbytes": int() | None as sent,
-                "received_nbytes": int() | None as received,
-            }:
-                known = state_s, silent_s, measured_at, steps, microbatches, sent, received
-                return cls(rank, pid, state, *known)
-        raise BareppError(f"not what a rank is said to be about: {record!r:.200}")
 
 
 SILENT_S: Final = 2.5  # longer than a rank is usually silent, which speaks twice a second

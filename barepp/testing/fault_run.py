@@ -1,6 +1,5 @@
 """Tests of failures for your own script: let a rank fail at a chosen action, see who is told what.
 
-
     def test_a_death_in_training():
         outcome = run_with_fault("train.py", world=4, rank=2, at="2F3", fault="SIGKILL")
         outcome.check(told_within_s=1.0)
@@ -18,14 +17,14 @@ import math
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from barepp.errors import UsageError
 from barepp.launch.job import Job
 from barepp.launch.output import Output
-from barepp.launch.processes.rank_process import Outcome
+from barepp.launch.processes.rank_process import Outcome, Rank
 from barepp.launch.report import report
 from barepp.program.actions import Action
 from barepp.testing.leaks import LeakCheck
@@ -34,7 +33,6 @@ from barepp.worker.faults.kinds import Expected, Fault, fault_action
 from barepp.worker.spec import Call, FaultPlan, Options, Script, reaches_elsewhere
 from transport.errors import Failure, JobFailed
 from transport.private_names import import_for_optimizers
-from transport.registry import check_name
 
 THREADS: Final = "inproc"  # the transport whose ranks are threads
 
@@ -111,41 +109,43 @@ class FaultOutcome:
             AssertionError: something of that is not so. The message says all that is not, and
                 shows what the ranks and the launcher printed.
         """
-        wrong = self._wrong(fault_action(self.fault.what).expected, told_within_s, ended_within_s)
+        wrong = [*self._wrong(fault_action(self.fault.what).expected, told_within_s)]
+        if (self.ended_after_s or 0.0) > ended_within_s:
+            wrong.append(f"the job went on for {self.ended_after_s:.3f} s after it")
         if wrong:
             shown = [text.rstrip() for text in (self.report, self.output) if text]
             raise AssertionError("\n".join([f"{self.fault}:", *wrong, *shown]))
 
-    def _wrong(self, expected: Expected, told_within_s: float, ended_within_s: float) -> list[str]:
+    def _wrong(self, expected: Expected, told_within_s: float) -> Iterator[str]:
         if not self.happened:
-            return [f"it never happened: the job ended with code {self.exit_code} without it"]
-        wrong = [f"left behind: {found}" for found in self.leftovers]
+            yield f"it never happened: the job ended with code {self.exit_code} without it"
+            return
+        yield from (f"left behind: {found}" for found in self.leftovers)
         if self.exit_code != expected.exit_code:
-            wrong.append(f"the exit code is {self.exit_code} instead of {expected.exit_code}")
-        if (self.ended_after_s or 0.0) > ended_within_s:
-            wrong.append(f"the job went on for {self.ended_after_s:.3f} s after it")
+            yield f"the exit code is {self.exit_code} instead of {expected.exit_code}"
         cause = self.cause
-        if not expected.cause:
-            return wrong if cause is None else [*wrong, f"the job failed: {cause.headline()}"]
-        if cause is None:
-            return [*wrong, "the job did not fail"]
-        if (cause.rank, cause.cause) != (self.fault.rank, expected.cause):
-            wrong.append(f"the cause is said to be: {cause.headline()} ({cause.cause})")
-        elif expected.words not in cause.message:
-            wrong.append(f"the cause's message lacks {expected.words!r}: {cause.message}")
-        for survivor in self.survivors.values():
-            wrong += self._wrong_with(survivor, told_within_s)
-        return wrong
+        if not expected.cause and cause is not None:
+            yield f"the job failed: {cause.headline()}"
+        elif expected.cause and cause is None:
+            yield "the job did not fail"
+        elif cause is not None:
+            if (cause.rank, cause.cause) != (self.fault.rank, expected.cause):
+                yield f"the cause is said to be: {cause.headline()} ({cause.cause})"
+            elif expected.words not in cause.message:
+                yield f"the cause's message lacks {expected.words!r}: {cause.message}"
+            for survivor in self.survivors.values():
+                yield from self._wrong_with(survivor, told_within_s)
 
-    def _wrong_with(self, survivor: Survivor, told_within_s: float) -> list[str]:
+    def _wrong_with(self, survivor: Survivor, told_within_s: float) -> Iterator[str]:
         if survivor.told is None:
-            return [] if survivor.killed else [str(survivor)]
-        if survivor.told != self.cause:
-            return [f"rank {survivor.rank} was told another cause: {survivor.told.headline()}"]
-        if not survivor.doing:
-            return [f"rank {survivor.rank} did not know what it was about"]
-        late = survivor.after_s is None or survivor.after_s > told_within_s
-        return [f"too late: {survivor}"] if late else []
+            if not survivor.killed:
+                yield str(survivor)
+        elif survivor.told != self.cause:
+            yield f"rank {survivor.rank} was told another cause: {survivor.told.headline()}"
+        elif not survivor.doing:
+            yield f"rank {survivor.rank} did not know what it was about"
+        elif survivor.after_s is None or survivor.after_s > told_within_s:
+            yield f"too late: {survivor}"
 
 
 def run_with_fault(
@@ -178,8 +178,7 @@ def run_with_fault(
             forward, microbatch 3.
         when: "before" the action computes, "during" that, or "after" its result was sent.
         fault: what happens; `barepp.worker.faults.kinds` lists what can. Over "inproc" the ranks
-        are threads of
-            one process, so that only "raise" and "delay" can reach one alone.
+            are threads of one process, so that only "raise" and "delay" can reach one alone.
         step: the training step in which it fails, from 0.
         fork: fork the ranks from this process instead of from a fresh fork server. That takes a
             tenth of a second instead of some three, and is safe as long as no other thread of this
@@ -190,25 +189,32 @@ def run_with_fault(
             no such action, found out in that step.
     """
     planned = Fault(rank, Action.parse(at), when, fault, step)
-    _check(planned, world, transport)
-    task, limits = _task(target, args), (grace, join_timeout, heartbeat, timeout)
+    limits = grace, join_timeout, heartbeat, timeout
     options = Options(world, transport, *limits, device=chosen_device(device, transport))
+    task = _checked_task(target, args, planned, options)
     with tempfile.TemporaryDirectory(prefix="barepp-testing-") as folder:
         options = dataclasses.replace(options, fault_plan=FaultPlan(planned, folder))
         census, began = LeakCheck(), time.monotonic()
         ended, output = _run(task, options, fork=fork)
         over = time.monotonic()
         leftovers = census.leftovers([found.pid for found in ended.ranks])
-        notes = {number: _notes(Path(folder) / f"rank{number}.jsonl") for number in range(world)}
-    happened_at, failure = _happened_at(notes[rank]), ended.failure
+        notes = [_notes(Path(folder) / f"rank{number}.jsonl") for number in range(world)]
+    if "absent" in notes[rank]:
+        raise UsageError(notes[rank]["absent"]["why"])
+    at_s = notes[rank]["injected"]["monotonic"] if "injected" in notes[rank] else None
+    processes, failure = {found.rank: found for found in ended.ranks}, ended.failure
     return FaultOutcome(
         fault=planned,
-        happened=happened_at is not None,
+        happened=at_s is not None,
         exit_code=ended.exit_code,
         # As it was told: without control characters, and bounded.
         cause=None if failure is None else Failure.from_record(failure.to_record()),
-        survivors=_survivors(planned, happened_at, notes, ended),
-        ended_after_s=None if happened_at is None else over - happened_at,
+        survivors={
+            other: _survivor(other, note.get("told"), processes.get(other), at_s)
+            for other, note in enumerate(notes)
+            if other != rank
+        },
+        ended_after_s=None if at_s is None else over - at_s,
         seconds=over - began,
         leftovers=leftovers,
         report="" if failure is None else report(failure, ended.ranks),
@@ -216,30 +222,38 @@ def run_with_fault(
     )
 
 
-def _check(planned: Fault, world: int, transport: str) -> None:
+def _checked_task(
+    target: str | Path | Callable[..., Any], args: Sequence[Any], planned: Fault, options: Options
+) -> Script | Call:
+    """Return what the ranks run; UsageError for what cannot be."""
+    world, threads = options.world_size, options.transport == THREADS
     if type(world) is not int or world < 1:
         raise UsageError(f"a world has at least one rank, not {world!r}")
     if not 0 <= planned.rank < world:
         raise UsageError(f"rank {planned.rank} cannot fail: there are ranks 0 to {world - 1}")
-    if check_name(transport) == THREADS and fault_action(planned.what).needs_process:
+    if threads and fault_action(planned.what).needs_process:
         text = f"over {THREADS} the ranks are threads of one process, and {planned.what} would"
         raise UsageError(f"{text} reach all of them; raise and delay:1 reach one")
-
-
-def _task(target: str | Path | Callable[..., Any], args: Sequence[Any]) -> Script | Call:
     if callable(target):
         return Call(target, tuple(args))
     if not Path(target).is_file():
         raise UsageError(f"there is no script {target}")
+    if threads:
+        raise UsageError(f"the ranks of a script are processes; over {THREADS} give a function")
     return Script(str(target), tuple(map(str, args)))
 
 
 def _run(task: Script | Call, options: Options, *, fork: bool) -> tuple[Outcome, str]:
     """Run the task on processes or threads; return how it ended, and what was printed."""
     if options.transport == THREADS:
-        if isinstance(task, Script):
-            raise UsageError(f"the ranks of a script are processes; over {THREADS} give a function")
-        return _run_threads(task, options), ""
+        from barepp.launch.threads import run_threads  # needs torch, which nothing else here does
+
+        assert isinstance(task, Call)
+        try:
+            run_threads(task, options)
+        except JobFailed as error:
+            return Outcome(error.failure, []), ""
+        return Outcome(None, []), ""
     shown = bytearray()
     fork = fork or (isinstance(task, Call) and not reaches_elsewhere(task))
     if fork:
@@ -253,17 +267,6 @@ def _run(task: Script | Call, options: Options, *, fork: bool) -> tuple[Outcome,
     return ended, shown.decode(errors="replace")
 
 
-def _run_threads(call: Call, options: Options) -> Outcome:
-    from barepp.launch.threads import run_threads  # needs torch, which nothing else here does
-
-    failure = None
-    try:
-        run_threads(call, options)
-    except JobFailed as error:
-        failure = error.failure
-    return Outcome(failure, [])
-
-
 _Note = dict[str, Any]  # what a rank has written down
 
 
@@ -274,28 +277,14 @@ def _notes(path: Path) -> dict[str, _Note]:
     return {note["event"]: note for note in map(json.loads, lines)}
 
 
-def _happened_at(notes: dict[str, _Note]) -> float | None:
-    """Return the moment of the fault; None if it did not come to it."""
-    if "absent" in notes:
-        raise UsageError(notes["absent"]["why"])
-    return float(notes["injected"]["monotonic"]) if "injected" in notes else None
-
-
-def _survivors(
-    fault: Fault, happened_at: float | None, notes: dict[int, dict[str, _Note]], ended: Outcome
-) -> dict[int, Survivor]:
-    processes = {found.rank: found for found in ended.ranks}
-    survivors = {}
-    for rank, noted in notes.items():
-        if rank == fault.rank:
-            continue
-        note, process = noted.get("told"), processes.get(rank)
-        survivors[rank] = Survivor(
-            rank,
-            told=None if note is None else Failure.from_record(note["failure"]),
-            doing=note["doing"] if note else process.doing if process else "",
-            after_s=note["monotonic"] - happened_at if note and happened_at is not None else None,
-            exit_code=process.exit_code if process else None,
-            killed=process.killed if process else False,
-        )
-    return survivors
+def _survivor(
+    rank: int, note: _Note | None, process: Rank | None, fault_at: float | None
+) -> Survivor:
+    return Survivor(
+        rank,
+        told=Failure.from_record(note["failure"]) if note else None,
+        doing=note["doing"] if note else process.doing if process else "",
+        after_s=note["monotonic"] - fault_at if note and fault_at is not None else None,
+        exit_code=process.exit_code if process else None,
+        killed=process.killed if process else False,
+    )
