@@ -23,6 +23,13 @@ sys.exit(launch.main())
 """
 
 
+def launch_forked(starter: Starter, folder: Path, text: str, *flags: str) -> Ended:
+    """Run the launcher's command line on a script's text, with torch imported already."""
+    folder.mkdir(exist_ok=True)
+    script, launch = write_script(folder, text), write_script(folder, LAUNCH, "launch.py")
+    return starter.start(launch, {}, [*flags, str(script)]).wait()
+
+
 class Cluster:
     """Launchers of one job, which are nodes of `hosts` or of this host alone."""
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from clusters import launch_forked
 from gpus import why_no_gpu
-from jobs import LIMIT_S, ROOT, launch
-from test_external import free_port
+from jobs import ROOT, launch
+from ports import free_port
+from starter import Starter
 
 import barepp
 from barepp.launch import threads
@@ -71,11 +73,13 @@ SCRIPT = "import barepp\nwith barepp.init() as world:\n    print('device', world
 
 
 @pytest.mark.skipif(not why_no_gpu(), reason="there is a GPU here")
-def test_ranks_that_find_no_gpu_say_so_once_and_auto_takes_the_cpu(tmp_path: Path) -> None:
-    ended = launch(tmp_path, SCRIPT, "--world", "2", "--device", "auto")
+def test_ranks_that_find_no_gpu_say_so_once_and_auto_takes_the_cpu(
+    starter: Starter, tmp_path: Path
+) -> None:
+    ended = launch_forked(starter, tmp_path, SCRIPT, "--world", "2", "--device", "auto")
     assert ended.code == 0
     assert ended.out.count("device cpu") == 2
-    ended = launch(tmp_path, SCRIPT, "--world", "2", "--device", "cuda")
+    ended = launch_forked(starter, tmp_path, SCRIPT, "--world", "2", "--device", "cuda")
     assert ended.code == 2
     assert "device cuda was asked for, but rank " in ended.err
     assert "finds no GPU: " in ended.err and "Traceback" not in ended.err
@@ -135,18 +139,16 @@ def test_ranks_share_the_gpus_that_their_host_has(monkeypatch: pytest.MonkeyPatc
         barepp.run(work, 3, device="auto")
 
 
-def test_all_ranks_are_asked_for_the_same(tmp_path: Path) -> None:
+def test_all_ranks_are_asked_for_the_same(starter: Starter, tmp_path: Path) -> None:
     """Under torchrun each process has an environment of its own."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os\nos.environ['BAREPP_DEVICE'] = ['cpu', 'auto'][int(os.environ['RANK'])]\n"
         + SCRIPT
     )
-    told, ranks, port = [], [], free_port()
+    ranks, port = [], free_port()
     for rank in range(2):
         environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
             "RANK": str(rank),
             "WORLD_SIZE": "2",
             "LOCAL_RANK": str(rank),
@@ -155,14 +157,10 @@ def test_all_ranks_are_asked_for_the_same(tmp_path: Path) -> None:
             "MASTER_PORT": str(port - 1),
             "TMPDIR": str(tmp_path),
         }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(script)], env=environment, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for process in ranks:
-        told.append(process.communicate(timeout=LIMIT_S)[1])
-        assert process.returncode != 0
+        ranks.append(starter.start(script, environment))
+    ends = [rank.wait() for rank in ranks]
+    assert 0 not in [end.code for end in ends]
+    told = [end.err for end in ends]
     assert any("it runs on device" in text and "all must run the same" in text for text in told)
 
 
@@ -181,10 +179,12 @@ def test_a_process_by_itself_says_it_to_init_or_to_the_environment(
         assert world.device == torch.device("cpu")
 
 
-def test_what_a_script_says_has_to_be_what_its_launcher_said(tmp_path: Path) -> None:
+def test_what_a_script_says_has_to_be_what_its_launcher_said(
+    starter: Starter, tmp_path: Path
+) -> None:
     script = SCRIPT.replace("init()", "init(device='cpu')")
-    assert launch(tmp_path, script, "--world", "2").code == 0
-    ended = launch(tmp_path, script, "--world", "2", "--device", "auto")
+    assert launch_forked(starter, tmp_path, script, "--world", "2").code == 0
+    ended = launch_forked(starter, tmp_path, script, "--world", "2", "--device", "auto")
     assert ended.code == 2
     assert "was started with device auto, not cpu: tell the launcher (--device cpu" in ended.err
 
