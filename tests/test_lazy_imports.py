@@ -19,7 +19,7 @@ MAY_NAME_TORCH_DISTRIBUTED = {
     "transport/bench/links.py",
     "barepp/bench/teams/torch_rank.py",
     "barepp/bench/start.py",  # in the text of the script that torchrun runs
-    "barepp/bench/faults/script_torch.py",
+    "barepp/bench/faults/script.py",
 }
 
 

@@ -1,0 +1,129 @@
+"""What the ranks train when faults are measured, under barepp.launch and under torchrun.
+
+    script.py barepp FAULT FOLDER
+    script.py torchrun FAULT FOLDER
+
+Under torchrun the stages, the 1F1B order and who sends to whom are barepp's own; the messages are
+gloo's. It is as kind to torch as it can be: `record`, so that the report has the traceback, and a
+timeout of seconds instead of half an hour. In the folder each rank notes what happens to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch comes
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+import barepp  # noqa: E402
+from barepp.bench.faults.kinds import (  # noqa: E402
+    BAREPP,
+    GLOO_S,
+    MICROBATCHES,
+    STEP,
+    WORLD_SIZE,
+    injected,
+)
+from barepp.plan.partition import partition  # noqa: E402
+from barepp.program.actions import Action, Kind  # noqa: E402
+from barepp.program.lowering import activation_tag, gradient_tag, lower  # noqa: E402
+from barepp.schedules import make_schedule  # noqa: E402
+from barepp.train.models import mlp  # noqa: E402
+from barepp.train.stage.stage import Stage  # noqa: E402
+from barepp.worker.faults.fault_hook import FaultHook, carry_out  # noqa: E402
+from barepp.worker.spec import FaultPlan  # noqa: E402
+
+ROWS = 64
+HIDDEN = 128
+LAYERS = mlp(16, HIDDEN)
+TEXT_LIMIT = 1500  # of an error: the note has to stay below PIPE_BUF, to arrive in one piece
+
+
+@contextlib.contextmanager
+def noting(rank: int) -> Iterator[FaultHook | None]:
+    """Note which process this rank is, when its fault comes, and the error that ends its block."""
+    fault, folder = sys.argv[2:]
+    notes, hook = carry_out(rank, FaultPlan(injected(fault), folder))
+    notes.write("training", rank, pid=os.getpid())
+    try:
+        yield hook
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}".encode("ascii", "replace").decode()
+        notes.write("told", rank, monotonic=time.monotonic(), text=text[:TEXT_LIMIT])
+        raise
+
+
+def train_barepp() -> None:
+    """Train with barepp's pipeline."""
+    with barepp.init() as world, noting(world.rank) as world.fault_hook:
+        pipe = barepp.Pipeline(
+            world, LAYERS, cross_entropy, schedule="1f1b", num_microbatches=MICROBATCHES
+        )
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=1e-3)
+        inputs, targets = torch.randn(ROWS, 64), torch.zeros(ROWS, dtype=torch.int64)
+        for _ in range(STEP + 1):
+            pipe.zero_grad()
+            pipe.step(inputs, targets)
+            optimizer.step()
+
+
+@record
+def train_torch() -> None:
+    """Train the same over gloo."""
+    rank = int(os.environ["RANK"])
+    with noting(rank) as hook:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=GLOO_S))
+        torch.set_num_threads(1)
+        held = partition(len(LAYERS), WORLD_SIZE)[rank]
+        stage = Stage(rank, held, WORLD_SIZE, LAYERS, cross_entropy, seed=0)
+        program = lower(make_schedule("1f1b", WORLD_SIZE, MICROBATCHES).order, WORLD_SIZE)[rank]
+        optimizer = torch.optim.SGD(stage.parameters(), lr=1e-3)
+        rows = ROWS // MICROBATCHES
+        inputs, labels = torch.randn(rows, 64), torch.zeros(rows, dtype=torch.int64)
+        tags = {Kind.F: activation_tag, Kind.B: gradient_tag}
+
+        def forward(action: Action, taken: torch.Tensor | None) -> torch.Tensor | None:
+            value = inputs if taken is None else taken
+            made = stage.forward(
+                action.microbatch, value, step=step, target=labels, loss_weight=1 / MICROBATCHES
+            )
+            assert isinstance(made, torch.Tensor)
+            return made
+
+        def backward(action: Action, taken: torch.Tensor | None) -> torch.Tensor | None:
+            made = stage.backward(action.microbatch, taken)
+            assert made is None or isinstance(made, torch.Tensor)
+            return made
+
+        compute = {Kind.F: forward, Kind.B: backward}
+        for step in range(STEP + 1):
+            optimizer.zero_grad()
+            now = compute if hook is None else hook.around(compute, program, step)
+            sends = []
+            for action, source, target in program:
+                tag, taken = tags[action.kind], None
+                if source is not None:
+                    taken = torch.empty(rows, HIDDEN)
+                    dist.recv(taken, source, tag=tag(action.stage, action.microbatch))
+                made = now[action.kind](action, taken)
+                if target is not None and made is not None:
+                    work = dist.isend(made, target, tag=tag(target, action.microbatch))
+                    sends.append((work, made))  # gloo reads the tensor until the send is over
+            for work, _ in sends:
+                assert work is not None
+                work.wait()
+            optimizer.step()
+
+
+if __name__ == "__main__":
+    train_barepp() if sys.argv[1] == BAREPP else train_torch()
