@@ -11,7 +11,8 @@ import fake_gpu
 import pytest
 import torch.distributed
 
-from transport.bench.__main__ import Settings, main, measure
+from transport.bench.__main__ import main
+from transport.bench.measure import Settings, measure
 from transport.sockets.handshake import new_secret
 
 FIGURES = ("half_round_trip_us", "fresh_us", "one_way_gb_per_s", "both_ways_gb_per_s")
@@ -78,7 +79,7 @@ def test_on_a_gpu_what_is_timed_is_the_end_of_the_copies() -> None:
     How much more a busy machine takes is not looked at.
     """
     names = ("cuda_ipc", "tcp")
-    settings = Settings(names, (2**20,), 1, new_secret(), 0, late_gpu)
+    settings = Settings(names, (2**20,), 1, new_secret(), late_gpu)
     rows = {row["transport"]: row for row in measure(settings, print)}
     assert set(rows) == {*names, "copy"}
     copy_us = LATE_S / 2 * 1e6

@@ -2,6 +2,7 @@
 
 In reading order:
 
-    __main__.py  the command
-    links.py     what is measured, and the table
+    __main__.py  the command and its table
+    measure.py   the two processes, which take turns with all transports
+    links.py     a transport between the two, and what is timed over it
 """
