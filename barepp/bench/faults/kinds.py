@@ -23,6 +23,7 @@ VICTIM: Final = 2
 AT: Final = Action.parse("2F3")
 STEP: Final = 20
 SURVIVORS: Final = (0, 1, 3)
+NOTES: Final = "notes"  # the named pipe in which the ranks note what happens to them
 GLOO_S: Final = 10.0  # the process group's timeout, which is 1800 s by default
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 import time
@@ -30,7 +31,9 @@ from barepp.bench.faults.kinds import (  # noqa: E402
     BAREPP,
     GLOO_S,
     MICROBATCHES,
+    NOTES,
     STEP,
+    VICTIM,
     WORLD_SIZE,
     injected,
 )
@@ -40,8 +43,7 @@ from barepp.program.lowering import activation_tag, gradient_tag, lower  # noqa:
 from barepp.schedules import make_schedule  # noqa: E402
 from barepp.train.models import mlp  # noqa: E402
 from barepp.train.stage.stage import Stage  # noqa: E402
-from barepp.worker.faults.fault_hook import FaultHook, carry_out  # noqa: E402
-from barepp.worker.spec import FaultPlan  # noqa: E402
+from barepp.worker.faults.fault_hook import FaultHook  # noqa: E402
 
 ROWS = 64
 HIDDEN = 128
@@ -53,13 +55,18 @@ TEXT_LIMIT = 1500  # of an error: the note has to stay below PIPE_BUF, to arrive
 def noting(rank: int) -> Iterator[FaultHook | None]:
     """Note which process this rank is, when its fault comes, and the error that ends its block."""
     fault, folder = sys.argv[2:]
-    notes, hook = carry_out(rank, FaultPlan(injected(fault), folder))
-    notes.write("training", rank, pid=os.getpid())
+    pipe = os.open(os.path.join(folder, NOTES), os.O_WRONLY)
+
+    def note(event: str, **fields: object) -> None:
+        record = {"event": event, "rank": rank, "monotonic": time.monotonic(), **fields}
+        os.write(pipe, json.dumps(record).encode() + b"\n")
+
+    note("training", pid=os.getpid())
     try:
-        yield hook
+        yield FaultHook(injected(fault), note) if rank == VICTIM else None
     except BaseException as error:
         text = f"{type(error).__name__}: {error}".encode("ascii", "replace").decode()
-        notes.write("told", rank, monotonic=time.monotonic(), text=text[:TEXT_LIMIT])
+        note("told", text=text[:TEXT_LIMIT])
         raise
 
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import psutil
 
-from barepp.bench.faults.kinds import BAREPP, FAULTS, VICTIM, WORLD_SIZE
+from barepp.bench.faults.kinds import BAREPP, FAULTS, NOTES, VICTIM, WORLD_SIZE
 from barepp.bench.teams.conductor import TAIL, environment
 from barepp.errors import BareppError
 from barepp.testing.leaks import LeakCheck
@@ -141,11 +141,9 @@ class _Notes:
     """What the ranks have noted: each note is one line of JSON, written in one piece."""
 
     def __init__(self, folder: Path) -> None:
-        os.mkfifo(folder / "notes")
-        for rank in range(WORLD_SIZE):
-            (folder / f"rank{rank}.jsonl").symlink_to("notes")
+        os.mkfifo(folder / NOTES)
         # Open for writing as well: so a read never meets the end of the file.
-        self.pipe = os.open(folder / "notes", os.O_RDWR | os.O_NONBLOCK)
+        self.pipe = os.open(folder / NOTES, os.O_RDWR | os.O_NONBLOCK)
         self._text = b""
         self._notes: list[dict[str, Any]] = []
 
