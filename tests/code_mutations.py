@@ -462,8 +462,8 @@ FAULTS = [
     # -- transport: messages ------------------------------------------------------------------------
     Fault(
         "transport/message/mailbox.py",
-        "        arrival = arrivals.popleft()\n",
-        "        arrival = arrivals.pop()\n",
+        "    first = queue.popleft()\n",
+        "    first = queue.pop()\n",
         "transport/transport_contract",
     ),
     Fault(

@@ -4,24 +4,24 @@
    were sent. Between different tags there is no order, and none is needed.
 2. Matching. A receive names its source and its tag; the first message that fits completes it. It
    may be posted before or after the message arrives.
-3. No wait for the peer. `isend` returns without waiting for the other side to receive, or even to
-   exist: what the connection does not take yet is queued by reference.
+3. No wait for the peer. `isend` returns without waiting until the other side receives, or even
+   exists: what the connection does not take yet is queued by reference.
 4. Ownership. From `isend` until its work is complete the tensor belongs to the transport: it may
    be read, not written. Afterwards no change to it reaches the receiver. A received tensor is the
    receiver's alone.
-5. Bounded memory. Messages that nobody has asked for are held up to `unexpected_limit` bytes per
-   peer; beyond it the rank stops reading that peer, unless it is itself waiting, because to stop
-   then could deadlock.
+5. Bounded memory. Messages that no receive has asked for are held up to `unexpected_limit` bytes
+   per peer. Beyond it the rank stops reading from that peer, except while one of its threads waits:
+   to stop then could deadlock.
 6. Threads. Every method may be called from any thread.
 7. Failure. After `abort(error)`, and after a peer is lost, every call that depends on it raises;
-   none blocks for ever. A call that timed out has changed nothing: its work can be waited for
+   none blocks for ever. A call that timed out has changed nothing: a thread can wait for its work
    again.
 8. End. `close` sends what is queued, says goodbye to every peer, then ends. `abort` ends at once.
-9. Stream order. On a GPU "now" is a place in a stream: that which is current in the thread that
-   calls. A GPU tensor is sent as it is once all that was given to the stream before `isend` has
-   run; `into` is filled after what was given to it before `irecv`; a received tensor may be used,
-   and a sent one written, by what is given to the stream that is current when `wait` returns. No
-   call waits for the device to finish, and none copies on the caller's stream.
+9. Stream order. On a GPU "now" is a place in a stream: the current stream of the calling thread.
+   A GPU tensor is sent as it is when the stream has run all that it was given before `isend`;
+   `into` is filled after all that the stream was given before `irecv`. Work that is given to the
+   current stream after `wait` returns may use a received tensor and write a sent one. No call waits
+   for the device, and none copies on the caller's stream.
 """
 
 from __future__ import annotations

@@ -164,13 +164,13 @@ class Failure:
         if not isinstance(record, dict):
             raise ProtocolError(f"a failure record is a map, this is {type(record).__name__}")
         fields: dict[str, Any] = {}
-        for name, kind in _FIELD_TYPES.items():
-            value = record.get(name)
+        for field in dataclasses.fields(cls):
+            value, kind = record.get(field.name), str if field.type == "str" else int
             if value is None:
                 continue
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ProtocolError(f"field {name!r} of a failure record is {value!r}")
-            fields[name] = printable(value) if isinstance(value, str) else value
+                raise ProtocolError(f"field {field.name!r} of a failure record is {value!r}")
+            fields[field.name] = printable(value) if isinstance(value, str) else value
         if not {"rank", "cause", "message"} <= fields.keys() or fields["cause"] not in CAUSES:
             raise ProtocolError(f"a failure record without rank, cause or message: {fields!r}")
         return cls(**fields)
@@ -180,17 +180,6 @@ class Failure:
         who = f"rank {self.rank}" if self.rank >= 0 else "the job"
         doing = f", while {self.doing}" if self.doing else ""
         return f"{who} failed{doing}: {self.message}"
-
-
-_FIELD_TYPES: dict[str, type] = {
-    "rank": int,
-    "cause": str,
-    "message": str,
-    "signal": int,
-    "exit_code": int,
-    "traceback": str,
-    "doing": str,
-}
 
 
 def signal_name(number: int) -> str:
@@ -222,15 +211,14 @@ class JobFailed(TransportError):
         return text
 
 
-# Tells CUDA's errors from others: they show at whatever call comes next, not where they are.
-
-# What torch's messages have in them ("CUDA error: device-side assert triggered", and so on).
+# What torch's messages of CUDA errors contain ("CUDA error: device-side assert triggered"), and its
+# types for them, the first since torch 2.8.
 _SIGNS: Final = ("CUDA error", "cuDNN error", "CUBLAS_STATUS_", "CUDA out of memory")
-_TYPES: Final = ("AcceleratorError", "OutOfMemoryError")  # of torch; the first since 2.8
+_TYPES: Final = ("AcceleratorError", "OutOfMemoryError")
 
 
 def is_from_cuda(error: BaseException) -> bool:
-    """Whether an exception is what torch makes of an error of CUDA's."""
+    """Whether an exception is what torch makes of a CUDA error."""
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ in _TYPES or any(sign in str(error) for sign in _SIGNS)

@@ -1,8 +1,16 @@
 """The transport for ranks that are threads of one process: for tests, and for reading first.
 
-A hub holds one mailbox a rank. `isend` copies the tensor straight into the receiver's mailbox, so
-the send is complete at once and the two sides never share memory. There is no reading that could
-stop, so here the bound on messages that nobody has asked for (rule 5 of the contract) is not kept.
+    rank 0                             hub                          rank 1
+    isend(tensor, dst=1) ── copy ──> mailbox of rank 1 <── posted ── irecv(src=0)
+    wait: returns at once                └── the receive is complete ──> wait: the copy
+
+1. The hub has one lock, and one mailbox for each rank. Every call runs under the lock, in the
+   caller's own thread; there is no other thread.
+2. `isend` copies the tensor into memory that the receiver's mailbox names. So the send is complete
+   at once, and the two sides never share memory.
+3. A rank that waits sleeps until the call of another rank completes its work.
+4. There is no stream that could be left unread, so the bound on memory (rule 5 of base.py) does not
+   hold here.
 """
 
 from __future__ import annotations
@@ -53,12 +61,11 @@ class InprocTransport(Transport):
     def __init__(self, hub: InprocHub, rank: int, *, gpu: Gpu | None = None) -> None:
         super().__init__(rank, hub.world_size, gpu)
         self._hub = hub
-        room = MessageSpec.allocate
-        self._mailbox = Mailbox(room)
+        self._mailbox = Mailbox()
         if gpu is not None:
             from transport.message.gpu_mailbox import GpuMailbox
 
-            self._mailbox = GpuMailbox(rank, gpu, room)
+            self._mailbox = GpuMailbox(rank, gpu, MessageSpec.allocate)
         self._ended: TransportError | None = None  # what every later call raises
         with hub.changed:
             if not 0 <= rank < hub.world_size or rank in hub.ranks:

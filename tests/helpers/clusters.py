@@ -139,7 +139,7 @@ TRAIN = """
             if world.rank == 0:
                 say("sha256", digest)
             peers = getattr(world.transport, "_peers", {}).values()   # (one rank alone has none)
-            kinds = {p.connection.peer: p.connection.socket.family.name for p in peers}
+            kinds = {p.peer: p.socket.family.name for p in peers}
             say("family", world.rank, dict(sorted(kinds.items())))
 """
 

@@ -11,7 +11,6 @@ import os
 import random
 import select
 import socket
-import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from transport.sockets.addresses import Address
 from transport.sockets.handshake import ANY_RANK, Hello, Initiator, Role, Verdict
 from transport.sockets.listener import Listener
 from transport.torch_dist.transport import hear
-from transport.wire.format import OFF_STREAM, FrameKind
+from transport.wire.format import OFF_STREAM, FrameKind, Packed, encode
 from transport.wire.records import RecordStream
 
 PATIENCE_S: Final = 20.0
@@ -64,7 +63,7 @@ def records(rng: random.Random) -> bool:
 def notes(rng: random.Random) -> bool:
     """A note is refused, or is a key and a value; what follows it stays on the socket."""
     meta = packed(rng, altered(rng, ["key", rng.randbytes(rng.randrange(200))]))
-    said = struct.pack("<II", len(meta), zlib.crc32(meta)) + meta
+    said = encode(FrameKind.RECORD, 0, Packed(meta, zlib.crc32(meta)))
     if rng.random() < 0.5:
         said = changed(rng, said)
     theirs, ours = socket_pair()

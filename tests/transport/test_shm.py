@@ -206,7 +206,7 @@ def connected(ranks: list[worlds.ShmTransport]) -> None:
 
 
 def in_use(rank: worlds.ShmTransport, peer: int) -> int:
-    return len(rank._peers[peer].connection.borrowed._used)
+    return len(rank._peers[peer].borrowed._used)
 
 
 def test_a_large_message_is_lent_and_a_small_one_is_not() -> None:
@@ -267,7 +267,7 @@ def test_a_receiver_without_descriptors_gets_everything_over_the_stream(
         for a, b in ((0, 1), (1, 0)):
             ranks[a].isend(torch.arange(BIG), b)
             assert torch.equal(ranks[b].recv(a, timeout=SOON_S), torch.arange(BIG))
-            assert ranks[b]._peers[a].connection.borrowed is None
+            assert ranks[b]._peers[a].borrowed is None
 
 
 def test_when_nothing_is_free_the_stream_takes_it_and_order_is_kept(
@@ -294,7 +294,7 @@ def test_without_memory_for_an_arena_everything_goes_over_the_stream(
         connected(ranks)
         ranks[0].isend(torch.ones(BIG), 1)
         assert float(ranks[1].recv(0, timeout=SOON_S).sum()) == BIG
-        assert ranks[1]._peers[0].connection.borrowed is None
+        assert ranks[1]._peers[0].borrowed is None
 
 
 def test_a_received_tensor_outlives_both_transports() -> None:
@@ -312,9 +312,7 @@ def test_a_lent_message_that_was_never_lent_ends_the_connection() -> None:
         connected(ranks)
         spec = MessageSpec.of(torch.zeros(BIG))
         with ranks[0]._lock:
-            ranks[0]._peers[1].connection.queue(
-                FrameKind.LENT, spec.packed, spec.nbytes, tag=3, word=2**40
-            )
+            ranks[0]._peers[1].queue(FrameKind.LENT, spec.packed, spec.nbytes, tag=3, word=2**40)
         with pytest.raises(ProtocolError, match="from rank 0: no block at offset 1099511627776"):
             ranks[1].irecv(0, 3).wait(SOON_S)
 
@@ -324,7 +322,7 @@ def test_a_transport_that_lends_nothing_refuses_a_lent_message() -> None:
         connected(ranks)
         spec = MessageSpec.of(torch.zeros(BIG))
         with ranks[0]._lock:
-            ranks[0]._peers[1].connection.queue(FrameKind.LENT, spec.packed, spec.nbytes)
+            ranks[0]._peers[1].queue(FrameKind.LENT, spec.packed, spec.nbytes)
         with pytest.raises(ProtocolError, match="lends memory"):
             ranks[1].irecv(0).wait(SOON_S)
 

@@ -6,7 +6,6 @@ The contract, exactness and failure suites run over gloo as well; here is what i
 from __future__ import annotations
 
 import socket
-import struct
 import threading
 import zlib
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ from transport.sockets.addresses import Address
 from transport.sockets.handshake import Hello, Role, Verdict
 from transport.torch_dist import off_stream as apart
 from transport.torch_dist.transport import TAG, GlooGroup, NcclTransport, PairStore
-from transport.wire.format import Frame, FrameKind
+from transport.wire.format import Frame, FrameKind, Packed, encode
 
 
 @pytest.fixture
@@ -78,8 +77,8 @@ class Spy:
 
 def test_a_group_sees_one_direction_one_tag_and_the_order_of_the_frames(ranks: list[Any]) -> None:
     connected(ranks[0], ranks[1])
-    out = ranks[0]._peers[1].connection.outgoing._group
-    into = ranks[1]._peers[0].connection.incoming._group
+    out = ranks[0]._peers[1].outgoing._group
+    into = ranks[1]._peers[0].incoming._group
     out._group, into._group = spies = Spy(out._group), Spy(into._group)
     works = [ranks[0].isend(torch.ones(tag + 1), 1, tag) for tag in range(9)]
     works.append(ranks[0].isend((torch.ones(20), torch.ones(0), torch.ones(30)), 1, 9))
@@ -111,7 +110,7 @@ def test_there_is_no_default_group_and_gloo_listens_on_loopback_alone(ranks: lis
 
 def test_what_has_no_bytes_stays_on_the_stream(ranks: list[Any]) -> None:
     connected(ranks[0], ranks[1])
-    out = ranks[0]._peers[1].connection.outgoing._group
+    out = ranks[0]._peers[1].outgoing._group
     out._group = spy = Spy(out._group)
     ranks[0].isend(torch.zeros(0, 4), 1)
     assert ranks[1].recv(0, timeout=SOON_S).shape == (0, 4)
@@ -139,7 +138,7 @@ def test_a_transport_without_lanes_refuses_an_apart_message() -> None:
         connected(pair[0], pair[1])
         spec = MessageSpec.of(torch.zeros(4))
         with pair[0]._lock:
-            pair[0]._peers[1].connection.queue(FrameKind.APART, spec.packed, spec.nbytes)
+            pair[0]._peers[1].queue(FrameKind.APART, spec.packed, spec.nbytes)
         with pytest.raises(ProtocolError, match="sends a payload apart, but no path is open"):
             pair[1].irecv(0).wait(SOON_S)
 
@@ -178,7 +177,7 @@ def test_a_peer_that_ends_is_lost_though_gloo_never_says_so(
         assert stuck.wait(SOON_S)
         if behind:
             other.isend(torch.ones(9), 0)
-            eventually(lambda: one._peers[1].connection.pending is not None)
+            eventually(lambda: one._peers[1].pending is not None)
         other.abort(TransportClosed("crashed"))
         with pytest.raises(PeerLost, match="rank 1 ended"):
             work.wait(SOON_S)
@@ -208,8 +207,8 @@ def test_a_send_that_was_taken_is_complete_though_the_peer_has_left_since(
     taken = ranks[0].isend(torch.ones(9), 1, 1)
     assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
     ranks[1].close(SOON_S)
-    eventually(lambda: ranks[0]._peers[1].connection.state is apart.State.PARTING)
-    eventually(lambda: ranks[0]._peers[1].connection.socket is None)
+    eventually(lambda: ranks[0]._peers[1].state is apart.State.PARTING)
+    eventually(lambda: ranks[0]._peers[1].socket is None)
     notice.set()
     taken.wait(SOON_S)
     with pytest.raises(PeerLeft, match="rank 1 has left"):
@@ -222,7 +221,7 @@ def test_who_closes_has_sent_what_was_taken_though_the_peer_hangs_up_first(
     taken, mine = ranks[0].isend(torch.ones(9), 1, 1), ranks[0].irecv(1)
     assert ranks[1].recv(0, 1, timeout=SOON_S).sum() == 9
     closing = start(lambda: ranks[0].close(SOON_S))
-    eventually(lambda: ranks[0]._peers[1].connection.state is apart.State.PARTING)
+    eventually(lambda: ranks[0]._peers[1].state is apart.State.PARTING)
     assert not closing.done()
     notice.set()
     closing.result(SOON_S)
@@ -249,7 +248,7 @@ def test_a_goodbye_that_is_read_after_the_lane_broke_is_a_goodbye(
         return begin(carrier, frame)
 
     connected(ranks[1], ranks[0])
-    carrier = ranks[1]._peers[0].connection
+    carrier = ranks[1]._peers[0]
 
     def break_first(error: Exception) -> None:
         broke(carrier, error)
@@ -322,7 +321,7 @@ def test_an_end_while_groups_are_made_leaves_nothing(monkeypatch: pytest.MonkeyP
     with nothing_left(), worlds.world("gloo", 2) as (one, other):
         work = one.irecv(1)
         assert making.wait(SOON_S)
-        eventually(lambda: one._peers[1].connection.connected)
+        eventually(lambda: one._peers[1].connected)
         assert one._contacts._judge(Hello(Role.DATA, 1, 0)) is Verdict.TAKEN
         one.abort(TransportClosed("over"))
         with pytest.raises(TransportClosed):
@@ -422,13 +421,14 @@ def test_a_store_tells_its_values_and_leaves_the_frames_behind_them(
 
 
 def note(data: bytes) -> bytes:
-    return struct.pack("<II", len(data), zlib.crc32(data)) + data
+    return encode(FrameKind.RECORD, 0, Packed(data, zlib.crc32(data)))
 
 
 @pytest.mark.parametrize(
     ("said", "error", "what"),
     [
-        (b"\xff\xff\xff\xff" + bytes(4), ProtocolError, "a note of 4294967295 bytes"),
+        (note(bytes(65537)), ProtocolError, "65537 bytes of metadata are over"),
+        (encode(FrameKind.GOODBYE, 0, ["k", b""]), ProtocolError, "not a key and a value"),
         (note(b"\x92\xa1k\1"), ProtocolError, "not a key and a value"),
         (note(b"\xc1"), ProtocolError, "not valid msgpack"),
         (note(b"\x92\xa1k\xc4\0")[:-1] + b"\1", ProtocolError, "checksum does not match"),

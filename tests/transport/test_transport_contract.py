@@ -508,8 +508,8 @@ def test_a_clogged_connection_does_not_keep_a_processor_busy(name: str) -> None:
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         ranks[1].isend(torch.zeros(LARGE), 0)
         ranks[0].isend(torch.zeros(OVER_THE_STREAM), 1)
-        eventually(lambda: ranks[0]._peers[1].connection.pending is not None)
-        eventually(lambda: ranks[1]._peers[0].connection.pending is not None)
+        eventually(lambda: ranks[0]._peers[1].pending is not None)
+        eventually(lambda: ranks[1]._peers[0].pending is not None)
         assert quiet()
         ranks[1].abort(TransportClosed("dead"))
         eventually(lambda: ranks[0]._peers[1].ended is not None)
@@ -635,7 +635,7 @@ def test_a_lost_peer_fails_sends_to_it_also_when_reading_had_stopped(name: str) 
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         ranks[1].isend(torch.zeros(LARGE), 0)
         sending = ranks[0].isend(torch.zeros(OVER_THE_STREAM), 1)
-        eventually(lambda: ranks[0]._peers[1].connection.pending is not None)
+        eventually(lambda: ranks[0]._peers[1].pending is not None)
         waiting = start(lambda: sending.wait(SOON_S))
         time.sleep(0.02)
         ranks[1].abort(TransportClosed("crashed"))
@@ -742,7 +742,7 @@ def test_a_goodbye_behind_a_flood_is_still_a_goodbye(name: str) -> None:
     with worlds.world(name, 2, unexpected_limit=1000) as ranks:
         for i in range(20):
             ranks[0].isend(torch.full((500,), i), 1)
-        eventually(lambda: 0 in ranks[1]._peers and ranks[1]._peers[0].connection.pending)
+        eventually(lambda: 0 in ranks[1]._peers and ranks[1]._peers[0].pending)
         ranks[0].close(SOON_S)
         try:
             sending = ranks[1].isend(torch.zeros(OVER_THE_STREAM), 0)
@@ -902,7 +902,7 @@ def test_simultaneous_first_contact(name: str, seed: int) -> None:
                     (rank.rank, other)
                     for rank in ranks
                     for other, peer in rank._peers.items()
-                    if peer.connection.socket is not None
+                    if peer.socket is not None
                 ]
                 assert len(connected) == len(set(connected)) == 12
 
@@ -973,12 +973,12 @@ def test_a_recv_that_timed_out_in_the_midst_of_its_message(
         receive = one.irecv(1, into=into if given else None)
         other.send(torch.zeros(0), 0, 5)  # so that both are connected
         one.recv(1, 5, timeout=worlds.SOON_S)
-        sock = other._peers[0].connection.socket
+        sock = other._peers[0].socket
         spec = MessageSpec.of(torch.ones(size, dtype=torch.uint8))
         head = encode(FrameKind.MESSAGE, 1, spec.packed, size)
         sock.setblocking(True)
         sock.sendall(head + b"\1" * 1000)
-        worlds.eventually(lambda: one._peers[1].connection.arriving is not None)
+        worlds.eventually(lambda: one._peers[1].arriving is not None)
         later = one.irecv(1) if next_waits else None
         assert one.withdraw(receive)
         sock.sendall(b"\1" * (size - 1000))
@@ -1013,7 +1013,7 @@ def test_a_payload_that_changes_on_its_way_is_an_error_when_sums_are_on(name: st
         true_sum = payload_sum([victim])
         victim[2_999_999] ^= 0x40  # a bit of the wire
         spec = MessageSpec.of(victim)
-        connection = other._peers[0].connection
+        connection = other._peers[0]
         with other._lock:
             connection.queue(
                 FrameKind.SUMMED, spec.packed, spec.nbytes, [victim], tag=7, word=true_sum

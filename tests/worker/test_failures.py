@@ -692,7 +692,7 @@ def test_a_loss_that_nobody_explains_is_reported_itself(tmp_path: Path) -> None:
             world.barrier()
             if world.rank == 1:
                 for peer in world.transport._peers.values():   # the network breaks, nobody dies
-                    peer.connection.socket.shutdown(2)
+                    peer.socket.shutdown(2)
                 time.sleep(30)
             world.send(__import__("torch").ones(1), 1)
             world.recv(1)

@@ -1,17 +1,22 @@
 """An arriving message meets the receive that wants it, by (source, tag), first in first out.
 
-1. A message is matched when its header arrives, so order is kept whatever the payload takes.
-2. Messages and receives of one (source, tag) never both wait: one of the two queues is empty.
-3. Only messages that nobody has asked for count as held.
+    transport: arrive(header) ──> ┌ (source, tag): receives, or arrivals ┐ <── post(receive)
+               complete(payload)  └────────── match ── deliver ──────────┘ ──> the receive is done
 
-The mailbox does no input or output and takes no lock: its transport holds one around each call.
+1. A message is matched when its header arrives, so the order does not depend on how long a payload
+   takes.
+2. Messages and receives of one (source, tag) never both wait: one of the two queues is empty.
+3. Only messages that no receive has asked for count as held.
+4. The memory of a message is that of the receive that wants it (`into`), so that the payload is
+   written there directly; otherwise it is fresh.
+5. The mailbox does no input or output and takes no lock: its transport holds one around each call.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,6 +27,8 @@ from transport.message.work import Receive
 
 if TYPE_CHECKING:
     from transport.device import Loan
+
+_Queued = TypeVar("_Queued")
 
 
 class Arrival:
@@ -80,15 +87,9 @@ class Mailbox:
         key = (receive.peer, receive.tag)
         arrivals = self._arrivals.get(key)
         if arrivals is None:
-            receives = self._receives.get(key)
-            if receives is None:
-                self._receives[key] = deque((receive,))
-            else:
-                receives.append(receive)
+            self._receives.setdefault(key, deque()).append(receive)
             return
-        arrival = arrivals.popleft()
-        if not arrivals:
-            del self._arrivals[key]
+        arrival = _pop(self._arrivals, key)
         self._held[receive.peer] -= arrival.spec.nbytes
         self._match(arrival, receive)
         if arrival.here:
@@ -112,9 +113,7 @@ class Mailbox:
             arriving.receive = arriving.error = None
             arriving.borrowed = bool(receive.targets)
             if receives is not None:
-                self._match(arriving, receives.popleft())
-                if not receives:
-                    del self._receives[key]
+                self._match(arriving, _pop(self._receives, key))
             else:
                 self._arrivals.setdefault(key, deque()).appendleft(arriving)
                 self._held[receive.peer] = self.held_nbytes(receive.peer) + arriving.spec.nbytes
@@ -127,15 +126,12 @@ class Mailbox:
         receive that wants it, or fresh.
         """
         key = (arrival.src, arrival.tag)
-        receives = self._receives.get(key)
-        if receives is None:
+        if key not in self._receives:
             arrival.tensors = arrival.tensors or self._allocate(arrival.spec)
             self._arrivals.setdefault(key, deque()).append(arrival)
             self._held[arrival.src] = self.held_nbytes(arrival.src) + arrival.spec.nbytes
             return
-        receive = receives.popleft()
-        if not receives:
-            del self._receives[key]
+        receive = _pop(self._receives, key)
         self._match(arrival, receive)
         if not arrival.tensors:
             into = receive.targets and arrival.error is None
@@ -188,3 +184,12 @@ class Mailbox:
             for target, tensor in zip(receive.targets, arrival.tensors, strict=True):
                 overwrite(target, tensor)
         receive.complete(receive.into)
+
+
+def _pop(queues: dict[tuple[int, int], deque[_Queued]], key: tuple[int, int]) -> _Queued:
+    """Take the first of a queue; a queue that is empty goes."""
+    queue = queues[key]
+    first = queue.popleft()
+    if not queue:
+        del queues[key]
+    return first

@@ -1,8 +1,14 @@
 """The only place where a tensor becomes bytes and back: no copy, no numpy, no pickle.
 
-A message is one tensor or a tuple of them. On the wire its metadata (specs.py) says dtypes and
-shapes, and its payload is the tensors' bytes in that order, C-contiguous, little-endian, without
-padding.
+    prepare   message ──> spec and contiguous tensors     what the sender checks
+    memory    tensor  ──> a view of its bytes             what the kernel reads from and writes to
+    fillable  `into`  ──> spec                            what the receiver checks
+
+1. A message is one tensor or a tuple of them. Its payload is the tensors' bytes in that order,
+   C-contiguous, little-endian, without padding; dtypes and shapes are metadata (specs.py).
+2. A contiguous tensor is sent from its own memory and received into its own memory.
+3. What writes bytes works for any thread: neither autograd nor a thread's inference mode may show
+   in the tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""A send or a receive on its way, and the counts from which a hang can be proven."""
+"""A send or a receive on its way (`Work`), and the counts that prove a hang (`Traffic`).
+
+1. A work is done once, with a result or an error, by the transport under its lock.
+2. `wait` raises a copy of the error each time, so that two threads never share a traceback.
+3. While a thread waits without a limit, `Traffic.waits` says for what. When no message is on its
+   way and every rank waits for another one, the job hangs for certain.
+"""
 
 from __future__ import annotations
 

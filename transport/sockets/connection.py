@@ -80,6 +80,8 @@ class Connection:
         self.peer = peer
         self.socket: socket.socket | None = None
         self.ending = False  # the peer takes no more; what it had sent is read to the end
+        self.lost = False  # the stream broke, or the peer could not be reached
+        self.ended: TransportError | None = None  # why nothing can be sent or received any more
         self.pending: Frame | None = None  # a message that is not taken yet (rule 4)
         # The message whose payload is coming in; it keeps the memory alive that the kernel fills.
         self.arriving: Arrival | None = None
@@ -110,6 +112,11 @@ class Connection:
     def settled(self) -> bool:
         """Whether nothing is at work any more for what has left; see cuda/transport.py."""
         return True
+
+    @property
+    def may_close(self) -> bool:
+        """Whether a rank that closes need not wait for this connection any more."""
+        return (self.lost or self.ended is not None or self.flushed) and self.settled
 
     @property
     def connected(self) -> bool:
@@ -234,7 +241,8 @@ class Connection:
         self.pending = None
 
     def detach(self, error: TransportError) -> None:
-        """Close the socket; fail what is still queued or copied, and what was coming in."""
+        """End for good: fail what is still queued or copied, and what was coming in."""
+        self.ended = error
         self.close_socket()
         self._queue.fail(error)
         arrival, self.arriving = self.arriving, None

@@ -1,7 +1,7 @@
 """One direction of one pair of ranks: a thread that moves one payload after the other, in order.
 
-It is for ways to move memory whose calls block, and which cannot be polled beside sockets: the
-lane's thread waits for them, and whoever waits for the message waits for the lane.
+It is for ways to move memory whose calls block, and which cannot be polled beside sockets: this
+thread waits for them, and a rank that waits for the message waits for this thread.
 """
 
 from __future__ import annotations

@@ -27,22 +27,6 @@ RETRY_S: Final = 0.01  # between two attempts
 Finish = Callable[["socket.socket | None", "TransportError | None"], None]
 
 
-class Peer:
-    """What this rank knows of another one."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.call: Dialer | None = None  # our own attempt to connect, while it runs
-        self.lost = False  # its stream broke, or it could not be reached
-        self.ended: TransportError | None = None  # why nothing can be sent or received any more
-
-    @property
-    def flushed(self) -> bool:
-        """Whether it needs no more waiting for what is queued for this peer."""
-        left = self.lost or self.ended is not None or self.connection.flushed
-        return left and self.connection.settled
-
-
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where one rank is among the others.
@@ -67,9 +51,9 @@ class Place:
 
 
 class Peers:
-    """The peers of one rank. Every method is called under the lock of `Progress`.
+    """The connections of one rank. Every method is called under the lock of `Progress`.
 
-    `connect(rank)` makes a connection without a socket; `lose(peer, error)` is told when a peer
+    `make(rank)` makes a connection without a socket; `lose(connection, error)` is told when a peer
     cannot be reached.
     """
 
@@ -77,26 +61,32 @@ class Peers:
         self,
         progress: Progress,
         place: Place,
-        connect: Callable[[int], Connection],
-        lose: Callable[[Peer, TransportError], None],
+        make: Callable[[int], Connection],
+        lose: Callable[[Connection, TransportError], None],
     ) -> None:
-        self.known: dict[int, Peer] = {}
+        self.known: dict[int, Connection] = {}
+        self._dialers: dict[int, Dialer] = {}  # our own attempts to connect, while they run
         self._progress = progress
         self.place = place
-        self._connect = connect
+        self._make = make
         self._lose = lose
         self._expiry_due: float | None = None
         self._closed = False
         self.listener = Listener(place.secret, Role.DATA, place.rank, place.listening)
         progress.register(self.listener.fileno(), select.EPOLLIN, self._on_callers)
 
-    def get(self, rank: int) -> Peer:
-        """Return the peer, and start to connect at first use."""
-        peer = self.known.get(rank)
-        if peer is None:
-            peer = self.known[rank] = Peer(self._connect(rank))
-            self._call(peer)
-        return peer
+    def get(self, rank: int) -> Connection:
+        """Return the connection to a peer, and start to connect at first use."""
+        connection = self.known.get(rank)
+        if connection is None:
+            connection = self.known[rank] = self._make(rank)
+            self._call(connection)
+        return connection
+
+    def stop_dialling(self, rank: int) -> None:
+        """Give up our own attempt to connect, if there is one."""
+        if dialer := self._dialers.pop(rank, None):
+            dialer.cancel()
 
     def close(self) -> None:
         """Stop listening; the connections are their owner's to end."""
@@ -104,43 +94,37 @@ class Peers:
         self._progress.unregister(self.listener.fileno())
         self.listener.close()
 
-    def _call(self, peer: Peer) -> None:
+    def _call(self, connection: Connection) -> None:
         def finish(sock: socket.socket | None, error: TransportError | None) -> None:
-            peer.call = None
+            self._dialers.pop(rank, None)
             if sock is not None:
-                self._attach(peer, sock)
+                self._attach(connection, sock)
             elif error is not None:
-                self._lose(peer, error)
+                self._lose(connection, error)
             else:
                 self._progress.call_after(CALL_TIMEOUT_S, check_called)
 
         def check_called() -> None:
-            if not peer.connection.connected:
-                self._lose(peer, PeerLost(f"rank {rank} did not call within {CALL_TIMEOUT_S} s"))
+            if not connection.connected:
+                why = f"rank {rank} did not call within {CALL_TIMEOUT_S} s"
+                self._lose(connection, PeerLost(why))
 
-        rank, place = peer.connection.peer, self.place
-        peer.call = Dialer(
-            self._progress,
-            place.addresses[rank],
-            (place.rank, rank),
-            place.secret,
-            unix=place.unix,
-            finish=finish,
-        )
+        rank = connection.peer
+        self._dialers[rank] = Dialer(self._progress, self.place, rank, finish)
 
-    def _attach(self, peer: Peer, sock: socket.socket) -> None:
+    def _attach(self, connection: Connection, sock: socket.socket) -> None:
         if self.place.silence_s:
             with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
                 if not within_host(sock):
-                    self._look_after(peer, sock, self.place.silence_s)
-        peer.connection.attach(sock)
+                    self._look_after(connection, sock, self.place.silence_s)
+        connection.attach(sock)
 
-    def _look_after(self, peer: Peer, sock: socket.socket, silence_s: float) -> None:
+    def _look_after(self, connection: Connection, sock: socket.socket, silence_s: float) -> None:
         from transport.sockets.reachability import Reachability  # for other hosts alone
 
         why = f"nothing that was sent to it has been acknowledged for {silence_s:g} s"
-        lost = PeerLost(f"rank {peer.connection.peer} cannot be reached: {why}")
-        Reachability(self._progress, sock, silence_s, lambda: self._lose(peer, lost))
+        lost = PeerLost(f"rank {connection.peer} cannot be reached: {why}")
+        Reachability(self._progress, sock, silence_s, lambda: self._lose(connection, lost))
 
     def _on_callers(self, mask: int) -> None:
         for sock, hello in self.listener.poll():
@@ -150,13 +134,10 @@ class Peers:
             if verdict is not Verdict.ACCEPTED:
                 sock.close()
                 continue
-            peer = self.known.get(hello.rank)
-            if peer is None:
-                peer = self.known[hello.rank] = Peer(self._connect(hello.rank))
-            elif peer.call is not None:
-                peer.call.cancel()
-                peer.call = None
-            self._attach(peer, sock)
+            self.stop_dialling(hello.rank)
+            if hello.rank not in self.known:
+                self.known[hello.rank] = self._make(hello.rank)
+            self._attach(self.known[hello.rank], sock)
         deadline = self.listener.next_deadline()
         if deadline is not None and self._expiry_due is None:  # one timer at a time
             self._expiry_due = deadline
@@ -168,15 +149,12 @@ class Peers:
             self._on_callers(0)
 
     def _judge(self, hello: Hello) -> Verdict:
-        place = self.place
-        peer = self.known.get(hello.rank)
+        place, known = self.place, self.known.get(hello.rank)
         if hello.rank == place.rank or not 0 <= hello.rank < place.world_size:
             return Verdict.TAKEN
-        if peer is None:
-            return Verdict.ACCEPTED
-        if peer.connection.connected or peer.lost or peer.ended is not None:
+        if known is not None and (known.connected or known.lost or known.ended is not None):
             return Verdict.TAKEN
-        if peer.call is not None and place.rank < hello.rank:
+        if hello.rank in self._dialers and place.rank < hello.rank:
             return Verdict.YIELD
         return Verdict.ACCEPTED
 
@@ -189,22 +167,10 @@ class Dialer:
     oldest caller has to give way, and that may be this one.
     """
 
-    def __init__(
-        self,
-        progress: Progress,
-        address: Address,
-        hello: tuple[int, int],
-        secret: bytes,
-        *,
-        unix: bool,
-        finish: Finish,
-    ) -> None:
-        rank, self._peer = hello
+    def __init__(self, progress: Progress, place: Place, peer: int, finish: Finish) -> None:
         self._progress = progress
-        self._address = address
-        self._secret = secret
-        self._hello = Hello(Role.DATA, rank, self._peer)
-        self._unix = unix
+        self._place = place
+        self._peer = peer
         self._finish = finish
         self._socket: socket.socket | None = None
         self._over = False
@@ -225,16 +191,17 @@ class Dialer:
     def _dial(self) -> None:
         if self._over:
             return
-        self._initiator = Initiator(self._secret, self._hello)
+        place, address = self._place, self._place.addresses[self._peer]
+        self._initiator = Initiator(place.secret, Hello(Role.DATA, place.rank, self._peer))
         self._connected = False
         self._gathered = bytearray()
         try:
-            self._socket = dial(self._address, unix=self._unix)
+            self._socket = dial(address, unix=place.unix)
         except BlockingIOError:
             self._dial_again()
         except OSError as error:
             # Not from within the constructor: the caller does not know this call yet.
-            text = f"rank {self._peer} cannot be reached at {self._address.tcp}: {error.strerror}"
+            text = f"rank {self._peer} cannot be reached at {address.tcp}: {error.strerror}"
             self._progress.call_at(0.0, lambda: self._fail(PeerLost(text)))
         else:
             self._progress.register(self._socket.fileno(), select.EPOLLOUT, self._on_events)

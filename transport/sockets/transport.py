@@ -29,7 +29,7 @@ from transport.sockets.addresses import Address, listen
 from transport.sockets.buffer_pool import Pool
 from transport.sockets.connection import Connection
 from transport.sockets.event_loop import Progress
-from transport.sockets.peers import Peer, Peers, Place
+from transport.sockets.peers import Peers, Place
 from transport.wire.format import FrameKind, Limits
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class TcpTransport(Transport):
         self._lock, self._guard = self.progress.lock, self.progress.guard
         with self._lock, self._guard:
             place = Place(rank, world_size, addresses, listening, secret, self.unix, silence_s)
-            self._contacts = Peers(self.progress, place, self._connect, self._lose)
+            self._contacts = Peers(self.progress, place, self._make, self._lose)
         self._peers = self._contacts.known
 
     @staticmethod
@@ -109,7 +109,7 @@ class TcpTransport(Transport):
         spec, tensors = prepare(message, self.gpu)
         work = Send(self, dst, tag)
         with self._lock, self._guard:
-            self._peer(dst).connection.send(spec, tensors, work)
+            self._peer(dst).send(spec, tensors, work)
             self.traffic.sent[dst] += 1
             self.traffic.sent_nbytes += spec.nbytes
         return work
@@ -120,15 +120,15 @@ class TcpTransport(Transport):
             self._raise_if_ended()
             self._mailbox.post(receive)
             peer = self._peers.get(receive.peer) or self._contacts.get(receive.peer)
-            if peer.connection.pending is not None:
-                peer.connection.resume()
+            if peer.pending is not None:
+                peer.resume()
             if peer.ended is not None and not receive.done:
                 self._mailbox.fail(peer.ended, receive.peer)
 
     def withdraw(self, receive: Receive) -> bool:
         """Take a posted receive back; False when it is done already."""
         with self._lock, self._guard:
-            arriving = self._contacts.get(receive.peer).connection.arriving
+            arriving = self._contacts.get(receive.peer).arriving
             return self._mailbox.withdraw(receive, arriving)
 
     def progress_until(self, work: Work, timeout: float | None) -> bool:
@@ -144,13 +144,13 @@ class TcpTransport(Transport):
             if self._ended is None:
                 for peer in list(self._peers.values()):
                     if peer.ended is None and not peer.lost:
-                        peer.connection.queue(FrameKind.GOODBYE, None)
+                        peer.queue(FrameKind.GOODBYE, None)
                 self._check_farewell()
             else:
                 farewell.complete()
         try:
             if not self.progress.run_until(farewell, timeout):
-                slow = sorted(rank for rank, peer in self._peers.items() if not peer.flushed)
+                slow = sorted(rank for rank, peer in self._peers.items() if not peer.may_close)
                 raise WaitTimeout(f"ranks {slow} did not take what is queued within {timeout} s")
             farewell.wait()
         finally:
@@ -162,7 +162,7 @@ class TcpTransport(Transport):
             self._end(error)
         self.progress.stop()
         for peer in list(self._peers.values()):
-            peer.connection.join()
+            peer.join()
 
     def _end(self, error: TransportError) -> None:
         if self._ended is not None:
@@ -185,7 +185,7 @@ class TcpTransport(Transport):
         broken.__cause__ = error
         self._end(error if isinstance(error, DeviceError) else broken)
 
-    def _peer(self, rank: int) -> Peer:
+    def _peer(self, rank: int) -> Connection:
         """Return a peer that a message can still go to, and connect at first use."""
         self._raise_if_ended()
         peer = self._peers.get(rank) or self._contacts.get(rank)
@@ -202,7 +202,7 @@ class TcpTransport(Transport):
     def _check_farewell(self) -> None:
         if self._farewell is None or self._farewell.done:
             return
-        if all(peer.flushed for peer in self._peers.values()):
+        if all(peer.may_close for peer in self._peers.values()):
             self._farewell.complete()
         else:
             self.progress.call_after(FLUSH_POLL_S, self._check_farewell)
@@ -210,34 +210,32 @@ class TcpTransport(Transport):
     def _resume_all(self) -> None:
         """Read on from every peer, because some thread begins to wait: to stop could deadlock."""
         for peer in self._peers.values():
-            if peer.connection.pending is not None and self._farewell is None:
+            if peer.pending is not None and self._farewell is None:
                 with self._guard:
-                    peer.connection.resume()
+                    peer.resume()
 
     # -- a peer's beginning and end ---------------------------------------------------------------
 
-    def _connect(self, rank: int) -> Connection:
+    def _make(self, rank: int) -> Connection:
         return self.connection_class(self, self._mailbox, rank)
 
-    def _lose(self, peer: Peer, error: TransportError) -> None:
+    def _lose(self, peer: Connection, error: TransportError) -> None:
         """A peer is gone without a goodbye; leave `abort` a moment to tell why."""
         if peer.lost or peer.ended is not None:
             return
         peer.lost = True
-        peer.connection.close_socket()
+        peer.close_socket()
         if self._lost_grace_s:
             self.progress.call_after(self._lost_grace_s, lambda: self._end_peer(peer, error))
         else:
             self._end_peer(peer, error)
 
-    def _end_peer(self, peer: Peer, error: TransportError) -> None:
+    def _end_peer(self, peer: Connection, error: TransportError) -> None:
         if peer.ended is not None:
             return
-        peer.ended = error
-        if peer.call is not None:
-            peer.call.cancel()
-        peer.connection.detach(error)
-        self._mailbox.fail(error, peer.connection.peer)
+        self._contacts.stop_dialling(peer.peer)
+        peer.detach(error)
+        self._mailbox.fail(error, peer.peer)
         self.progress.wake()  # other threads may wait for what has just failed
 
     # -- what a connection asks (see connection.Owner) --------------------------------------------
@@ -250,17 +248,17 @@ class TcpTransport(Transport):
     def on_goodbye(self, connection: Connection) -> None:
         """Act on a goodbye."""
         gone = f"rank {connection.peer} has left, so nothing more comes from it"
-        self._end_peer(self._peers[connection.peer], PeerLeft(gone))
+        self._end_peer(connection, PeerLeft(gone))
 
     def on_end(self, connection: Connection, error: TransportError) -> None:
         """The stream broke, or its bytes made no sense: it is never used again."""
-        peer = self._peers[connection.peer]
         if isinstance(error, ProtocolError):
-            self._end_peer(peer, ProtocolError(f"from rank {connection.peer}: {error}"))
+            self._end_peer(connection, ProtocolError(f"from rank {connection.peer}: {error}"))
         elif self._farewell is not None and connection.flushed:
-            self._end_peer(peer, TransportClosed(CLOSED))  # it hung up in answer to our goodbye
+            # It hung up in answer to our goodbye.
+            self._end_peer(connection, TransportClosed(CLOSED))
         else:
-            self._lose(peer, error)
+            self._lose(connection, error)
 
 
 class UnixTransport(TcpTransport):

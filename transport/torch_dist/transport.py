@@ -18,9 +18,7 @@ from __future__ import annotations
 import abc
 import datetime
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -36,7 +34,8 @@ from transport.sockets.addresses import Address, local_host
 from transport.sockets.copy_thread import Group
 from transport.sockets.transport import UnixTransport
 from transport.torch_dist.off_stream import OPEN_TIMEOUT_S, OffStreamTransport
-from transport.wire.format import pack, unpack
+from transport.wire.decoder import Decoder
+from transport.wire.format import HEADER, Frame, FrameKind, Limits, encode
 
 if TYPE_CHECKING:
     Store = object
@@ -270,19 +269,15 @@ def _recorded(device: torch.device) -> torch.cuda.Event:
     return event
 
 
-# Notes that two ranks pass each other over a new connection, before its first frame.
-#
-# A note is its length and the CRC-32 of what follows (4 bytes each, little-endian), then the
-# msgpack array [key, value]: who reads it may be a library that does not look twice.
+# Notes that two ranks pass each other over a new connection, before its first frame: records of the
+# wire format, which checks what a library that does not look twice will read.
 
-NOTE_LIMIT_NBYTES: Final = 64 * 1024
-_HEAD: Final = struct.Struct("<II")
+NOTE_LIMITS: Final = Limits(meta_nbytes=64 * 1024, payload_nbytes=0)
 
 
 def tell(sock: socket.socket, key: str, value: bytes) -> None:
     """Send a note over a blocking socket."""
-    note = pack([key, value])
-    sock.sendall(_HEAD.pack(len(note.data), note.crc) + note.data)
+    sock.sendall(encode(FrameKind.RECORD, 0, [key, value]))
 
 
 def hear(sock: socket.socket) -> tuple[str, bytes]:
@@ -292,14 +287,11 @@ def hear(sock: socket.socket) -> tuple[str, bytes]:
         ProtocolError: it is no note, or bytes of it changed on the way.
         OSError: the other side has hung up, or the socket's time is over.
     """
-    nbytes, crc = _HEAD.unpack(_exactly(sock, _HEAD.size))
-    if nbytes > NOTE_LIMIT_NBYTES:
-        raise ProtocolError(f"a note of {nbytes} bytes, at most {NOTE_LIMIT_NBYTES} agreed")
-    note = _exactly(sock, nbytes)
-    if zlib.crc32(note) != crc:
-        raise ProtocolError("a note's checksum does not match: bytes changed on the way")
-    match unpack(note):
-        case [str(key), bytes(value)]:
+    decoder, header = Decoder(NOTE_LIMITS), _exactly(sock, HEADER.size)
+    events = decoder.feed(header)
+    events += decoder.feed(_exactly(sock, HEADER.unpack(header)[2]))
+    match events:
+        case [Frame(kind=FrameKind.RECORD, meta=[str(key), bytes(value)]), _]:
             return key, value
         case other:
             raise ProtocolError(f"not a key and a value: {other!r:.200}")

@@ -1,4 +1,4 @@
-"""The wire format: what a frame looks like in bytes; no socket, tensor or clock.
+"""What a frame looks like in bytes; no socket, tensor or clock.
 
     offset  size  field           meaning (integers are little-endian; all but tag unsigned)
     0       4     magic           b"bpp" and the format's version, 2
@@ -13,12 +13,14 @@
     40      4     sequence        frames sent before this one on this connection, modulo 2**32
     44      4     header_crc      CRC-32 of the 44 bytes above
 
-The payload follows the metadata, except that of a lent message, which lies in memory that both
-sides map (see shm/transport.py), and that of an apart one, which travels beside the stream, in the
-order of the frames (see off_stream.py). What differs between messages of one shape stands in the
-header, so that their metadata is the same bytes again and again, and is packed and read once.
+1. The payload follows the metadata. There are two exceptions: the payload of a lent message lies in
+   memory that both sides map (shm/transport.py); that of an apart message travels beside the
+   stream, in the order of the frames (torch_dist/off_stream.py).
+2. What differs between messages of one shape stands in the header. So their metadata is the same
+   bytes again and again, and is packed and read once.
+3. Metadata is msgpack, and nothing in it is ever evaluated.
 
-How a stream of these is read is in decoder.py.
+decoder.py reads a stream of these frames.
 """
 
 from __future__ import annotations

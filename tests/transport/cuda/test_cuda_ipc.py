@@ -63,11 +63,11 @@ def pair() -> Iterator[list[Any]]:
 
 
 def lender(ranks: list[Any]) -> Any:
-    return ranks[0]._peers[1].connection.lender
+    return ranks[0]._peers[1].lender
 
 
 def borrowed(ranks: list[Any]) -> Any:
-    return ranks[1]._peers[0].connection.borrowed
+    return ranks[1]._peers[0].borrowed
 
 
 def lent(ranks: list[Any]) -> int:
@@ -218,7 +218,7 @@ def test_no_two_messages_ever_share_memory(seed: int) -> None:
                 del flag, got, message, work
             for j, tensor in kept:
                 assert distinct(rank.gpu.download(tensor)) == [j]
-            return len(rank._peers[1 - rank.rank].connection.lender._written)
+            return len(rank._peers[1 - rank.rank].lender._written)
 
         assert min(on_all_ranks(ranks, run)) > 1
 
@@ -239,7 +239,7 @@ def test_who_keeps_much_has_the_rest_copied_so_that_blocks_come_back(pair: list[
 
 def started(rank: Any) -> bool:
     """Whether anything was staged since the first message."""
-    return rank._peers[1 - rank.rank].connection.stager._lane._jobs.qsize() > 0
+    return rank._peers[1 - rank.rank].stager._lane._jobs.qsize() > 0
 
 
 def test_what_finds_no_slot_or_block_is_staged_and_keeps_its_place(pair: list[Any]) -> None:
@@ -282,7 +282,7 @@ def test_over_tcp_and_to_who_has_no_gpu_it_is_staged() -> None:
             assert distinct(ranks[1].recv(0, timeout=SOON_S)) == [i]
             ranks[1].isend(torch.full((BIG,), float(i)), 0)  # lent, as over shm
             assert distinct(ranks[0].recv(1, timeout=SOON_S)) == [i]
-        assert ranks[1]._peers[0].connection.lender._blocks
+        assert ranks[1]._peers[0].lender._blocks
 
 
 def test_memory_is_given_back_on_both_sides_when_it_is_over() -> None:
@@ -345,7 +345,7 @@ def test_an_error_of_the_device_is_named_wherever_it_shows(pair: list[Any]) -> N
 @pytest.mark.parametrize("word", [0, 64, TABLE_NBYTES - 64, 2**40, TABLE_NBYTES + 64, 2**63])
 def test_a_place_that_cannot_be_ends_the_connection(pair: list[Any], word: int) -> None:
     spec, _ = prepare(on(pair[0], 1), pair[0].gpu)
-    connection = pair[0]._peers[1].connection
+    connection = pair[0]._peers[1]
     if word == TABLE_NBYTES + 64:  # it was lent already
         pair[0].isend(on(pair[0], 1), 1, 3)
         pair[0].isend(torch.zeros(1), 1, 4)
@@ -363,9 +363,7 @@ def test_who_has_shown_nothing_is_written_nothing() -> None:
         ranks[1].recv(0, timeout=SOON_S)
         spec, _ = prepare(on(ranks[0], 1), ranks[0].gpu)
         with ranks[0]._lock:
-            ranks[0]._peers[1].connection.queue(
-                FrameKind.LENT, spec.packed, spec.nbytes, word=TABLE_NBYTES
-            )
+            ranks[0]._peers[1].queue(FrameKind.LENT, spec.packed, spec.nbytes, word=TABLE_NBYTES)
         with pytest.raises(ProtocolError, match="a GPU that was not shown"):
             ranks[1].recv(0, timeout=SOON_S)
 
@@ -400,7 +398,7 @@ def talk(transport: Any, pipe: Any) -> list[int]:
             kept.append((i, got))
             del flag, got
         if i == 30:
-            lenders = [peer.connection.lender for peer in transport._peers.values()]
+            lenders = [peer.lender for peer in transport._peers.values()]
         for work in works:
             work.wait(30)
         while len(kept) > rng.randrange(20):

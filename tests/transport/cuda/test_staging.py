@@ -260,13 +260,13 @@ def test_sums_are_of_what_was_on_the_gpu() -> None:
         tensor = on(one, 1)
         release = gpus[0].compute.hold()
         one.isend(tensor, 1)
-        stager = one._peers[1].connection.stager
+        stager = one._peers[1].stager
         move = stager.move
 
         def corrupt(tensor: torch.Tensor, ready: Any) -> None:
             move(tensor, ready)
             true, ready.copies[-1] = ready.copies[-1], ready.copies[-1] + 1
-            one._peers[1].connection._checksum = False
+            one._peers[1]._checksum = False
             del true
 
         stager.move = corrupt

@@ -45,7 +45,7 @@ def test_a_large_message_narrows_the_buffer_and_the_next_small_one_widens_it(nam
             receive = other.irecv(0, into=into if message is large else None)
             one.send(message, 1, timeout=SOON_S)
             assert torch.equal(receive.wait(SOON_S), message)
-            sock = one._peers[1].connection.socket
+            sock = one._peers[1].socket
             if name != "shm" or message is small:  # (its first large one was lent)
                 found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
                 assert found == set_to(nbytes)
