@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import every_pair
 from test_autocast import build
 from test_exactness import MLP, SCHEDULES, SEED, data, sha256
 from torch import nn
@@ -64,17 +65,19 @@ def train(world: barepp.World, schedule: str, num_microbatches: int, **scaling: 
     return curve, pipe.parameters_sha256()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_it_is_torchs_grad_scaler_over_several_ranks(schedule: str, world_size: int) -> None:
-    for num_microbatches in (1, 4):
-        expected = reference(num_microbatches, **SCALING)
-        scales = [scale for _, scale in expected[0]]
-        assert min(scales) < SCALING["init_scale"]  # some steps are skipped,
-        assert any(b > a for a, b in pairwise(scales))  # and then it grows
-        work = partial(train, **SCALING)
-        results = barepp.run(work, world_size, schedule, num_microbatches, transport="inproc")
-        assert results == [expected] * world_size
+@pytest.mark.parametrize(
+    ("schedule", "world_size", "num_microbatches"), every_pair(SCHEDULES, [1, 2, 4], [1, 4])
+)
+def test_it_is_torchs_grad_scaler_over_several_ranks(
+    schedule: str, world_size: int, num_microbatches: int
+) -> None:
+    expected = reference(num_microbatches, **SCALING)
+    scales = [scale for _, scale in expected[0]]
+    assert min(scales) < SCALING["init_scale"]  # some steps are skipped,
+    assert any(b > a for a, b in pairwise(scales))  # and then it grows
+    work = partial(train, **SCALING)
+    results = barepp.run(work, world_size, schedule, num_microbatches, transport="inproc")
+    assert results == [expected] * world_size
 
 
 def test_the_defaults_are_torchs() -> None:

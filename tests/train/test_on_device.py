@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transport_worlds
+from covering import every_pair
 from test_exactness import MLP, plain_torch, train
 from torch import nn
 from torch.nn import functional
@@ -34,9 +35,14 @@ def world_on(device: torch.device) -> World:
     return World(InprocTransport(InprocHub(1), 0, gpu=gpu))
 
 
-@pytest.mark.parametrize("recompute", ["off", "all"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ["mlp", "norm", "batchnorm", "attention", "tuples", "dicts"])
+@pytest.mark.parametrize(
+    ("name", "schedule", "recompute"),
+    every_pair(
+        ["mlp", "norm", "batchnorm", "attention", "tuples", "dicts"],
+        list(SCHEDULES),
+        ["off", "all"],
+    ),
+)
 def test_a_step_is_all_on_the_device_and_asks_it_nothing(
     name: str, schedule: str, recompute: str
 ) -> None:

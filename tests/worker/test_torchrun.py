@@ -20,6 +20,8 @@ from jobs import LIMIT_S, MARK, ROOT, marked, write_script
 from ports import free_port
 from starter import eventually
 
+RANKS = 3  # each takes seconds to import torch
+
 SURVIVE = """
     import barepp, os, signal, sys
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, perhaps before one is told
@@ -49,7 +51,7 @@ def all_of_it(request: pytest.FixtureRequest) -> None:
         pytest.skip("pytest --torchrun runs it, in three minutes")
 
 
-def torchrun(folder: Path, text: str, *, ranks: int = 4, **extra: str) -> Ended:
+def torchrun(folder: Path, text: str, *, ranks: int = RANKS, **extra: str) -> Ended:
     """Run a script's text under torchrun, and check that nothing of it is left."""
     script, mark, temporary = write_script(folder, text), uuid.uuid4().hex, folder / "tmp"
     temporary.mkdir()
@@ -80,7 +82,7 @@ def test_the_same_bits_over_gloo(tmp_path: Path, undisturbed: str) -> None:
 def check_bits(ended: Ended, undisturbed: str) -> None:
     assert ended.code == 0, ended.err
     assert the_digest(ended.out) == undisturbed
-    for rank in range(4):  # (six worlds came one after the other)
+    for rank in range(RANKS):  # (six worlds came one after the other)
         assert ended.out.count(f"family {rank} ") == 6
 
 
@@ -115,6 +117,6 @@ def check_fault(fault: str, says: str, folder: Path, **extra: str) -> None:
     ended = torchrun(folder, text, BAREPP_HEARTBEAT="2", **extra)
     assert ended.code == 1
     told = re.findall(r"^told .*", ended.out, re.MULTILINE)
-    assert len(told) == 3 and all(f"told {says}" in line for line in told), told
+    assert len(told) == RANKS - 1 and all(f"told {says}" in line for line in told), told
     shown = ended.err.count("ValueError: boom\n")
     assert shown >= 1 if "ValueError" in fault else shown == 0  # its own traceback, on its stderr
