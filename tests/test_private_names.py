@@ -13,7 +13,7 @@ HOME = "transport/private_names.py"
 OURS = ("barepp", "transport", "demos")
 # They begin with an underscore, and Python's manual has them all the same.
 MODULE = re.compile(r"[a-z]\w*(\.\w+)*\._\w+(\.\w+)*")  # "torch._dynamo", in a string
-DOCUMENTED = {"_exit", "_current_frames", "_replace", "_asdict", "_fields_", "_fields"}
+DOCUMENTED = {"_exit", "_current_frames", "_replace", "_asdict", "_make", "_fields_", "_fields"}
 
 
 def is_private(name: str) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from barepp.train.models import LayerBuilder, mlp
+from barepp.train.models import mlp
+from barepp.train.stage.layers import LayerBuilder
 from barepp.train.stage.seeding import LayerRandomness
 
 SEED = 0

@@ -4,20 +4,22 @@
                                        compute   Stage.forward
                                        give  ──> isend, waited for when the step ends
 
-The only file in which a stage's work meets a transport's messages.
+This is the only file in which a stage's work meets a transport's messages.
 
 1. Receives are posted before the first action, so bytes move while the rank computes.
 2. No send is waited for inside a step: a rank that waited there for its neighbour to receive could
    wait for a neighbour that waits for it (1F1B does exactly that; see transport/README.md).
 3. What is measured is split where it happens (recorder.py): waiting is never computing.
+4. A test that lets a rank fail wraps `compute` and `give`; nothing else here knows of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -35,35 +37,29 @@ from barepp.train.messages import (
 from barepp.train.stage.boundary import Value, tensors
 from barepp.train.stage.recompute import is_recomputed
 from barepp.train.stage.stage import Stage
-from barepp.worker.world import World
-from transport.collectives import broadcast
 from transport.errors import DeviceError, JobFailed, is_from_cuda
 from transport.message.specs import Message
 from transport.message.work import Receive, Work
 
+if TYPE_CHECKING:
+    from barepp.worker.world import World
+
 # The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
 _FIRST_TAG = -16
 
-
 Result: TypeAlias = "Message | None"
-
-
-class _TimedReceive(Receive):
-    """A receive that notes when its message was here, or was asked for if it was here before."""
-
-    __slots__ = ("arrived_ns",)
-
-    def complete(self, result: Message | None = None) -> None:
-        self.arrived_ns = time.perf_counter_ns()
-        super().complete(result)
+Compute: TypeAlias = "Callable[[Action, Result], Result]"
+Give: TypeAlias = "Callable[[Step, Result], None]"
 
 
 class Executor:
-    """Executes programs on this rank's stages; `recompute` says which forwards each runs again.
+    """Executes programs on this rank's stages.
 
-    `peak_in_flight` is the most stage forwards at one time whose backward (W, where it is split)
-    had not run yet. `losses` holds the weighted loss of each microbatch of the last step (last
-    stage only), `outputs` what each came to in a forward without gradients (last stage only).
+    Attributes:
+        peak_in_flight: the most stage forwards at one time whose backward (W, where it is split)
+            had not run yet.
+        losses: the weighted loss of each microbatch of the last step (last stage only).
+        outputs: the output of each microbatch of the last forward without gradients (likewise).
     """
 
     def __init__(
@@ -72,13 +68,14 @@ class Executor:
         self._world = world
         self._stages = stages
         self._last = num_stages - 1
-        self._recompute = recompute
+        self._recompute = recompute  # for each stage: which microbatches
+        self._batch = Batch(0, (), None, None)
         self._split: set[tuple[int, int]] = set()  # (stage, microbatch) of each I
         self._in_flight = 0
         self.peak_in_flight = 0
         # From stage to stage on one rank, by (stage it is for, is it an activation, microbatch).
         self._local: dict[tuple[int, bool, int], Result] = {}
-        self._batch = Batch(0, (), None, None)
+        self._sends: list[Work] = []
         self.losses: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, Value] = {}
 
@@ -91,39 +88,48 @@ class Executor:
         self._in_flight = 0
         actions = [step.action for step in program]
         self._split = {(a.stage, a.microbatch) for a in actions if a.kind is Kind.I}
-        methods = {
+        methods: dict[Kind, Compute] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
             Kind.I: self._backward_inputs,
             Kind.W: self._backward_weights,
         }
-        self._run(program, batch, methods, recorder)
+
+        def compute(action: Action, taken: Result) -> Result:
+            return methods[action.kind](action, taken)
+
+        hook = self._world.fault_hook
+        if hook is None:
+            self._run(program, batch, compute, self._give, recorder)
+        else:
+            self._run(
+                program, batch, *hook.around(compute, self._give, program, batch.step), recorder
+            )
 
     def infer(self, program: Sequence[Step], batch: Batch) -> None:
         """Run forwards only, without gradients; the last stage's results go to `outputs`."""
         self.outputs = {}
-        self._run(program, batch, {Kind.F: self._infer}, Recorder())
+        self._run(program, batch, self._infer, self._give, Recorder())
 
     def _run(
         self,
         program: Sequence[Step],
         batch: Batch,
-        methods: Mapping[Kind, Callable[[Action, Result], Result]],
+        compute: Compute,
+        give: Give,
         recorder: Recorder,
     ) -> None:
         world, mark, last = self._world, recorder.clock.mark, recorder.clock.last
         timed = recorder.tracing and recorder.times_arrivals
         self._batch = batch
         self._local.clear()
+        self._sends = []
         for stage in self._stages.values():
             stage.invalidate_cache()
-        if world.fault_hook is not None:  # a test lets this rank fail
-            methods = world.fault_hook.around(methods, program, batch.step)
         times: list[Times] = []
-        sends: list[Work] = []
         share = len(batch.weights) / max(1, len(program))  # of a microbatch, that an action is
-        world.activity = ("posting its receives",)
-        try:
+        with self._errors_say_where():
+            world.activity = ("posting its receives",)
             receives = [self._post(step, timed=timed) for step in program]
             for step, receive in zip(program, receives, strict=True):
                 action = step.action
@@ -132,29 +138,32 @@ class Executor:
                 taken = receive.wait() if receive is not None else self._take(action)
                 world.activity = ("computing", action)
                 started = mark()
-                made = methods[action.kind](action, taken)
+                made = compute(action, taken)
                 ended = mark()
-                world.microbatches += share
-                if made is not None:
-                    self._give(step, made, sends)
-                if world.fault_hook is not None:
-                    world.fault_hook.after(action)
+                give(step, made)
                 times.append((asked, started, ended, last()))
+                world.microbatches += share
             world.activity = ("waiting for its sends",)
             asked = last()
-            for send in sends:
+            for send in self._sends:
                 send.wait()
             recorder.add_flush("waiting for its sends", asked, mark())
+            world.activity = ()
+        arrivals = [getattr(receive, "arrived_ns", 0) for receive in receives] if timed else ()
+        recorder.add_actions(program, times, arrivals)
+
+    @contextlib.contextmanager
+    def _errors_say_where(self) -> Iterator[None]:
+        """Add to what another rank or CUDA reports what this rank was doing."""
+        world = self._world
+        try:
+            yield
         except JobFailed as error:
             raise JobFailed(error.failure, world.position()) from None
         except RuntimeError as error:
             if is_from_cuda(error):
                 raise DeviceError.of(error, world.rank, world.position()) from error
             raise
-        world.activity = ()
-        received = receives if timed else ()
-        arrivals = [r.arrived_ns if isinstance(r, _TimedReceive) else 0 for r in received]
-        recorder.add_actions(program, times, arrivals)
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -172,31 +181,31 @@ class Executor:
         stage, kind, microbatch = action
         return self._local.pop((stage, kind is Kind.F, microbatch), None)
 
-    def _give(self, step: Step, made: Message, sends: list[Work]) -> None:
+    def _give(self, step: Step, made: Result) -> None:
+        stage, kind, microbatch = step.action
+        if made is None:
+            return
         if step.send_to is not None:
             tag = _output_tag(step.action)
-            sends.append(self._world.transport.isend(made, step.send_to, tag))
-            return
-        stage, kind, microbatch = step.action
-        if kind is Kind.F:
+            self._sends.append(self._world.transport.isend(made, step.send_to, tag))
+        elif kind is Kind.F:
             # The next stage on this rank may write to what it is given, and this stage's backward
             # may need it: a copy, as a transport would make.
             self._local[stage + 1, True, microbatch] = copied(made)
         else:
             self._local[stage - 1, False, microbatch] = made
 
-    # -- actions ----------------------------------------------------------------------------------
+    # -- actions: each takes a message and makes one ----------------------------------------------
 
     def _forward(self, action: Action, taken: Result) -> Result:
         stage, _, microbatch = action
         batch = self._batch
-        target = batch.targets[microbatch] if stage == self._last and batch.targets else None
         value, wanted = self._input(action, taken)
-        made = self._stages[stage].forward(
+        made = self._stages[stage].forward(  # [rows, ...], on the last stage []
             microbatch,
             value,
             step=batch.step,
-            target=target,
+            target=batch.targets[microbatch] if stage == self._last and batch.targets else None,
             loss_weight=batch.weights[microbatch],
             loss_scale=batch.loss_scale,
             input_requires_grad=wanted,
@@ -212,16 +221,15 @@ class Executor:
         return None
 
     def _backward(self, action: Action, taken: Result) -> Result:
-        stage = self._stages[action.stage]
-        made = stage.backward(action.microbatch, None if taken is None else unpack_gradient(taken))
+        stage, _, microbatch = action
+        made = self._stages[stage].backward(microbatch, unpack_gradient(taken))
         self._in_flight -= 1
-        return None if action.stage == 0 else pack_gradient(made)
+        return None if stage == 0 else pack_gradient(made)
 
     def _backward_inputs(self, action: Action, taken: Result) -> Result:
-        stage = self._stages[action.stage]
-        given = None if taken is None else unpack_gradient(taken)
-        made = stage.backward_inputs(action.microbatch, given)
-        return None if action.stage == 0 else pack_gradient(made)
+        stage, _, microbatch = action
+        made = self._stages[stage].backward_inputs(microbatch, unpack_gradient(taken))
+        return None if stage == 0 else pack_gradient(made)
 
     def _backward_weights(self, action: Action, _: Result) -> Result:
         self._stages[action.stage].backward_weights(action.microbatch)
@@ -229,13 +237,12 @@ class Executor:
         return None
 
     def _infer(self, action: Action, taken: Result) -> Result:
+        stage, _, microbatch = action
         value, _ = self._input(action, taken)
-        made = self._stages[action.stage].evaluate(
-            value, microbatch=action.microbatch, step=self._batch.step
-        )
-        if action.stage < self._last:
+        made = self._stages[stage].evaluate(value, microbatch=microbatch, step=self._batch.step)
+        if stage < self._last:
             return pack_activation(made, [True] * len(tensors(made)))
-        self.outputs[action.microbatch] = made
+        self.outputs[microbatch] = made
         return None
 
     def _input(self, action: Action, taken: Result) -> tuple[Value, Sequence[bool] | None]:
@@ -244,6 +251,16 @@ class Executor:
             return self._batch.inputs[action.microbatch], None
         assert taken is not None
         return unpack_activation(taken)
+
+
+class _TimedReceive(Receive):
+    """A receive that notes when its message was here, or was asked for if it was here before."""
+
+    __slots__ = ("arrived_ns",)
+
+    def complete(self, result: Message | None = None) -> None:
+        self.arrived_ns = time.perf_counter_ns()
+        super().complete(result)
 
 
 @lru_cache(maxsize=4096)  # the same actions in every step
@@ -261,26 +278,3 @@ def _output_tag(action: Action) -> int:
     if kind is Kind.F:
         return _FIRST_TAG - activation_tag(stage + 1, microbatch)
     return _FIRST_TAG - gradient_tag(stage - 1, microbatch)
-
-
-# Tells all ranks what one of them knows: how many rows a step has, its loss, where to cut.
-
-
-def from_rank(
-    world: World, recorder: Recorder, tensor: torch.Tensor | None, root: int, what: str
-) -> torch.Tensor:
-    """Return the root's tensor on every rank; the others wait for `what`, which is recorded."""
-    if world.world_size == 1:
-        assert tensor is not None
-        return tensor
-    world.activity = ("sharing" if tensor is not None else "waiting for", what)
-    asked = recorder.clock.last()
-    shared = broadcast(world.transport, tensor, root)
-    ended = recorder.clock.mark()
-    world.activity = ()
-    if root == world.rank:
-        recorder.add_flush(f"sharing {what}", asked, ended)
-    else:
-        recorder.add_wait(what, root, asked, ended)
-    assert isinstance(shared, torch.Tensor)
-    return shared

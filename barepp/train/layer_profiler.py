@@ -1,4 +1,4 @@
-"""Measures what each layer costs, one layer after the other, so that nobody holds the whole model.
+"""Measures what each layer costs, one layer at a time: no process holds the whole model.
 
     layer k:   build ──> forward, backward (several times) ──> drop
                inputs ──┘       └──> the inputs of layer k + 1
@@ -24,6 +24,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -36,11 +37,10 @@ from barepp.plan.layer_costs import LayerCost
 from barepp.schedules import Schedule
 from barepp.trace.device_clock import Clock, clock_of, took_s
 from barepp.train.batch import microbatch_sizes, moved, num_rows, split
-from barepp.train.models import LayerBuilder
 from barepp.train.stage.boundary import Gradient, Value, gradient_of, tensors
-from barepp.train.stage.layers import LossFunction, add_note
+from barepp.train.stage.layers import LayerBuilder, LossFunction, add_note
 from barepp.train.stage.recompute import copy_of
-from barepp.train.stage.stage import Stage
+from barepp.train.stage.stage import Compute, Stage
 
 LEAST_RUNS: Final = 3
 MOST_RUNS: Final = 20
@@ -66,53 +66,42 @@ def profile(
     the pipeline's, and so are `device`, by default the CPU, and `autocast`; `lock` is held around
     whatever draws random numbers, where ranks are threads.
     """
-
-    def stage_of(index: int, builders: Sequence[LayerBuilder]) -> Stage:
-        alone = range(index, index + 1)
-        more: dict[str, Any] = {"lock": lock, "device": device, "autocast": autocast}
-        return Stage(index, alone, len(builders), builders, loss, seed=seed, **more)
-
-    def run_of(stage: Stage, value: Value, wanted: Sequence[bool], target: Any) -> _Run:
-        return _Run(stage, value, wanted, target, clock)
-
-    builders = [partial(_own_copy, builder) for builder in layers]
-    # It may have parameters of its own, or count: it is the training's, like the layers.
+    # A loss may have parameters of its own, or count: it is the training's, like the layers.
     loss = _own_copy(lambda: loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
-    clock = clock_of(device)
     if device is not None and device.type != "cpu":
         inputs, targets = moved(inputs, device, []), moved(targets, device, [])
         if isinstance(loss, nn.Module):
             loss.to(device)
+    compute, clock = Compute(device, autocast, lock), clock_of(device)
+
+    def stage_of(index: int, builders: Sequence[LayerBuilder]) -> Stage:
+        alone = range(index, index + 1)
+        return Stage(index, alone, len(builders), builders, loss, seed=seed, compute=compute)
+
+    builders = [partial(_own_copy, builder) for builder in layers]
     value = copy_of(inputs)
     wanted: Sequence[bool] = [False] * len(tensors(value))
     kept = _storages(tensors(value))  # a batch is there anyway
     costs = []
     with _one_thread(), torch.enable_grad():
-        one = torch.ones(1, device=device)
-        besides = run_of(stage_of(1, [_Scale] * 3), one, [True], None).least_times(0.1)
+        one = torch.ones(1, device=device)  # [1]
+        besides = _Run(stage_of(1, [_Scale] * 3), one, [True], None, clock).least_times(0.1)
         for index in range(len(layers)):
             try:
-                run = run_of(stage_of(index, builders), value, wanted, targets)
+                run = _Run(stage_of(index, builders), value, wanted, targets, clock)
                 took = run.least_times(budget_s / len(layers))
                 kept, kept_nbytes = run.look(kept)
             except Exception as error:
                 add_note(error, "while the layers were profiled for a balanced partition")
                 raise
-            forward_s, backward_s, inputs_s, weights_s = (
-                max(0.0, one - other) for one, other in zip(took, besides, strict=True)
-            )
-            costs.append(
-                LayerCost(
-                    forward_s,
-                    backward_s,
-                    inputs_s,
-                    weights_s,
-                    kept_nbytes,
-                    sum(tensor.nbytes for tensor in tensors(run.output)),
-                    run.parameter_nbytes,
-                )
-            )
             value, wanted = run.output, run.output_wanted
+            nbytes = (
+                kept_nbytes,
+                sum(tensor.nbytes for tensor in tensors(value)),
+                sum(parameter.nbytes for parameter in run.stage.parameters()),
+            )
+            seconds = (max(0.0, own - other) for own, other in zip(took, besides, strict=True))
+            costs.append(LayerCost._make((*seconds, *nbytes)))
     return costs
 
 
@@ -122,13 +111,11 @@ def balanced_sizes(
     sample: tuple[Value, Value] | None,
     schedule: Schedule,
     *,
-    recomputed: Sequence[bool] = (),
-    memory_limit: int | None = None,
-    seed: int = 0,
-    lock: threading.Lock | None = None,
-    device: torch.device | None = None,
-    autocast: torch.dtype | None = None,
-) -> list[int]:
+    recomputed: Sequence[bool],
+    memory_limit: int | None,
+    seed: int,
+    compute: Compute,
+) -> torch.Tensor:
     """Profile the layers on the first microbatch of a sample batch, and `balance` them."""
     if sample is None:
         raise UsageError(
@@ -137,18 +124,9 @@ def balanced_sizes(
         )
     sizes = microbatch_sizes(num_rows(sample[0]), schedule.num_microbatches)
     inputs, targets = (split(part, sizes)[0] for part in sample)
-    costs = profile(
-        layers,
-        loss_fn,
-        inputs,
-        targets,
-        seed=seed,
-        lock=lock,
-        device=device,
-        autocast=autocast,
-    )
+    costs = profile(layers, loss_fn, inputs, targets, seed=seed, **vars(compute))
     limit = math.inf if memory_limit is None else memory_limit
-    return balance(costs, schedule, recomputed=recomputed, memory_limit=limit)
+    return torch.tensor(balance(costs, schedule, recomputed=recomputed, memory_limit=limit))
 
 
 @contextlib.contextmanager
@@ -174,24 +152,17 @@ class _Scale(nn.Module):
         return x * self.scale  # [1]
 
 
+@dataclass
 class _Run:
     """The forwards and backwards of one microbatch through a stage of one layer."""
 
-    def __init__(
-        self, stage: Stage, value: Value, wanted: Sequence[bool], target: Any, clock: Clock
-    ) -> None:
-        self._stage = stage
-        self._value = value
-        self._wanted = wanted
-        self._target = target
-        self._clock = clock
-        self.output: Value = ()
-        self.output_wanted: Sequence[bool] = ()  # which gradients of it have a use
-
-    @property
-    def parameter_nbytes(self) -> int:
-        """The size of the layer's parameters."""
-        return sum(parameter.nbytes for parameter in self._stage.parameters())
+    stage: Stage
+    value: Value
+    wanted: Sequence[bool]
+    target: Any
+    clock: Clock
+    output: Value = ()
+    output_wanted: Sequence[bool] = ()  # which gradients of it have a use
 
     def least_times(self, share_s: float) -> list[float]:
         """Return the least seconds of forward, backward, input gradients and weight gradients."""
@@ -200,7 +171,7 @@ class _Run:
         while len(runs) < LEAST_RUNS or (
             len(runs) < MOST_RUNS and time.perf_counter() - began < share_s
         ):
-            runs.append((*self._whole(), *self._in_two_parts()))
+            runs.append(self._times())
         return [min(times) for times in zip(*runs[1:], strict=True)]
 
     def look(self, counted: Storages) -> tuple[Storages, int]:
@@ -215,40 +186,33 @@ class _Run:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self._forward(self._value, split=False)  # no copy: the layer before may keep it too
-        layer = self._stage.layers
+            self._forward(self.value, split=False)  # no copy: the layer before may keep it too
+        layer = self.stage.layers
         ours = _storages(itertools.chain(layer.parameters(), layer.buffers()))
         kept = _storages(saved)
         fresh = [kept[address] for address in kept.keys() - counted.keys() - ours.keys()]
-        self._stage.clear()
+        self.stage.clear()
         return kept, sum(storage.nbytes() for storage in fresh)
 
-    # Each forward below has a copy of the input: a layer may write to what it is given.
-
-    def _whole(self) -> tuple[float, float]:
-        forward_s = self._forward(copy_of(self._value), split=False)
+    def _times(self) -> tuple[float, ...]:
+        stage, clock = self.stage, self.clock
+        forward_s = self._forward(copy_of(self.value), split=False)  # a layer may write to its copy
         gradient = self._gradient()
-        return forward_s, took_s(self._clock, lambda: self._stage.backward(0, gradient))
-
-    def _in_two_parts(self) -> tuple[float, float]:
-        self._forward(copy_of(self._value), split=True)
-        gradient = self._gradient()
-        inputs_s = took_s(self._clock, lambda: self._stage.backward_inputs(0, gradient))
-        return inputs_s, took_s(self._clock, lambda: self._stage.backward_weights(0))
+        backward_s = took_s(clock, lambda: stage.backward(0, gradient))
+        self._forward(copy_of(self.value), split=True)
+        again = self._gradient()
+        inputs_s = took_s(clock, lambda: stage.backward_inputs(0, again))
+        weights_s = took_s(clock, lambda: stage.backward_weights(0))
+        return forward_s, backward_s, inputs_s, weights_s
 
     def _forward(self, value: Value, *, split: bool) -> float:
         def forward() -> None:
-            self.output = self._stage.forward(
-                0,
-                value,
-                step=0,
-                target=self._target,
-                input_requires_grad=self._wanted,
-                split=split,
+            self.output = self.stage.forward(
+                0, value, step=0, target=self.target, input_requires_grad=self.wanted, split=split
             )
 
-        took = took_s(self._clock, forward)
-        self.output_wanted = self._stage.output_requires_grad(0)
+        took = took_s(self.clock, forward)
+        self.output_wanted = self.stage.output_requires_grad(0)
         return took
 
     def _gradient(self) -> Gradient:

@@ -62,8 +62,8 @@ def pack_gradient(gradient: Gradient) -> Message:
     return (_flags(there), *(part for part in gradient if part is not None))
 
 
-def unpack_gradient(message: Message) -> Gradient:
-    """Undo `pack_gradient`."""
+def unpack_gradient(message: Message | None) -> Gradient:
+    """Undo `pack_gradient`; None, which is no message, is no gradient either."""
     if isinstance(message, torch.Tensor):
         return message
     if not message:

@@ -10,7 +10,6 @@ There is no helper that takes a finished `nn.Sequential`: each rank would have t
 first, only to throw the most of it away.
 """
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from barepp.errors import UsageError
-
-LayerBuilder = Callable[[], nn.Module]
+from barepp.train.stage.layers import LayerBuilder
 
 
 class HeLinear(nn.Linear):

@@ -1,17 +1,26 @@
-"""The front door: a model cut into stages, one training step at a time, the same on every rank.
+"""Pipeline: a model cut into stages, one training step at a time, the same on every rank.
 
-with barepp.init() as world:
-    pipe = barepp.Pipeline(world, barepp.mlp(), torch.nn.functional.cross_entropy)
-    optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-3)
-    for images, labels in batches:
-        pipe.zero_grad()
-        loss = pipe.step(images, labels)
-        optimizer.step()
+    with barepp.init() as world:
+        pipe = barepp.Pipeline(world, barepp.mlp(), torch.nn.functional.cross_entropy)
+        optimizer = torch.optim.Adam(pipe.parameters(), lr=1e-3)
+        for images, labels in batches:
+            pipe.zero_grad()
+            loss = pipe.step(images, labels)
+            optimizer.step()
+
+What `step` does, with three stages on three ranks:
+
+    rank 0                  rank 1                  rank 2
+    number of rows ───────> ──────────────────────>                    1. how many microbatches
+    cuts the inputs                                 cuts the targets   2. batch.py
+    0F0 0F1 … 0B0 0B1       1F0 1F1 … 1B0 1B1       2F0 2B0 2F1 2B1    3. executor.py
+                    <────────────────────── <────── loss               4. the same on every rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,9 +31,7 @@ from barepp.plan.partition import partition as cut
 from barepp.program.actions import Kind
 from barepp.program.lowering import Step, lower, placement
 from barepp.schedules import Schedule, make_schedule, usual_stages
-from barepp.trace.collect import start_trace
-from barepp.trace.device_recorder import recorder_for
-from barepp.trace.recorder import LOSS, NUM_ROWS
+from barepp.trace.recorder import LOSS, NUM_ROWS, Recorder
 from barepp.train.batch import (
     Batch,
     check_targets,
@@ -34,21 +41,19 @@ from barepp.train.batch import (
     rows_of_inputs,
     split,
 )
-from barepp.train.executor import Executor, from_rank
-from barepp.train.layer_profiler import balanced_sizes
-from barepp.train.models import LayerBuilder
-from barepp.train.parameters import ShardedModel, hash_parameters
-from barepp.train.shared_parameters import check_no_sharing
-from barepp.train.stage.autocast import autocast_for, check_autocast
+from barepp.train.executor import Executor
+from barepp.train.parameters import ModelPart, hash_parameters
 from barepp.train.stage.boundary import Value
-from barepp.train.stage.layers import LossFunction
 from barepp.train.stage.recompute import recompute_of_stages
-from barepp.train.stage.seeding import LayerRandomness
-from barepp.train.stage.stage import Stage
-from barepp.worker.world import World
+from barepp.train.stage.stage import Compute, Stage
+from transport.collectives import broadcast
+
+if TYPE_CHECKING:
+    from barepp.train.stage.layers import LayerBuilder, LossFunction
+    from barepp.worker.world import World
 
 
-class Pipeline(ShardedModel):
+class Pipeline(ModelPart):
     """A model in stages over the ranks of a world, trained as one process would train it.
 
     It computes on `world.device`: layers are built on the CPU and moved, data where it is needed.
@@ -108,19 +113,25 @@ class Pipeline(ShardedModel):
             schedule, num_stages, num_microbatches, world.world_size
         )
         recomputed = recompute_of_stages(recompute, num_stages)
-        # (Without one all is as on any CPU: nothing is moved, no other generator seeded.)
+        if autocast is not None:
+            from barepp.train.stage.autocast import check_autocast
+
+            check_autocast(autocast, world.device)
         device = None if world.device.type == "cpu" else world.device
-        check_autocast(autocast, world.device)
-        self._autocast = autocast_for(device, autocast)
-        self._holder = placement(self.schedule.order)
+        self._compute = Compute(device, autocast, world.random_lock)
+        self._holder = placement(self.schedule.order)  # which rank has which stage
         self._last = num_stages - 1
         self._loss_fn = loss_fn
         self.loss_scale = 1.0
-        self.recorder = recorder_for(world)
+        self.recorder = _recorder_for(world)
         if partition == "balanced":
             check_counts(len(layers), num_stages)
-            partition = self._balanced(
-                lambda: balanced_sizes(
+            sizes = None
+            if self._holder[0] == world.rank:  # it has the data
+                from barepp.train.layer_profiler import balanced_sizes
+
+                world.activity = ("profiling the layers",)
+                sizes = balanced_sizes(
                     layers,
                     loss_fn,
                     sample,
@@ -128,47 +139,33 @@ class Pipeline(ShardedModel):
                     recomputed=[how != "off" for how in recomputed],
                     memory_limit=memory_limit,
                     seed=seed,
-                    lock=world.random_lock,
-                    device=device,
-                    autocast=autocast,
+                    compute=self._compute,
                 )
-            )
+                world.activity = ()
+            partition = self._from_rank(sizes, self._holder[0], "the partition").tolist()
         elif memory_limit is not None:
             raise UsageError('memory_limit is for partition="balanced"; no other heeds it')
         ranges = cut(len(layers), num_stages, partition)
         self.partition = [len(layer_range) for layer_range in ranges]
         self.stages: dict[int, Stage] = {
             index: Stage(
-                index,
-                ranges[index],
-                num_stages,
-                layers,
-                loss_fn,
-                seed=seed,
-                lock=world.random_lock,
-                device=device,
-                autocast=autocast,
+                index, ranges[index], num_stages, layers, loss_fn, seed=seed, compute=self._compute
             )
             for index in range(num_stages)
             if self._holder[index] == world.rank
         }
+        each = [stage.layers.items() for stage in self.stages.values()]
+        self.layers = nn.ModuleDict({name: layer for items in each for name, layer in items})
         if device is not None and self._last in self.stages and isinstance(loss_fn, nn.Module):
             loss_fn.to(device)
-        check_no_sharing(self.stages, ranges, layers, LayerRandomness(seed, world.random_lock))
+        if num_stages > 1:
+            from barepp.train.shared_parameters import check_no_sharing
+
+            check_no_sharing(self.layers, ranges, layers, self._compute.randomness(seed))
         self._steps = 0
         self._broken = False
         self._executor = Executor(world, self.stages, num_stages, recomputed)
-        self._programs = Programs(self.schedule, world.rank)
-
-    def _balanced(self, sizes: Callable[[], list[int]]) -> list[int]:
-        """Let the rank of the first stage, which has the data, find the sizes and tell them."""
-        told = None
-        if self._holder[0] == self.world.rank:
-            self.world.activity = ("profiling the layers",)
-            told = torch.tensor(sizes())
-            self.world.activity = ()
-        found: list[int] = self._from_rank(told, self._holder[0], "the partition").tolist()
-        return found
+        self._programs: dict[tuple[int, bool], Sequence[Step]] = {}  # each is made once
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -192,8 +189,7 @@ class Pipeline(ShardedModel):
         self.recorder.begin_step(self._steps)
         try:
             batch = self._batch(inputs, targets, with_targets=True)
-            program = self._programs.of(len(batch.weights), training=True)
-            self._executor.train(program, batch, self.recorder)
+            self._executor.train(self._program(batch, training=True), batch, self.recorder)
             loss = self._total_loss()
         except BaseException:
             for stage in self.stages.values():
@@ -208,6 +204,8 @@ class Pipeline(ShardedModel):
 
     def trace(self) -> None:
         """Let each rank's recorder keep spans from now on; collective, see `barepp.trace`."""
+        from barepp.trace.collect import start_trace
+
         start_trace(self.world, self.recorder, self.parameters())
 
     def forward(self, inputs: Value | None) -> Value | None:
@@ -219,7 +217,7 @@ class Pipeline(ShardedModel):
         return self._output(self._batch(inputs, None, with_targets=False))
 
     def _output(self, batch: Batch) -> Value | None:
-        self._executor.infer(self._programs.of(len(batch.weights), training=False), batch)
+        self._executor.infer(self._program(batch, training=False), batch)
         batch.let_go()
         parts = [self._executor.outputs[index] for index in sorted(self._executor.outputs)]
         return join(parts) if parts else None
@@ -228,7 +226,7 @@ class Pipeline(ShardedModel):
         """Return the mean loss over all rows on every rank, in `eval()` mode, without gradients."""
         batch = self._batch(inputs, targets, with_targets=True)
         # Layer by layer: a script may have put a single one, a frozen BatchNorm say, into eval().
-        modules = [m for stage in self.stages.values() for m in stage.layers.modules()]
+        modules = list(self.layers.modules())
         modes = [module.training for module in modules]
         self.eval()
         try:
@@ -238,11 +236,10 @@ class Pipeline(ShardedModel):
                 module.training = mode
         loss = None
         if self._last in self.stages:
-            outer = torch.no_grad()
-            with outer if self._autocast is None else self._autocast.within(outer):
+            with self._compute.within(torch.no_grad()):
                 assert batch.targets is not None
-                loss = self._loss_fn(output, join(batch.targets)).detach().reshape(())
-        return self._from_rank(loss, self._holder[self._last], LOSS)
+                loss = self._loss_fn(output, join(batch.targets)).detach().reshape(())  # []
+        return self._from_rank(loss, self.last_rank, LOSS)
 
     def _batch(self, inputs: Value | None, targets: Value | None, *, with_targets: bool) -> Batch:
         """Agree on the number of rows (the first rank's word) and cut this rank's data."""
@@ -273,10 +270,38 @@ class Pipeline(ShardedModel):
         if self._last in self.stages:
             losses = self._executor.losses
             total = sum((losses[index] for index in sorted(losses)), torch.zeros(()))
-        return self._from_rank(total, self._holder[self._last], LOSS)
+        return self._from_rank(total, self.last_rank, LOSS)
+
+    def _program(self, batch: Batch, *, training: bool) -> Sequence[Step]:
+        """Return this rank's actions and their messages; without `training` its forwards alone."""
+        key = (len(batch.weights), training)
+        if key not in self._programs:
+            schedule = self.schedule
+            order = make_schedule(
+                schedule.name, schedule.num_stages, len(batch.weights), schedule.num_ranks
+            ).order
+            if not training:
+                order = [[action for action in row if action.kind is Kind.F] for row in order]
+            self._programs[key] = lower(order, schedule.num_stages)[self.world.rank]
+        return self._programs[key]
 
     def _from_rank(self, tensor: torch.Tensor | None, root: int, what: str) -> torch.Tensor:
-        return from_rank(self.world, self.recorder, tensor, root, what)
+        """Return the root's tensor on every rank; the others wait for `what`, which is recorded."""
+        world, recorder = self.world, self.recorder
+        if world.world_size == 1:
+            assert tensor is not None
+            return tensor
+        world.activity = ("waiting for" if tensor is None else "sharing", what)
+        asked = recorder.clock.last()
+        shared = broadcast(world.transport, tensor, root)
+        ended = recorder.clock.mark()
+        world.activity = ()
+        if root == world.rank:
+            recorder.add_flush(f"sharing {what}", asked, ended)
+        else:
+            recorder.add_wait(what, root, asked, ended)
+        assert isinstance(shared, torch.Tensor)
+        return shared
 
     # -- the model --------------------------------------------------------------------------------
 
@@ -300,26 +325,9 @@ class Pipeline(ShardedModel):
         return bytes(self._from_rank(packed, 0, "the parameters' hash").tolist()).hex()
 
 
-# One rank's programs: a schedule lowered for as many microbatches as a step has.
+def _recorder_for(world: World) -> Recorder:
+    if world.device.type == "cpu":
+        return Recorder()
+    from barepp.trace.device_recorder import recorder_for
 
-
-class Programs:
-    """Makes each program once; `of` is asked for one at every step."""
-
-    def __init__(self, schedule: Schedule, rank: int) -> None:
-        self._schedule = schedule
-        self._rank = rank
-        self._made: dict[tuple[int, bool], Sequence[Step]] = {}
-
-    def of(self, num_microbatches: int, *, training: bool) -> Sequence[Step]:
-        """Return the rank's program; without `training` its forwards alone."""
-        key = (num_microbatches, training)
-        if key not in self._made:
-            schedule = self._schedule
-            order = make_schedule(
-                schedule.name, schedule.num_stages, num_microbatches, schedule.num_ranks
-            ).order
-            if not training:
-                order = [[action for action in row if action.kind is Kind.F] for row in order]
-            self._made[key] = lower(order, schedule.num_stages)[self._rank]
-        return self._made[key]
+    return recorder_for(world)

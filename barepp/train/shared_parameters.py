@@ -11,40 +11,38 @@ and only there, that builder is called to see whether its layer does hold it.
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import gc
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from barepp.errors import PartitionError
-from barepp.train.models import LayerBuilder
+from barepp.train.stage.layers import LayerBuilder
 from barepp.train.stage.seeding import LayerRandomness
-from barepp.train.stage.stage import Stage
 
-_DEPTH = 5  # of functions in partials in lists …
+_DEPTH = 8  # of functions in partials in lists …
 _LENGTH = 10_000  # of a list of layers; a longer one holds something else
 
 
 def check_no_sharing(
-    stages: Mapping[int, Stage],
+    own: nn.ModuleDict,
     ranges: Sequence[range],
     builders: Sequence[LayerBuilder],
     randomness: LayerRandomness,
 ) -> None:
-    """Raise a PartitionError if one of `stages` (this rank's) shares a parameter with another."""
+    """Raise a PartitionError if a layer of this rank (`own`) shares a parameter across stages."""
     stage_of = {layer: index for index, layers in enumerate(ranges) for layer in layers}
+    own_stages = {stage_of[int(layer)] for layer in own}
     users: dict[int, tuple[int, str]] = {}  # by the parameter's id: the first layer, its name
-    for stage in stages.values():
-        for name, parameter in stage.layers.named_parameters(remove_duplicate=False):
-            layer = int(name.partition(".")[0])
-            first, first_name = users.setdefault(id(parameter), (layer, name))
-            if stage_of[first] != stage_of[layer]:
-                raise _error((first, first_name), (layer, name), stage_of)
+    for name, parameter in own.named_parameters(remove_duplicate=False):
+        layer = int(name.partition(".")[0])
+        first, first_name = users.setdefault(id(parameter), (layer, name))
+        if stage_of[first] != stage_of[layer]:
+            raise _error((first, first_name), (layer, name), stage_of)
     for layer, builder in enumerate(builders):
-        if stage_of[layer] in stages or not users.keys() & reachable(builder):
+        if stage_of[layer] in own_stages or not users.keys() & reachable(builder):
             continue
         with randomness:
             module = builder()
@@ -56,14 +54,14 @@ def check_no_sharing(
 def reachable(start: object) -> set[int]:
     """Return the ids of the parameters that a builder can reach before it is called."""
     found: set[int] = set()
-    seen: set[int] = set()
+    seen: dict[int, object] = {}  # (kept alive, so that no id is given twice)
     level: list[object] = [start]
     for _ in range(_DEPTH):
         following: list[object] = []
         for thing in level:
             if id(thing) in seen:
                 continue
-            seen.add(id(thing))
+            seen[id(thing)] = thing
             if isinstance(thing, nn.Module):
                 found.update(map(id, thing.parameters()))
             elif isinstance(thing, torch.Tensor):
@@ -75,37 +73,25 @@ def reachable(start: object) -> set[int]:
 
 
 def _held_by(thing: object) -> Iterable[object]:
-    held: Iterable[object] = ()
-    if isinstance(thing, functools.partial):
-        held = [thing.func, *thing.args, *thing.keywords.values()]
-    elif isinstance(thing, types.MethodType):
-        held = [thing.__func__, thing.__self__]
-    elif isinstance(thing, types.FunctionType):
-        held = _held_by_function(thing)
-    elif isinstance(thing, type):
-        held = [thing.__init__]  # type: ignore[misc]  # of this very class: what it would run
-    elif isinstance(thing, dict) and len(thing) <= _LENGTH:
-        held = thing.values()
-    elif isinstance(thing, (list, tuple, set, frozenset)) and len(thing) <= _LENGTH:
-        held = thing
-    elif type(thing).__dictoffset__ and not isinstance(thing, types.ModuleType):
-        # Not vars(): a proxy may answer for something else, or load it.
-        held = object.__getattribute__(thing, "__dict__").values()
-    return held
+    """Return what an object refers to, as Python's garbage collector knows it.
 
-
-def _held_by_function(function: types.FunctionType) -> Iterator[object]:
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a cell that nothing has been put in yet
-            yield cell.cell_contents
-    codes = [function.__code__]
-    for code in codes:
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        for name in code.co_names:  # attributes' names are among them: mostly not globals
-            if name in function.__globals__:
-                yield function.__globals__[name]
+    That asks no code of the object's own: a proxy would answer for something else, or load it.
+    """
+    if isinstance(thing, types.FunctionType):
+        codes, used = [thing.__code__], set[str]()
+        for code in codes:  # grows: functions in the function
+            codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+            used.update(code.co_names)  # attributes' names are among them: mostly not globals
+        variables = [thing.__globals__[name] for name in used if name in thing.__globals__]
+        return [thing.__defaults__, thing.__kwdefaults__, thing.__closure__, *variables]
+    if isinstance(thing, type):
+        return [thing.__init__]  # type: ignore[misc]  # of this very class: what it would run
+    if isinstance(thing, types.ModuleType):
+        return []
+    if isinstance(thing, (dict, list, tuple, set, frozenset)) and len(thing) > _LENGTH:
+        return []
+    held = gc.get_referents(thing)
+    return [one for one in held if one is not type(thing)]
 
 
 def _error(

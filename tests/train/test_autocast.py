@@ -32,7 +32,7 @@ import barepp
 from barepp.train.layer_profiler import profile
 from barepp.train.stage.recompute import RECOMPUTE
 from barepp.train.stage.seeding import derive_seed
-from barepp.train.stage.stage import Stage
+from barepp.train.stage.stage import Compute, Stage
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -202,9 +202,8 @@ def test_ranks_that_are_threads_take_turns_under_autocast() -> None:
     layers = [partial(Looking, 4, 4)]
     for autocast in (None, torch.bfloat16):
         for recompute in (False, True):
-            stage = Stage(
-                0, range(1), 2, layers, nn.MSELoss(), seed=0, lock=lock, autocast=autocast
-            )
+            compute = Compute(autocast=autocast, lock=lock)
+            stage = Stage(0, range(1), 2, layers, nn.MSELoss(), seed=0, compute=compute)
             stage.forward(0, torch.ones(2, 4), step=0, recompute=recompute)
             dtype = torch.float32 if autocast is None else autocast
             stage.backward(0, torch.ones(2, 4, dtype=dtype))

@@ -180,7 +180,7 @@ def test_who_is_told_before_its_first_action_knows_what_it_was_about() -> None:
         world.barrier()
         world.transport.abort(barepp.JobFailed(barepp.Failure(0, "exit", "it is gone")))
         try:
-            pipe._executor.train(pipe._programs.of(8, training=True), batch, pipe.recorder)
+            pipe._executor.train(pipe._program(batch, training=True), batch, pipe.recorder)
         except barepp.JobFailed as error:
             told = error.doing
         raise LookupError(told)

@@ -14,8 +14,6 @@ Precision".) The bits are those of one process that does the same, because
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -29,8 +27,6 @@ HALVES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check_autocast(autocast: object, device: torch.device) -> None:
     """Refuse what autocast cannot be, or not on this device."""
-    if autocast is None:
-        return
     if not isinstance(autocast, torch.dtype) or autocast not in HALVES.values():
         names = " or ".join(map(str, HALVES.values()))
         raise UsageError(f"autocast is {names}, or None for none, not {autocast!r:.100}")
@@ -41,25 +37,6 @@ def check_autocast(autocast: object, device: torch.device) -> None:
     ):
         name = torch.cuda.get_device_name(device)
         raise UsageError(f"{name} ({device}) has no bfloat16: take torch.float16 and a LossScaler")
-
-
-class Autocast:
-    """Makes the contexts that forwards run in, for one device and precision."""
-
-    def __init__(self, device: torch.device | None, dtype: torch.dtype) -> None:
-        self._device_type = "cpu" if device is None else device.type
-        self._dtype = dtype
-
-    @contextlib.contextmanager
-    def within(self, outer: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-        """Enter `outer`, and then autocast."""
-        with outer, torch.autocast(self._device_type, self._dtype):
-            yield
-
-
-def autocast_for(device: torch.device | None, dtype: torch.dtype | None) -> Autocast | None:
-    """Return what makes the contexts; None where there is no autocast."""
-    return None if dtype is None else Autocast(device, dtype)
 
 
 def scaled_start(loss: Tensor, scale: float) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from barepp.errors import UsageError
-from barepp.train.models import LayerBuilder
 from barepp.train.stage.boundary import Value
 from barepp.train.stage.canonical import canonical, canonical_output
 from barepp.train.stage.seeding import LayerRandomness
 from transport.private_names import call_is_forward
 
+LayerBuilder = Callable[[], nn.Module]
 LossFunction = Callable[[Any, Any], Tensor]
 
 
@@ -34,40 +35,62 @@ class Link(NamedTuple):
     module: nn.Module | None  # None: the loss
 
 
-class BackwardGroups(NamedTuple):
-    """The layers of a stage as a split backward needs them, valid for one step.
+class LayerTraits:
+    """What has to be done about each layer during one step; for plain layers it is nothing.
 
-    A layer with weights to train stands alone (True), others stand with their neighbours.
-    """
-
-    step: int | None
-    groups: list[tuple[list[Link], bool]]
-    weights: list[nn.Parameter]  # to be trained, of all layers
-
-
-class LayerTraits(NamedTuple):
-    """What has to be done about each link, for plain layers nothing; valid for one step.
+    A script may freeze layers or hook them between steps, so each step looks anew.
 
     Attributes:
-        step: the step.
         draws: links that may draw random numbers, by number.
         hooked: links whose output's gradient may come back in another than the canonical form.
         forwards: what runs each link about which nothing has to be done.
         writes: whether the first layer may write to its input.
     """
 
-    step: int | None
-    draws: frozenset[int]
-    hooked: frozenset[int]
-    forwards: dict[int, Callable[[Any], Any]]
-    writes: bool
+    def __init__(self, step: int, links: Sequence[Link]) -> None:
+        self.step = step
+        self._links = links
+        self.draws: set[int] = set()
+        self.hooked: set[int] = set()
+        self.forwards: dict[int, Callable[[Any], Any]] = {}
+        # The layer behind gives the gradient of an output. Behind the last layer of a stage that is
+        # the next stage: backward.py makes what comes from there canonical.
+        self.writes = behind_is_plain = True
+        for layer, module in reversed(links):
+            plain = is_plain(module)
+            if not plain:
+                self.draws.add(layer)
+            if not behind_is_plain:
+                self.hooked.add(layer)
+            elif plain and module is not None:
+                self.forwards[layer] = module.forward
+            self.writes, behind_is_plain = not plain, plain
 
+    @cached_property
+    def groups(self) -> list[tuple[list[Link], bool]]:
+        """The links in groups, each with its own graph when a backward is split.
 
-_NOT_LOOKED_AT: Final = LayerTraits(None, frozenset(), frozenset(), {}, True)
+        A layer with weights to train stands alone (True), others stand with their neighbours.
+        """
+        groups: list[tuple[list[Link], bool]] = []
+        for link in self._links:
+            held = () if link.module is None else link.module.parameters()
+            trained = any(weight.requires_grad for weight in held)
+            if trained or not groups or groups[-1][1]:
+                groups.append(([link], trained))
+            else:
+                groups[-1][0].append(link)
+        return groups
+
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters of all layers that are to be trained."""
+        modules = nn.ModuleList(link.module for link in self._links if link.module is not None)
+        return [weight for weight in modules.parameters() if weight.requires_grad]
 
 
 class Layers:
-    """The layers of stage `stage`; whoever runs them has the turn at the random generators."""
+    """The layers of stage `stage`; the caller of `run` has the turn at the random generators."""
 
     def __init__(
         self,
@@ -96,51 +119,19 @@ class Layers:
         self.invalidate_cache()
 
     def invalidate_cache(self) -> None:
-        """Forget what was found out about the layers; whoever holds the stage may change them."""
-        self._cut = BackwardGroups(None, [], [])
-        self._care = _NOT_LOOKED_AT
+        """Forget what was found out about the layers, which may change between steps."""
+        self._traits: LayerTraits | None = None
 
-    def cut(self, step: int) -> BackwardGroups:
-        """Return the links in groups, each with its own graph when a backward is split.
-
-        Found anew in each step: a script may freeze and thaw layers between steps.
-        """
-        if self._cut.step != step:
-            groups: list[tuple[list[Link], bool]] = []
-            for link in self.whole:
-                held = () if link.module is None else link.module.parameters()
-                trained = any(weight.requires_grad for weight in held)
-                if trained or not groups or groups[-1][1]:
-                    groups.append(([link], trained))
-                else:
-                    groups[-1][0].append(link)
-            weights = [weight for weight in self.modules.parameters() if weight.requires_grad]
-            self._cut = BackwardGroups(step, groups, weights)
-        return self._cut
-
-    def care(self, step: int) -> LayerTraits:
-        """Return what has to be done about each layer; found anew in each step."""
-        if self._care.step != step:
-            draws, hooked, forwards = set(), set(), {}
-            # Whoever comes next gives the gradient of an output. Behind the last layer of a stage
-            # that is the next stage: backward.py makes what comes from there canonical.
-            writes = behind_is_fine = True
-            for layer, module in reversed(self.whole):
-                fine = is_plain(module)
-                if not fine:
-                    draws.add(layer)
-                if not behind_is_fine:
-                    hooked.add(layer)
-                elif fine and module is not None:
-                    forwards[layer] = module.forward
-                writes, behind_is_fine = not fine, fine
-            self._care = LayerTraits(step, frozenset(draws), frozenset(hooked), forwards, writes)
-        return self._care
+    def traits(self, step: int) -> LayerTraits:
+        """Return what has to be done about each layer in this step."""
+        if self._traits is None or self._traits.step != step:
+            self._traits = LayerTraits(step, self.whole)
+        return self._traits
 
     def run(self, links: Sequence[Link], value: Value, turn: Turn) -> Value:
         """Run layers on `value`, one behind the other."""
-        care = self.care(turn.step)
-        forwards, draws = care.forwards, care.draws
+        traits = self.traits(turn.step)
+        forwards, draws, hooked = traits.forwards, traits.draws, traits.hooked
         for layer, module in links:
             # A loss may draw random numbers too; it counts as the layer behind the last one.
             if layer in draws:
@@ -151,7 +142,7 @@ class Layers:
                 elif module is None:
                     value = self._loss(value, turn)
                 else:
-                    value = _checked_output(layer, module(value), layer in care.hooked)
+                    value = _checked_output(layer, module(value), layer in hooked)
             except Exception as error:
                 add_note(error, self._where(layer, module, turn))
                 raise
@@ -219,29 +210,29 @@ def _type_name(thing: object) -> str:
     return type(thing).__name__
 
 
-# Layers of which the type alone says that three precautions are needless.
-#
-# A pipeline that knows nothing of a layer has to seed the random generator before it, to make sure
-# that the gradient which it sends back is canonical (canonical.py), and to hand it a tensor that it
-# may write to. For small layers that costs as much as their arithmetic. A layer is plain when
-#
-# 1. its forward draws no random numbers,
-# 2. its forward does not write to its input,
-# 3. its backward gives a canonical gradient of its input when it is given a canonical one,
-# 4. its output is new memory: a layer behind it may write there without touching the input,
-# 5. and one tensor, which is canonical when the input is.
-#
-# The types below are, and their `forward` is called straight away, without the way that torch goes
-# through hooks. A type of your own says so by `plain = True` in its own class body; what is
-# inherited does not count, for a subclass may do anything. A layer with hooks, with a forward of
-# its own, that is compiled or works in place is not plain. Results are the same either way, bit for
-# bit: tests/train/stage/test_plain_layers.py holds each type to its word.
-
 PLAIN: Final = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU})
+"""Layer types that are safe without seeding, copying or gradient hooks; see `is_plain`."""
 
 
 def is_plain(layer: nn.Module | None) -> bool:
-    """Return whether a layer is plain, now: hooks may come and go."""
+    """Return whether a layer needs no precautions, now: hooks may come and go.
+
+    A pipeline that knows nothing of a layer has to seed the random generator before it, to make
+    sure that the gradient which it sends back is canonical (canonical.py), and to hand it a tensor
+    that it may write to. For small layers that costs as much as their arithmetic. A layer is plain
+    when
+
+    1. its forward draws no random numbers,
+    2. its forward does not write to its input,
+    3. its backward gives a canonical gradient of its input when it is given a canonical one,
+    4. its output is new memory: a layer behind it may write there without touching the input,
+    5. and one tensor, which is canonical when the input is.
+
+    The types in `PLAIN` are. A type of your own says so by `plain = True` in its own class body; a
+    subclass may do anything, so what is inherited does not count. A layer with hooks, with a
+    forward of its own, that is compiled or works in place is not plain. A plain layer's `forward`
+    is called directly. The bits are the same either way: test_plain_layers.py checks each type.
+    """
     kind = type(layer)
     if layer is None or (kind not in PLAIN and not vars(kind).get("plain", False)):
         return False

@@ -23,22 +23,55 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from barepp.errors import ScheduleError
-from barepp.train.models import LayerBuilder
+from barepp.train.parameters import ModelPart
 from barepp.train.stage import boundary
-from barepp.train.stage.autocast import autocast_for, scaled_start
 from barepp.train.stage.backward import Backward, Graph, InPlaceWrites
 from barepp.train.stage.boundary import Gradient, Value, tensors
-from barepp.train.stage.layers import Layers, LossFunction, Turn, add_note
+from barepp.train.stage.layers import LayerBuilder, Layers, LossFunction, Turn, add_note
 from barepp.train.stage.recompute import Buffers, copy_of, forgetting
 from barepp.train.stage.seeding import LayerRandomness
+
+Context = contextlib.AbstractContextManager[object]
 
 _NO_TURN: Final = contextlib.nullcontext()
 
 
-class Stage:
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a process computes: what a pipeline, its stages and the profiler share.
+
+    Attributes:
+        device: None is the CPU: nothing is moved, and no other generator is seeded.
+        autocast: the precision of forwards and losses (autocast.py); None is that of the tensors.
+        lock: taken in turns by ranks that are threads of one process; None for a single rank.
+    """
+
+    device: torch.device | None = None
+    autocast: torch.dtype | None = None
+    lock: threading.Lock | None = None
+
+    def randomness(self, seed: int) -> LayerRandomness:
+        """Return the turn at the process's random generators."""
+        return LayerRandomness(seed, self.lock, self.device)
+
+    def within(self, outer: Context) -> Context:
+        """Return a context that enters `outer`, and then autocast if there is one."""
+        return outer if self.autocast is None else self._within_autocast(outer)
+
+    @contextlib.contextmanager
+    def _within_autocast(self, outer: Context) -> Iterator[None]:
+        kind = "cpu" if self.device is None else self.device.type
+        with outer, torch.autocast(kind, self.autocast):
+            yield
+
+
+PLAIN_CPU: Final = Compute()
+
+
+class Stage(ModelPart):
     """The layers `layer_range` of a model, as stage `index` of `num_stages`."""
 
     def __init__(
@@ -50,24 +83,21 @@ class Stage:
         loss_fn: LossFunction,
         *,
         seed: int,
-        lock: threading.Lock | None = None,
-        device: torch.device | None = None,
-        autocast: torch.dtype | None = None,
+        compute: Compute = PLAIN_CPU,
     ) -> None:
         self.index = index
         self.layer_range = layer_range
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
         self.peak_in_flight = 0
-        self._randomness = LayerRandomness(seed, lock, device)
-        self._autocast = autocast_for(device, autocast)
-        self._takes_turns = autocast is not None and lock is not None  # autocast.py, rule 3
+        self._compute = compute
+        self._randomness = compute.randomness(seed)
         self._in_flight: dict[int, InFlight] = {}
         loss = loss_fn if self.is_last else None
         self._layers = Layers(
-            index, layer_range, builders, loss, randomness=self._randomness, device=device
+            index, layer_range, builders, loss, randomness=self._randomness, device=compute.device
         )
-        self.layers: nn.ModuleDict = self._layers.modules
+        self.layers = self._layers.modules
 
     def forward(
         self,
@@ -109,16 +139,10 @@ class Stage:
             wanted = input_requires_grad or [True] * len(tensors(x))
         turn = Turn(microbatch, step, target, loss_weight)
         run = self._run_and_forget if recompute else self._run
-        turn_at = self._turn(step)
-        with turn_at if self._autocast is None else self._autocast.within(turn_at):
+        with self._compute.within(self._turn(step)):
             kept, output = run(x, wanted, turn, split)
         needed = tuple([tensor.requires_grad for tensor in tensors(output)])
-        start = None
-        if self.is_last:
-            loss = tensors(output)[0]
-            # (`loss.backward()` makes the same tensor.)
-            plain = loss_scale == 1.0
-            start = torch.ones_like(loss) if plain else scaled_start(loss, loss_scale)  # []
+        start = _start(tensors(output)[0], loss_scale) if self.is_last else None  # []
         self._in_flight[microbatch] = InFlight(kept, isinstance(x, Tensor), needed, start, step)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
         return boundary.leave(output)
@@ -131,26 +155,17 @@ class Stage:
         """
         flight = self._flight(microbatch, "backward")
         del self._in_flight[microbatch]
-        try:
-            with self._turn(flight.step):
-                gradients = self._given(flight, gradient)
-                found = self._revived(flight).full(gradients, lambda: self._weights(flight.step))
-        except Exception as error:
-            self._note(error, "backward", microbatch)
-            raise
+        with self._backward_turn(flight, "backward", microbatch):
+            gradients = self._gradients(flight, gradient)
+            found = self._graphs(flight).full(gradients, lambda: self._weights(flight))
         return boundary.gradient_of(flight.input_is_tensor, found)
 
     def backward_inputs(self, microbatch: int, gradient: Gradient = None) -> Gradient:
         """I: as `backward`, but leave the weights' gradients for `backward_weights`."""
         flight = self._flight(microbatch, "input gradients (I)")
-        try:
-            with self._turn(flight.step):
-                gradients = self._given(flight, gradient)
-                flight.kept = self._revived(flight)
-                found = flight.kept.inputs(gradients)
-        except Exception as error:
-            self._note(error, "input gradients (I)", microbatch)
-            raise
+        with self._backward_turn(flight, "input gradients (I)", microbatch):
+            flight.kept = self._graphs(flight)
+            found = flight.kept.inputs(self._gradients(flight, gradient))
         flight.inputs_done = True
         return boundary.gradient_of(flight.input_is_tensor, found)
 
@@ -163,19 +178,12 @@ class Stage:
                 "input gradients (I); let I come first, and each I have one W"
             )
         del self._in_flight[microbatch]
-        try:
-            with self._turn(flight.step):
-                assert isinstance(flight.kept, Backward)
-                flight.kept.weights(self._weights(flight.step))
-        except Exception as error:
-            self._note(error, "weight gradients (W)", microbatch)
-            raise
+        with self._backward_turn(flight, "weight gradients (W)", microbatch):
+            self._graphs(flight).weights(self._weights(flight))
 
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
-        turn_at = self._randomness
-        under = turn_at if self._autocast is None else self._autocast.within(turn_at)
-        with torch.no_grad(), under:
+        with torch.no_grad(), self._compute.within(self._randomness):
             value = boundary.enter(x, [False] * len(tensors(x))).value
             return self._layers.run(self._layers.without_loss, value, Turn(microbatch, step))
 
@@ -200,36 +208,17 @@ class Stage:
         self._in_flight.clear()
         self._layers.invalidate_cache()
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters in layer order."""
-        return self.layers.parameters()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, parameter) in layer order, named as in the model in one process."""
-        return self.layers.named_parameters()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return parameters and buffers, named as in the model in one process."""
-        return self.layers.state_dict()
-
-    def train(self, mode: bool = True) -> None:
-        """Put the layers in training mode: dropout drops, BatchNorm learns its averages."""
-        self.layers.train(mode)
-
-    def eval(self) -> None:
-        """Put the layers in evaluation mode."""
-        self.layers.eval()
-
     def _run(
         self, value: Value, wanted: Sequence[bool], turn: Turn, split: bool
     ) -> tuple[Backward, Value]:
         """Run the layers, in one graph or in one for each; return what to keep, and the output."""
-        # In a graph for the whole stage nobody asks which layers have weights: B is for all.
-        groups = self._layers.cut(turn.step).groups if split else [(self._layers.whole, True)]
+        traits = self._layers.traits(turn.step)
+        # One graph for the whole stage need not know which layers have weights: B is for all.
+        groups = traits.groups if split else [(self._layers.whole, True)]
         graphs: list[Graph] = []
         writes = InPlaceWrites()
-        # (Of the layers behind a cut within the stage nothing is asked: they may write.)
-        first_writes = self._layers.care(turn.step).writes or self._autocast is not None
+        # (The layers behind a cut within the stage are not asked: any of them may write.)
+        first_writes = traits.writes or self._compute.autocast is not None
         for links, has_weights in groups:
             entered = boundary.enter(value, wanted, first_writes or bool(graphs))
             output = self._layers.run(links, entered.value, turn)
@@ -249,20 +238,20 @@ class Stage:
         buffers.keep_changed()
         return Recipe(value, wanted, turn, split, buffers), output
 
-    def _revived(self, flight: InFlight) -> Backward:
-        """Return the graphs of a microbatch, which a recipe makes now."""
+    def _graphs(self, flight: InFlight) -> Backward:
+        """Return the graphs of a microbatch; if only a recipe was kept, it is followed now."""
         kept = flight.kept
         if isinstance(kept, Backward):
             return kept
-        then: contextlib.AbstractContextManager[object] = kept.buffers.as_they_were()
-        with torch.enable_grad(), then if self._autocast is None else self._autocast.within(then):
+        with torch.enable_grad(), self._compute.within(kept.buffers.as_they_were()):
             return self._run(kept.value, kept.wanted, kept.turn, kept.split)[0]
 
-    def _weights(self, step: int) -> Sequence[nn.Parameter]:
+    def _weights(self, flight: InFlight) -> Sequence[Tensor]:
         """Return the weights to be trained, which only a backward in two parts asks for."""
-        return self._layers.cut(step).weights
+        return self._layers.traits(flight.step).weights
 
-    def _given(self, flight: InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
+    def _gradients(self, flight: InFlight, gradient: Gradient) -> Sequence[Tensor | None]:
+        """Return the gradient that each tensor of the output starts from."""
         start = flight.start if self.is_last else gradient
         return boundary.gradients_for(len(flight.output_requires_grad), start)
 
@@ -275,25 +264,30 @@ class Stage:
             )
         return flight
 
-    def _turn(self, step: int) -> contextlib.AbstractContextManager[object]:
+    def _turn(self, step: int) -> Context:
         """The turn at what is the process's, its random generators, if any layer may draw.
 
         In a backward too: a layer under torch.utils.checkpoint runs its forward again there, and so
-        does a microbatch that is recomputed.
+        does a microbatch that is recomputed. Threads under autocast always take turns (autocast.py,
+        rule 3).
         """
-        alone = not self._takes_turns and not self._layers.care(step).draws
-        return _NO_TURN if alone else self._randomness
+        by_turns = self._compute.autocast is not None and self._compute.lock is not None
+        return self._randomness if by_turns or self._layers.traits(step).draws else _NO_TURN
 
-    def _note(self, error: Exception, what: str, microbatch: int) -> None:
-        add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")
-
-
-# What a stage keeps of a microbatch between its forward and the end of its backward.
+    @contextlib.contextmanager
+    def _backward_turn(self, flight: InFlight, what: str, microbatch: int) -> Iterator[None]:
+        """Have the turn, and add to an error where it happened."""
+        try:
+            with self._turn(flight.step):
+                yield
+        except Exception as error:
+            add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")
+            raise
 
 
 @dataclass(slots=True)
 class Recipe:
-    """What it takes to run a forward again."""
+    """What it takes to run a forward again (recompute.py)."""
 
     value: Value
     wanted: Sequence[bool]
@@ -312,3 +306,12 @@ class InFlight:
     start: Tensor | None  # on the last stage: d loss / d loss
     step: int
     inputs_done: bool = False
+
+
+def _start(loss: Tensor, loss_scale: float) -> Tensor:
+    """Return the gradient of the loss that its backward starts from: 1, or what a scaler says."""
+    if loss_scale == 1.0:
+        return torch.ones_like(loss)  # []; `loss.backward()` makes the same tensor
+    from barepp.train.stage.autocast import scaled_start
+
+    return scaled_start(loss, loss_scale)  # []

@@ -1,7 +1,7 @@
 """A rank's part in a test of failures: lets its fault happen, and notes what it is told.
 
-1. A world has no probe, unless a test gave it one: then the executor asks once a step and once an
-   action, whether there is one.
+1. A world has no hook, unless a test gave it one. Then the hook wraps what computes an action and
+   what gives its result on, in one step; all other steps run as ever.
 2. Only the action that is meant is watched from inside; all others run as ever.
 3. The moment is written down before the fault happens: afterwards there may be nobody to do so.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 
 from barepp.errors import UsageError
-from barepp.program.actions import Action, Kind
+from barepp.program.actions import Action
 from barepp.program.lowering import Step
 from barepp.worker.faults.kinds import Fault, fault_action
 from barepp.worker.spec import FaultPlan
@@ -29,7 +29,8 @@ from transport.private_names import after_each_operation
 _NEW_TENSORS: Final = 2
 
 Result = TypeVar("Result")
-Method = Callable[[Action, Result], Result]
+Compute = Callable[[Action, Result], Result]
+Give = Callable[[Step, Result], None]
 
 
 def carry_out(rank: int, plan: FaultPlan) -> tuple[Callable[[JobFailed], None], FaultHook | None]:
@@ -52,31 +53,27 @@ class FaultHook:
     def __init__(self, fault: Fault, note: Callable[..., None]) -> None:
         self._fault = fault
         self._note = note
-        self._armed = False
         self._happened = False
 
     def around(
-        self, methods: Mapping[Kind, Method[Result]], program: Sequence[Step], step: int
-    ) -> Mapping[Kind, Method[Result]]:
-        """Return what computes the actions of a training step; called as it begins.
+        self, compute: Compute[Result], give: Give[Result], program: Sequence[Step], step: int
+    ) -> tuple[Compute[Result], Give[Result]]:
+        """Return what computes a training step's actions and gives the results on.
 
         Raises:
             UsageError: the fault's action is not one of this rank's.
         """
         fault = self._fault
-        training = bool(methods.keys() - {Kind.F})  # an evaluation has forwards alone
-        self._armed = training and step == fault.step and not self._happened
-        if not self._armed:
-            return methods
+        if step != fault.step or self._happened:
+            return compute, give
         if all(own.action != fault.at for own in program):
             actions = " ".join(str(own.action) for own in program)
             text = f"rank {fault.rank} has no {fault.at} in step {step}, so no fault can happen at"
             why = f"{text} it; its actions are {actions}"
             self._note("absent", why=why)
             raise UsageError(why)
-        compute = methods[fault.at.kind]
 
-        def watched(action: Action, taken: Result) -> Result:
+        def compute_and_fail(action: Action, taken: Result) -> Result:
             if action != fault.at or fault.when == "after":
                 return compute(action, taken)
             if fault.when == "before":
@@ -87,17 +84,17 @@ class FaultHook:
                 self._happen()  # if it made too few tensors to have a midst
                 return made
 
-        return {**methods, fault.at.kind: watched}
+        def give_and_fail(own: Step, made: Result) -> None:
+            give(own, made)
+            if own.action == fault.at and fault.when == "after":
+                self._happen()
 
-    def after(self, action: Action) -> None:
-        """Take note that an action is over, and its result handed to the transport."""
-        if self._armed and action == self._fault.at and self._fault.when == "after":
-            self._happen()
+        return compute_and_fail, give_and_fail
 
     def _happen(self) -> None:
         if self._happened:
             return
-        self._happened, self._armed = True, False
+        self._happened = True
         self._note("injected")
         fault_action(self._fault.what).do()
 

@@ -108,10 +108,10 @@ def layers_of(*modules: nn.Module, loss: bool = False) -> Layers:
 
 def test_care_is_taken_of_all_that_is_not_plain_and_of_nothing_else():
     linear, dropout = nn.Linear(2, 2), nn.Dropout()
-    care = layers_of(linear, dropout, linear).care(0)
+    care = layers_of(linear, dropout, linear).traits(0)
     assert (care.draws, care.hooked, care.writes) == ({4}, {3}, False)
     assert care.forwards == {5: linear.forward}  # what 3 makes goes to a layer that is not plain
-    care = layers_of(dropout, linear, loss=True).care(0)
+    care = layers_of(dropout, linear, loss=True).traits(0)
     assert (care.draws, care.hooked, care.writes) == ({3, 5}, {4}, True)
     assert not care.forwards
 
@@ -119,9 +119,9 @@ def test_care_is_taken_of_all_that_is_not_plain_and_of_nothing_else():
 def test_hooks_that_come_between_steps_are_seen():
     linear = nn.Linear(2, 2)
     layers = layers_of(linear)
-    assert not layers.care(0).draws
+    assert not layers.traits(0).draws
     linear.register_forward_hook(lambda module, given, output: functional.dropout(output))
-    assert layers.care(1).draws == {3}
+    assert layers.traits(1).draws == {3}
 
 
 def test_a_hook_that_comes_after_an_evaluation_is_seen_by_the_next_step():

@@ -18,7 +18,7 @@ from zoo import ZOO, layer, linear
 import barepp
 from barepp.errors import UsageError
 from barepp.train.stage.recompute import RECOMPUTE, Buffers, is_recomputed, recompute_of_stages
-from barepp.train.stage.stage import Stage
+from barepp.train.stage.stage import Compute, Stage
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -154,7 +154,9 @@ def test_layers_run_again_under_the_lock_and_once_more_only() -> None:
         return functional.dropout(x, 0.5)
 
     builders = [linear(4, 4), layer(look)]
-    stage = Stage(1, range(2), 2, builders, lambda x, _: x.mean(), seed=0, lock=lock)
+    stage = Stage(
+        1, range(2), 2, builders, lambda x, _: x.mean(), seed=0, compute=Compute(lock=lock)
+    )
     x = torch.randn(2, 4)
     before = torch.default_generator.get_state()
     for microbatch in range(2):

@@ -20,7 +20,7 @@ from barepp.train.batch import microbatch_sizes, split
 from barepp.train.models import LayerBuilder, mlp
 from barepp.train.stage.boundary import Value
 from barepp.train.stage.seeding import derive_seed
-from barepp.train.stage.stage import Stage
+from barepp.train.stage.stage import Compute, Stage
 
 BATCHES = [(32, 4), (20, 3), (11, 4), (6, 6)]  # 8,8,8,8 · 7,7,6 · 3,3,3,2 · single rows
 GRID = [
@@ -395,7 +395,9 @@ def test_layers_run_and_are_built_under_the_lock() -> None:
             y.register_hook(lambda _: held.append(lock.locked()))
         return y
 
-    stage = Stage(1, range(1, 2), 2, [build, build], lambda x, _: x.mean(), seed=0, lock=lock)
+    stage = Stage(
+        1, range(1, 2), 2, [build, build], lambda x, _: x.mean(), seed=0, compute=Compute(lock=lock)
+    )
     stage.forward(0, torch.randn(2, 2), step=0)
     stage.backward(0)
     stage.evaluate(torch.randn(2, 2))
