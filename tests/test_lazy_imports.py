@@ -82,6 +82,17 @@ def test_the_pure_parts_start_without_torch(statement: str) -> None:
     assert found.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(("module", "most"), [("barepp.train.pipeline", 42)])
+def test_the_core_loads_few_files(module: str, most: int) -> None:
+    """Devices, tracing, several hosts, faults and the profiler come where they are used."""
+    loaded = in_fresh_python(
+        f"import {module}, sys\n"
+        "ours = ('barepp', 'transport')\n"
+        "print(*sorted(name for name in sys.modules if name.partition('.')[0] in ours))"
+    ).splitlines()[-1]
+    assert len(loaded.split()) <= most, loaded
+
+
 @pytest.mark.parametrize(("module", "most"), [("inproc", 9), ("sockets.transport", 20)])
 def test_the_cpu_path_loads_few_files_and_no_optional_room(module: str, most: int) -> None:
     """What a person has to read before messages pass between threads, or over sockets."""

@@ -28,7 +28,6 @@ from barepp.schedules.gpipe import gpipe_order
 from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
 from barepp.schedules.naive import naive_order
 from barepp.schedules.one_f_one_b import one_f_one_b_order
-from barepp.schedules.user_schedule import is_own, own_order
 from barepp.schedules.zb_h1 import zb_h1_order
 from barepp.schedules.zb_v import zb_v_order
 
@@ -99,6 +98,8 @@ def make_schedule(
 def _function(name: str) -> ScheduleFunction:
     if name in _SCHEDULES:
         return _SCHEDULES[name]
+    from barepp.schedules.user_schedule import is_own, own_order
+
     if is_own(name):
         return partial(own_order, name)
     raise ScheduleError(

@@ -38,11 +38,11 @@ from barepp.train.stage.boundary import Value, tensors
 from barepp.train.stage.recompute import is_recomputed
 from barepp.train.stage.stage import Stage
 from transport.errors import DeviceError, JobFailed, is_from_cuda
-from transport.message.specs import Message
 from transport.message.work import Receive, Work
 
 if TYPE_CHECKING:
     from barepp.worker.world import World
+    from transport.message.specs import Message
 
 # The pipeline's tags are negative, below those of the collectives: a user's can never meet them.
 _FIRST_TAG = -16

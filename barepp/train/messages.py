@@ -21,12 +21,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from barepp.train.stage.boundary import Gradient, Value
 from transport.errors import ProtocolError
-from transport.message.specs import Message
+
+if TYPE_CHECKING:
+    from transport.message.specs import Message
 
 _TENSOR, _TUPLE, _DICT = range(3)
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from transport.message.tensors import memory
-
 if TYPE_CHECKING:
     from barepp.worker.world import World
 
@@ -66,6 +64,8 @@ def hash_parameters(
     little-endian bytes of the parameters in layer order. No rank ever holds the whole model: the
     parameters come to rank 0 one by one, and each rank sends when rank 0 asks.
     """
+    from transport.message.tensors import memory
+
     transport, digest = world.transport, hashlib.sha256()
     for index in range(len(holder)):
         src = holder[index]
