@@ -71,7 +71,6 @@ class Executor:
         self._recompute = recompute  # for each stage: which microbatches
         self._batch = Batch(0, (), None, None)
         self._split: set[tuple[int, int]] = set()  # (stage, microbatch) of each I
-        self._in_flight = 0
         self.peak_in_flight = 0
         # From stage to stage on one rank, by (stage it is for, is it an activation, microbatch).
         self._local: dict[tuple[int, bool, int], Result] = {}
@@ -85,13 +84,12 @@ class Executor:
         What was computed and waited for is added to the recorder's current step.
         """
         self.losses = {}
-        self._in_flight = 0
         actions = [step.action for step in program]
         self._split = {(a.stage, a.microbatch) for a in actions if a.kind is Kind.I}
         methods: dict[Kind, Compute] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
-            Kind.I: self._backward_inputs,
+            Kind.I: self._backward,
             Kind.W: self._backward_weights,
         }
 
@@ -212,8 +210,8 @@ class Executor:
             split=(stage, microbatch) in self._split,
             recompute=is_recomputed(self._recompute[stage], microbatch, len(batch.weights)),
         )
-        self._in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
+        in_flight = sum([held.in_flight for held in self._stages.values()])
+        self.peak_in_flight = max(self.peak_in_flight, in_flight)
         if stage < self._last:
             return pack_activation(made, self._stages[stage].output_requires_grad(microbatch))
         assert isinstance(made, torch.Tensor)
@@ -221,19 +219,13 @@ class Executor:
         return None
 
     def _backward(self, action: Action, taken: Result) -> Result:
-        stage, _, microbatch = action
-        made = self._stages[stage].backward(microbatch, unpack_gradient(taken))
-        self._in_flight -= 1
-        return None if stage == 0 else pack_gradient(made)
-
-    def _backward_inputs(self, action: Action, taken: Result) -> Result:
-        stage, _, microbatch = action
-        made = self._stages[stage].backward_inputs(microbatch, unpack_gradient(taken))
-        return None if stage == 0 else pack_gradient(made)
+        stage = self._stages[action.stage]
+        backward = stage.backward if action.kind is Kind.B else stage.backward_inputs
+        made = backward(action.microbatch, unpack_gradient(taken))  # as the stage's input
+        return None if action.stage == 0 else pack_gradient(made)
 
     def _backward_weights(self, action: Action, _: Result) -> Result:
         self._stages[action.stage].backward_weights(action.microbatch)
-        self._in_flight -= 1
         return None
 
     def _infer(self, action: Action, taken: Result) -> Result:

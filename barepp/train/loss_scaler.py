@@ -82,8 +82,14 @@ class LossScaler:
         if finite:
             for optimizer in optimizers:
                 optimizer.step()
-        if self._enabled:
-            self._update(finite)
+        if not self._enabled:
+            return finite
+        self._good_steps = self._good_steps + 1 if finite else 0
+        if not finite:
+            self._set(self.scale * self._backoff_factor)
+        elif self._good_steps == self._growth_interval:
+            self._good_steps = 0
+            self._set(self.scale * self._growth_factor)
         return finite
 
     def state_dict(self) -> dict[str, float]:
@@ -105,16 +111,6 @@ class LossScaler:
         )
         world.activity = ()
         return not bad.item()
-
-    def _update(self, finite: bool) -> None:
-        if not finite:
-            self._good_steps = 0
-            self._set(self.scale * self._backoff_factor)
-            return
-        self._good_steps += 1
-        if self._good_steps == self._growth_interval:
-            self._good_steps = 0
-            self._set(self.scale * self._growth_factor)
 
     def _set(self, scale: float) -> None:
         # GradScaler keeps it in float32, and does not grow it beyond.

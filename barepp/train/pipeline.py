@@ -123,7 +123,11 @@ class Pipeline(ModelPart):
         self._last = num_stages - 1
         self._loss_fn = loss_fn
         self.loss_scale = 1.0
-        self.recorder = _recorder_for(world)
+        self.recorder = Recorder()
+        if device is not None:
+            from barepp.trace.device_recorder import recorder_for
+
+            self.recorder = recorder_for(world)
         if partition == "balanced":
             check_counts(len(layers), num_stages)
             sizes = None
@@ -154,8 +158,9 @@ class Pipeline(ModelPart):
             for index in range(num_stages)
             if self._holder[index] == world.rank
         }
-        each = [stage.layers.items() for stage in self.stages.values()]
-        self.layers = nn.ModuleDict({name: layer for items in each for name, layer in items})
+        self.layers = nn.ModuleDict()
+        for stage in self.stages.values():
+            self.layers.update(dict(stage.layers.items()))
         if device is not None and self._last in self.stages and isinstance(loss_fn, nn.Module):
             loss_fn.to(device)
         if num_stages > 1:
@@ -323,11 +328,3 @@ class Pipeline(ModelPart):
         digest = hash_parameters(self.world, self._holder, self.stages)
         packed = None if digest is None else torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         return bytes(self._from_rank(packed, 0, "the parameters' hash").tolist()).hex()
-
-
-def _recorder_for(world: World) -> Recorder:
-    if world.device.type == "cpu":
-        return Recorder()
-    from barepp.trace.device_recorder import recorder_for
-
-    return recorder_for(world)

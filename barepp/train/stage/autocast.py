@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from barepp.errors import UsageError
 
@@ -37,9 +36,3 @@ def check_autocast(autocast: object, device: torch.device) -> None:
     ):
         name = torch.cuda.get_device_name(device)
         raise UsageError(f"{name} ({device}) has no bfloat16: take torch.float16 and a LossScaler")
-
-
-def scaled_start(loss: Tensor, scale: float) -> Tensor:
-    """Return the gradient that the backward of `scale * loss` gives to the loss."""
-    # By way of float32: what is too large for float16 becomes inf, which is found and skipped.
-    return torch.full_like(loss, scale, dtype=torch.float32).to(loss.dtype)  # []

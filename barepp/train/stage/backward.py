@@ -69,7 +69,7 @@ class Graph:
         roots, reached = self._reached_by(gradients)
         if roots:
             # One call for all tensors: two would walk the shared part of the graph twice.
-            _accumulate(roots, reached)
+            _gradients(roots, reached, accumulate=True)
         return [leaf.grad for leaf in self.leaves]
 
     def inputs(self, gradients: Gradients) -> list[Tensor | None]:
@@ -82,7 +82,8 @@ class Graph:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not roots or not wanted:
             return [None] * len(leaves)
-        found = iter(_gradients_of(wanted, roots, reached, keep_graph=self.has_weights))
+        kept = self.has_weights
+        found = iter(_gradients(roots, reached, wanted, accumulate=False, keep_graph=kept))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
     def _reached_by(self, gradients: Gradients) -> tuple[list[Root], list[Tensor]]:
@@ -137,7 +138,7 @@ class Backward:
             gradients += graph.gradients
             wanted += graph.others_weights
         if roots and wanted:
-            _accumulate(roots, gradients, wanted)
+            _gradients(roots, gradients, wanted, accumulate=True)
 
 
 class InPlaceWrites:
@@ -166,33 +167,25 @@ class InPlaceWrites:
 _run_backward = autograd_engine()
 
 
-def _accumulate(
-    roots: Sequence[Root], gradients: Sequence[Tensor], weights: Sequence[Tensor] = ()
-) -> None:
-    """Add to `.grad`: of these weights, or of all that there are behind the roots."""
-    _run_backward(
-        tuple(roots),
-        tuple(gradients),
-        False,  # keep_graph
-        False,  # create_graph: no gradients of gradients
-        tuple(weights),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
-
-
-def _gradients_of(
-    leaves: Sequence[Tensor], roots: Sequence[Root], gradients: Sequence[Tensor], keep_graph: bool
+def _gradients(
+    roots: Sequence[Root],
+    gradients: Sequence[Tensor],
+    of: Sequence[Tensor] = (),
+    *,
+    accumulate: bool,
+    keep_graph: bool = False,
 ) -> Gradients:
-    """Return the gradient of each leaf, None where none reaches it."""
+    """Return the gradient of each of these tensors, None where none reaches it; or, to
+    `accumulate`, add them to `.grad`: theirs, or that of all there are behind the roots.
+    """
     found: Gradients = _run_backward(
         tuple(roots),
         tuple(gradients),
         keep_graph,
-        False,
-        tuple(leaves),
+        False,  # create_graph: no gradients of gradients
+        tuple(of),
         allow_unreachable=True,
-        accumulate_grad=False,
+        accumulate_grad=accumulate,
     )
     return found
 

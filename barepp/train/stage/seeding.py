@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import threading
 from hashlib import blake2b
-from types import TracebackType
 
 import torch
 
@@ -69,12 +68,7 @@ class LayerRandomness:
         self._saved = [generator.get_state() for generator in self._generators]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for generator, state in zip(self._generators, self._saved, strict=True):
             generator.set_state(state)
         if self._lock is not None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from barepp.train.stage.recompute import Buffers, copy_of, forgetting
 from barepp.train.stage.seeding import LayerRandomness
 
 Context = contextlib.AbstractContextManager[object]
+Again = Callable[[], Backward]
 
 _NO_TURN: Final = contextlib.nullcontext()
 
@@ -142,7 +143,11 @@ class Stage(ModelPart):
         with self._compute.within(self._turn(step)):
             kept, output = run(x, wanted, turn, split)
         needed = tuple([tensor.requires_grad for tensor in tensors(output)])
-        start = _start(tensors(output)[0], loss_scale) if self.is_last else None  # []
+        start = None
+        if self.is_last:
+            # By way of float32: what is too large for float16 becomes inf, which a scaler finds.
+            loss = tensors(output)[0]
+            start = torch.full_like(loss, loss_scale, dtype=torch.float32).to(loss.dtype)  # []
         self._in_flight[microbatch] = InFlight(kept, isinstance(x, Tensor), needed, start, step)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
         return boundary.leave(output)
@@ -230,21 +235,22 @@ class Stage(ModelPart):
 
     def _run_and_forget(
         self, value: Value, wanted: Sequence[bool], turn: Turn, split: bool
-    ) -> tuple[Recipe, Value]:
-        """Run the layers as `_run` does; return what it takes to run them again, and the output."""
+    ) -> tuple[Again, Value]:
+        """Run the layers as `_run` does; return what runs them again, and the output."""
         buffers = Buffers(self.layers)
         with forgetting():
             _, output = self._run(copy_of(value), wanted, turn, split=False)
         buffers.keep_changed()
-        return Recipe(value, wanted, turn, split, buffers), output
+
+        def again() -> Backward:
+            with torch.enable_grad(), self._compute.within(buffers.as_they_were()):
+                return self._run(value, wanted, turn, split)[0]
+
+        return again, output
 
     def _graphs(self, flight: InFlight) -> Backward:
-        """Return the graphs of a microbatch; if only a recipe was kept, it is followed now."""
-        kept = flight.kept
-        if isinstance(kept, Backward):
-            return kept
-        with torch.enable_grad(), self._compute.within(kept.buffers.as_they_were()):
-            return self._run(kept.value, kept.wanted, kept.turn, kept.split)[0]
+        """Return the graphs of a microbatch; where none were kept, they are made now."""
+        return flight.kept if isinstance(flight.kept, Backward) else flight.kept()
 
     def _weights(self, flight: InFlight) -> Sequence[Tensor]:
         """Return the weights to be trained, which only a backward in two parts asks for."""
@@ -286,32 +292,12 @@ class Stage(ModelPart):
 
 
 @dataclass(slots=True)
-class Recipe:
-    """What it takes to run a forward again (recompute.py)."""
-
-    value: Value
-    wanted: Sequence[bool]
-    turn: Turn
-    split: bool
-    buffers: Buffers
-
-
-@dataclass(slots=True)
 class InFlight:
     """A microbatch between its forward and the end of its backward."""
 
-    kept: Backward | Recipe
+    kept: Backward | Again
     input_is_tensor: bool
     output_requires_grad: tuple[bool, ...]
     start: Tensor | None  # on the last stage: d loss / d loss
     step: int
     inputs_done: bool = False
-
-
-def _start(loss: Tensor, loss_scale: float) -> Tensor:
-    """Return the gradient of the loss that its backward starts from: 1, or what a scaler says."""
-    if loss_scale == 1.0:
-        return torch.ones_like(loss)  # []; `loss.backward()` makes the same tensor
-    from barepp.train.stage.autocast import scaled_start
-
-    return scaled_start(loss, loss_scale)  # []
