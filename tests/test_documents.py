@@ -45,6 +45,24 @@ def test_every_link_leads_somewhere(document):
         assert (path.parent / link).exists(), link
 
 
+def test_pyproject_claims_no_version_that_has_not_run():
+    """The oldest and the newest of the README's table are the ends of the range."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    table = rows("| Python | torch |", README)
+    for column, name in enumerate(('requires-python = "', '"torch')):
+        ran = [version(row[column]) for row in table]
+        bounds = re.search(re.escape(name) + r">=([\d.]+),<([\d.]+)", pyproject)
+        assert bounds is not None, f"{name} has no lower or no upper bound"
+        major, minor = max(ran)
+        assert version(bounds[1]) >= min(ran)
+        assert version(bounds[2]) <= (major, minor + 1)
+
+
+def version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 def test_the_commands_of_the_course_name_what_exists():
     commands = re.findall(r"`(python [^`]+)`", README)
     assert len(commands) > 8
