@@ -82,15 +82,17 @@ class LossScaler:
         if finite:
             for optimizer in optimizers:
                 optimizer.step()
-        if not self._enabled:
-            return finite
+        if self._enabled:
+            self._adapt(finite)
+        return finite
+
+    def _adapt(self, finite: bool) -> None:
         self._good_steps = self._good_steps + 1 if finite else 0
         if not finite:
             self._set(self.scale * self._backoff_factor)
         elif self._good_steps == self._growth_interval:
             self._good_steps = 0
             self._set(self.scale * self._growth_factor)
-        return finite
 
     def state_dict(self) -> dict[str, float]:
         """Return what a training that goes on later has to know."""

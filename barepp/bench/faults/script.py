@@ -39,7 +39,7 @@ from barepp.bench.faults.kinds import (  # noqa: E402
 )
 from barepp.plan.partition import partition  # noqa: E402
 from barepp.program.actions import Action, Kind  # noqa: E402
-from barepp.program.lowering import activation_tag, gradient_tag, lower  # noqa: E402
+from barepp.program.lowering import Step, activation_tag, gradient_tag, lower  # noqa: E402
 from barepp.schedules import make_schedule  # noqa: E402
 from barepp.train.models import mlp  # noqa: E402
 from barepp.train.stage.stage import Stage  # noqa: E402
@@ -99,33 +99,40 @@ def train_torch() -> None:
         inputs, labels = torch.randn(rows, 64), torch.zeros(rows, dtype=torch.int64)
         tags = {Kind.F: activation_tag, Kind.B: gradient_tag}
 
-        def forward(action: Action, taken: torch.Tensor | None) -> torch.Tensor | None:
-            value = inputs if taken is None else taken
-            made = stage.forward(
-                action.microbatch, value, step=step, target=labels, loss_weight=1 / MICROBATCHES
-            )
-            assert isinstance(made, torch.Tensor)
-            return made
+        sends = []
 
-        def backward(action: Action, taken: torch.Tensor | None) -> torch.Tensor | None:
-            made = stage.backward(action.microbatch, taken)
+        def compute(action: Action, taken: torch.Tensor | None) -> torch.Tensor | None:
+            made: object
+            if action.kind is Kind.F:
+                value = inputs if taken is None else taken
+                made = stage.forward(
+                    action.microbatch, value, step=step, target=labels, loss_weight=1 / MICROBATCHES
+                )
+            else:
+                made = stage.backward(action.microbatch, taken)
             assert made is None or isinstance(made, torch.Tensor)
             return made
 
-        compute = {Kind.F: forward, Kind.B: backward}
+        def give(own: Step, made: torch.Tensor | None) -> None:
+            action, _, target = own
+            if target is not None and made is not None:
+                tag = tags[action.kind](target, action.microbatch)
+                # gloo reads the tensor until the send is over
+                sends.append((dist.isend(made, target, tag=tag), made))
+
         for step in range(STEP + 1):
             optimizer.zero_grad()
-            now = compute if hook is None else hook.around(compute, program, step)
-            sends = []
-            for action, source, target in program:
-                tag, taken = tags[action.kind], None
+            sends.clear()
+            around = hook.around if hook is not None else lambda run, hand_on, *_: (run, hand_on)
+            run, hand_on = around(compute, give, program, step)
+            for own in program:
+                action, source, _ = own
+                taken = None
                 if source is not None:
                     taken = torch.empty(rows, HIDDEN)
-                    dist.recv(taken, source, tag=tag(action.stage, action.microbatch))
-                made = now[action.kind](action, taken)
-                if target is not None and made is not None:
-                    work = dist.isend(made, target, tag=tag(target, action.microbatch))
-                    sends.append((work, made))  # gloo reads the tensor until the send is over
+                    tag = tags[action.kind](action.stage, action.microbatch)
+                    dist.recv(taken, source, tag=tag)
+                hand_on(own, run(action, taken))
             for work, _ in sends:
                 assert work is not None
                 work.wait()
