@@ -412,8 +412,8 @@ FAULTS = [
     # -- barepp/testing, barepp/bench ---------------------------------------------------------------
     Fault(
         "barepp/testing/fault_run.py",
-        "        if survivor.told != self.cause:\n",
-        "        if False:\n",
+        "        elif survivor.told != self.cause:\n",
+        "        elif False:\n",
         "testing/fault_run",
     ),
     Fault(

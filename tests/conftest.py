@@ -1,4 +1,14 @@
-"""What every test needs: one compute thread, the demos within reach; and the suite's options."""
+"""What every test needs: one compute thread, the demos within reach; and the suite's options.
+
+    python -m pytest                        all tests, by three workers
+    python -m pytest tests/launch -n 0      in one process, as without -n for files that are named
+    python -m pytest --matrix=all           every case of the fault matrix, and every combination
+                                            where otherwise any two values meet (covering.py): hours
+    python -m pytest --matrix=500           so many cases of the fault matrix
+    python -m pytest -m gpu                 what needs a GPU
+
+The folders are those of barepp/ and transport/; what tests share is in helpers/.
+"""
 
 import gc
 import os
