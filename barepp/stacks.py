@@ -1,6 +1,6 @@
-"""`python -m barepp.stacks`: where every rank of a running job is, and who waits for whom.
+"""`python -m barepp.stacks`: where every rank of a running job is, and which rank waits for which.
 
-The job goes on meanwhile. How the stacks get here is in stacks.py. Exit code: 0; 2 when there
+The job goes on meanwhile. monitor/stacks.py takes the stacks. Exit code: 0; 2 when there
 is no job to ask, or more than one and none is chosen; 130 after Ctrl-C, which ends no job.
 """
 
@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m barepp.stacks",
-        description="Print every rank's Python stack and who waits for whom, of a running job of "
-        "yours, which goes on meanwhile. SIGQUIT to a launcher (Ctrl-\\ in its terminal) lets it "
-        "print the same.",
+        description="Print every rank's Python stack and which rank waits for which, of a running "
+        "job of yours, which goes on meanwhile. SIGQUIT to a launcher (Ctrl-\\ in its terminal) "
+        "lets it print the same.",
     )
     add_job_argument(parser)
     parsed = parser.parse_args(arguments)

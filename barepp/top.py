@@ -74,18 +74,16 @@ def _show(job: JobStatus, readings: Sequence[RankRates], screen: Screen | None) 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m barepp.top",
-        description="Show what every rank of a running job of yours is about: its state, and for "
+        description="Show what every rank of a running job of yours does: its state, and for "
         "how long nothing about it has changed; training steps done, microbatches a second, CPU "
         "time and memory of its process, and the bytes of tensors that it receives and sends.",
     )
     add_job_argument(parser)
     parser.add_argument(
-        "--interval", type=interval, default=1.0, metavar="S", help="seconds between pictures (1)"
+        "--interval", type=interval, default=1.0, metavar="S", help="seconds between tables (1)"
     )
-    parser.add_argument("--once", action="store_true", help="show one picture and end")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line for each picture"
-    )
+    parser.add_argument("--once", action="store_true", help="show one table and end")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for each table")
     return parser
 
 

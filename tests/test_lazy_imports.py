@@ -108,6 +108,19 @@ def test_the_cpu_path_loads_few_files_and_no_optional_room(module: str, most: in
     assert not gpu & {name.rpartition(".")[2] for name in loaded}
 
 
+def test_to_get_into_a_world_loads_few_files_and_no_optional_room() -> None:
+    """Sockets, other launchers, GPUs and faults are imported by the ranks that use them."""
+    found = in_fresh_python(
+        "import sys, barepp.worker.init\n"
+        "ours = [m for name, m in sys.modules.items() if name[:6] in ('barepp', 'transp')]\n"
+        "print(*(m.__name__ for m in ours if not hasattr(m, '__path__')))"
+    )
+    loaded = found.splitlines()[-1].split()
+    assert len(loaded) <= 13, loaded
+    parts = {part for name in loaded for part in name.split(".")}
+    assert not parts & {"external", "faults", "sockets", "cuda", "trace", "monitor", "rendezvous"}
+
+
 @pytest.mark.parametrize("package", ["barepp", "transport"])
 def test_type_checkers_see_the_names_that_are_imported_at_first_use(package: str) -> None:
     body = ast.parse((ROOT / package / "__init__.py").read_bytes()).body

@@ -51,7 +51,7 @@ class _Source:
 class Output:
     """Copies the ranks' pipes to this process's stdout and stderr, and to one log file a rank.
 
-    `write` replaces the descriptors 1 and 2, for whoever has other streams.
+    `write` replaces the descriptors 1 and 2, for programs with other streams.
     Use it as a context manager: leaving it shows what is still in the pipes, then ends the thread.
     """
 
@@ -197,7 +197,7 @@ class Output:
         self._put(target, text)
 
     def _put(self, target: int, text: bytes) -> None:
-        # Whoever replaced the stream (a notebook, a test) may have closed it: then nobody looks.
+        # A stream that a notebook or a test has put in its place may be closed by now.
         with contextlib.suppress(Exception):
             self._write(target, text)
 
@@ -241,7 +241,7 @@ def _encoded(text: str) -> bytes:
 
 def write_to_descriptor(target: int, data: bytes) -> None:
     """Write all of `data` to descriptor `target`, however long that takes."""
-    with contextlib.suppress(OSError):  # closed: nobody wants to see it any more
+    with contextlib.suppress(OSError):  # closed: there is no reader any more
         _write_all(target, data)
 
 
@@ -250,7 +250,7 @@ def _write_all(fd: int, data: bytes) -> None:
     while view:
         try:
             view = view[os.write(fd, view) :]
-        except BlockingIOError:  # somebody has made our terminal non-blocking
+        except BlockingIOError:  # another process has made our terminal non-blocking
             with selectors.DefaultSelector() as selector:
                 selector.register(fd, selectors.EVENT_WRITE)
                 selector.select()

@@ -1,7 +1,7 @@
 """Finds the running jobs of this user and asks their launchers; the other side of status_socket.py.
 
-Whoever answers has to be a process of this user, by the kernel's word: anybody may give a socket
-the name of a name.
+Every user may give a socket any abstract name. So the client checks, with the kernel's help, that
+the process that answers belongs to this user.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import select
 import socket
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -53,40 +53,38 @@ def socket_names() -> list[SocketName]:
 
 
 class Line:
-    """A line to the launcher of a job.
+    """A connection to the launcher of a job.
 
     `name` is that of its status socket; `launcher_pid` the launcher's process id as this process
     sees it, 0 when that lives in another pid namespace, whose numbers mean nothing here.
 
     Raises:
-        NobodyAnswers: nobody is there, or somebody else's process.
+        NobodyAnswers: no process is there, or one of another user.
     """
 
     def __init__(self, name: SocketName) -> None:
         self.name = name
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             sock.setblocking(False)
-            sock.connect(f"\0{socket_prefix(os.getuid())}{name}")
-            self.launcher_pid, uid = peer_of(sock)
+            try:
+                sock.connect(f"\0{socket_prefix(os.getuid())}{name}")
+                self.launcher_pid, uid = peer_of(sock)
+            except OSError as error:
+                why = f"job {name.pid} cannot be asked: {error.strerror or error}"
+                raise NobodyAnswers(why) from error
             if uid != os.getuid():
-                raise NobodyAnswers(f"whoever pretends to be job {name} is user {uid}")
-        except OSError as error:
-            sock.close()
-            why = f"job {name.pid} cannot be asked: {error.strerror or error}"
-            raise NobodyAnswers(why) from error
-        except NobodyAnswers:
-            sock.close()
-            raise
+                raise NobodyAnswers(f"what answers for job {name} is a process of user {uid}")
+            stack.pop_all()
         self._stream = RecordStream(sock)
 
     def status(self, timeout: float = ANSWER_S) -> tuple[JobStatus, list[RankStatus]]:
-        """Ask what the job is about; `timeout` is in seconds."""
+        """Ask for the state of the job and of its ranks; `timeout` is in seconds."""
         job, *ranks = self._ask("status", timeout) or [{}]
         return JobStatus.from_record(job), [RankStatus.from_record(rank) for rank in ranks]
 
     def stacks(self) -> tuple[str, dict[int, str]]:
-        """Ask who waits for whom, and for each rank's Python stack; takes up to some seconds."""
+        """Ask which rank waits for which, and for the Python stacks; takes up to some seconds."""
         match self._ask("stacks"):
             case [{"record": "graph", "text": str(graph)}, *stacks]:
                 with contextlib.suppress(KeyError):
@@ -96,12 +94,10 @@ class Line:
     def _ask(self, question: str, timeout: float = ANSWER_S) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         deadline = time.monotonic() + timeout
-        poll = select.poll()
-        poll.register(self._stream.socket, select.POLLIN)
         with contextlib.suppress(OSError):  # then its end is there to be read
             self._stream.send({"record": question})
         while True:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            if not wait([self._stream.socket], deadline - time.monotonic()):
                 why = f"does not answer within {timeout:g} s: is its launcher stopped?"
                 raise NobodyAnswers(f"job {self.name.pid} {why}")
             more, goes_on = self._stream.receive()
@@ -113,7 +109,7 @@ class Line:
                 raise JobEnded(f"job {self.name.pid} has ended{why}")
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._stream.socket.close()
 
     def __enter__(self) -> Line:

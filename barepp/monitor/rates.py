@@ -19,12 +19,12 @@ WINDOW_S: Final = 5.0  # over which rates are taken, so that they do not jump
 
 @dataclasses.dataclass(frozen=True)
 class RankRates:
-    """One rank at one moment; None is what nobody knows.
+    """One rank at one moment; None stands for what is not known.
 
     Attributes:
-        status: what its launcher says of it.
-        state: the same in the light of what the kernel says: a stopped process says nothing.
-        state_s: since how many seconds.
+        status: what its launcher says about it.
+        state: what it does; the kernel knows more, because a stopped process says nothing.
+        state_s: for how many seconds it has done so.
         microbatches_per_s, received_per_s, sent_per_s: the last two in bytes.
         cpu_percent: of one core, since the look before.
         rss_nbytes: its resident memory.
@@ -41,7 +41,7 @@ class RankRates:
 
 
 class Rates:
-    """Takes one status after the other of one job and makes readings of them.
+    """Makes rates of one status after the other of one job.
 
     `local` is whether the process ids that the launcher tells mean the same here.
     """
@@ -53,7 +53,7 @@ class Rates:
         self._processes: dict[int, psutil.Process] = {}
 
     def take(self, ranks: Sequence[RankStatus]) -> list[RankRates]:
-        """Return a reading of each rank. The first ones know no rates."""
+        """Return the rates of each rank; the first time there are none."""
         return [self._read(status) for status in ranks]
 
     def _read(self, status: RankStatus) -> RankRates:
@@ -84,7 +84,7 @@ class Rates:
             return None
         history = self._counts.setdefault(status.rank, deque())
         if (status.silent_s or 0.0) > SILENT_S:
-            history.clear()  # what it does now, nobody knows
+            history.clear()  # what it does now is not known
             return None
         if history and any(new < old for new, old in zip(now, history[-1], strict=True)):
             history.clear()  # a new world, which counts from 0
@@ -102,7 +102,7 @@ class Rates:
 def looks(
     line: Line, interval_s: float, stop: threading.Event
 ) -> Iterator[tuple[JobStatus, list[RankRates]]]:
-    """Yield what can be seen of a job, every `interval_s` seconds until `stop` is set.
+    """Yield a job and its ranks' rates, every `interval_s` seconds until `stop` is set.
 
     Raises:
         JobEnded, NobodyAnswers: there is nothing more to see.

@@ -39,7 +39,7 @@ from transport.errors import printable
 
 STACKS_SIGNAL: Final = signal.SIGQUIT  # as for Java and Go: "tell me where you are"
 LIMIT_NBYTES: Final = 256 * 1024  # of one answer
-LOCKED_S: Final = 1.0  # who has not answered for so long is taken to keep the lock
+LOCKED_S: Final = 1.0  # a rank that has not answered for so long keeps the lock
 PATIENCE_S: Final = 2.0  # how long a process may take to write
 LAST_LOCKED_S: Final = 0.3  # the same where the job is about to end anyway
 LAST_PATIENCE_S: Final = 1.0
@@ -54,7 +54,7 @@ _STATES: Final = {
     "T": "is stopped (SIGSTOP, or a terminal)",
     "t": "is held by a debugger",
     "D": "sleeps inside the kernel, in a system call that cannot be interrupted",
-    "Z": "has ended, and nobody has collected it",
+    "Z": "has ended, and its parent has not collected it",
     "R": "computes, and has not let go of Python's lock",
     "S": "sleeps, and has not let go of Python's lock",
 }
@@ -77,7 +77,7 @@ def tell_stacks(asked: int, handlers: int) -> None:
 
 
 def _answer(asked: int, handlers: int) -> None:
-    memory = os.memfd_create("barepp-stacks")  # (a file in memory never blocks who writes)
+    memory = os.memfd_create("barepp-stacks")  # (a write to a file in memory never blocks)
     ours = _files(asked, handlers, memory)
     with contextlib.suppress(OSError):  # the launcher has gone, or the script has closed them
         while questions := os.read(asked, 4096):

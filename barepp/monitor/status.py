@@ -45,7 +45,7 @@ class RankStatus(_Record):
 
     Attributes:
         pid: its process, as the launcher names it.
-        state: what it is about, in words.
+        state: what it does, in words.
         state_s: for how many seconds nothing about it has changed.
         silent_s: how many seconds ago it was heard.
         measured_at: when it counted what follows, in seconds of a clock of its own.

@@ -1,12 +1,13 @@
-"""The launcher's door for this user's other processes: questions in, answers out, no file anywhere.
+"""The Unix socket at which a launcher answers this user's other processes, without any file.
 
-1. The door is a Unix socket with an abstract name (unix(7)), which ends with the process: nothing
-   can be left behind. Everybody can see the name, so it holds nothing but who may come in.
-2. The kernel says who calls (SO_PEERCRED). Another user is hung up on before a byte is read.
+1. The socket has an abstract name (unix(7)), which ends with the process: nothing can be left
+   behind. Every user can see the name, so it tells only the user and the launcher's process id.
+2. The kernel says which user calls (SO_PEERCRED). A connection of another user is closed before
+   a byte is read.
 3. A question is one record with a name and nothing else; what it holds besides is not looked at.
-   A caller asks one at a time: with a second question, before it has taken the first one's
-   answer, it is hung up on, as with bytes that make no sense. So a caller that does not read
-   costs one answer, and nobody waits for it.
+   A caller asks one at a time. The connection is closed when it asks a second question before it
+   has taken the first one's answer, or sends bytes that make no sense. So a caller that does not
+   read costs the memory of one answer, and no time.
 4. Nothing here blocks. The owner polls `fileno()` for reading and calls `serve`.
 """
 
@@ -30,7 +31,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix
 
 
 def socket_prefix(uid: int) -> str:
-    """Return how the names of all doors of a user begin; launcher's pid and a token follow."""
+    """Return how the names of a user's status sockets begin; launcher's pid and a token follow."""
     return f"barepp-job-{uid}-"
 
 
@@ -50,7 +51,7 @@ class Caller:
     asked: bool = False  # and not answered in full
 
     def answer(self, records: Iterable[dict[str, Any]]) -> None:
-        """Let the door send these, one after the other, as fast as the caller takes them."""
+        """Let the socket send these, one after the other, as fast as the caller takes them."""
         self.records = iter([*records, {"record": "end"}])
 
 
@@ -59,7 +60,7 @@ class StatusSocket:
 
     def __init__(self, on_question: Callable[[str, Caller], None]) -> None:
         self._on_question = on_question
-        self._callers: dict[int, Caller] = {}  # by descriptor; who asked last stands last
+        self._callers: dict[int, Caller] = {}  # by descriptor; the one that asked last stands last
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.setblocking(False)
         # The token keeps another user from taking the name before us.
@@ -74,7 +75,7 @@ class StatusSocket:
         return self._epoll.fileno()
 
     def serve(self) -> None:
-        """Serve whoever is there, each with one question at most."""
+        """Serve all callers that are there, each with one question at most."""
         for fd, _ in self._epoll.poll(0):
             caller = self._callers.get(fd)
             if caller is not None:
@@ -102,7 +103,7 @@ class StatusSocket:
         self._epoll.modify(fd, select.EPOLLIN | waits)
 
     def close(self) -> None:
-        """Hang up on everyone, and close the door."""
+        """Close all connections and the socket."""
         for fd in list(self._callers):
             self._hang_up(fd)
         self._listening.close()
@@ -113,7 +114,7 @@ class StatusSocket:
             sock, _ = self._listening.accept()
         except BlockingIOError:
             return
-        except OSError:  # no descriptor is left: whoever knocks would wake us for ever
+        except OSError:  # no descriptor is left: the waiting caller would wake us for ever
             self._epoll.unregister(self._listening)
             return
         if peer_of(sock)[1] != os.getuid():

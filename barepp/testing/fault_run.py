@@ -1,4 +1,4 @@
-"""Tests of failures for your own script: let a rank fail at a chosen action, see who is told what.
+"""Tests of failures for your own script: let a rank fail at a chosen action, check what follows.
 
     def test_a_death_in_training():
         outcome = run_with_fault("train.py", world=4, rank=2, at="2F3", fault="SIGKILL")
@@ -39,11 +39,11 @@ THREADS: Final = "inproc"  # the transport whose ranks are threads
 
 @dataclasses.dataclass(frozen=True)
 class Survivor:
-    """How a rank fared that did not fail itself.
+    """What became of a rank that did not fail itself.
 
     Attributes:
         told: the cause that the `JobFailed` carried which left its script; None without one.
-        doing: what it was about then.
+        doing: what it was doing then.
         after_s: how long after the fault that was; None without one.
         exit_code: what its process ended with; None for a thread.
         killed: whether it was ended after the grace, because it did not end by itself.
@@ -173,7 +173,7 @@ def run_with_fault(
             `barepp.run` would, with the world and `args`.
         world, transport, device, grace, heartbeat, timeout, join_timeout: the launcher's flags,
             in seconds. To test "SIGSTOP" or "hang", a shorter heartbeat or timeout saves time.
-        rank: who fails.
+        rank: the rank that fails.
         at: the action at which it fails, as `python -m barepp.plan` prints it: "2F3" is stage 2,
             forward, microbatch 3.
         when: "before" the action computes, "during" that, or "after" its result was sent.

@@ -71,8 +71,8 @@ def num_gpus(device: str, rank: int) -> int:
 
     from transport.private_names import forked_after_cuda
 
-    # To who was forked after CUDA was asked it says that there is no GPU. (How many there are,
-    # NVML can still tell.)
+    # In a process that was forked after CUDA was used, CUDA says that there is no GPU. (NVML can
+    # still count them.)
     if forked_after_cuda() and (device == "cuda" or torch.cuda.device_count()):
         raise UsageError(
             f"rank {rank} cannot use CUDA: it was forked from a process that has asked CUDA "
@@ -89,7 +89,7 @@ def num_gpus(device: str, rank: int) -> int:
 
 
 def on_gpus(device: str, counts: Sequence[int]) -> bool:
-    """Return whether the ranks compute on GPUs, of which each finds so many: all do, or none."""
+    """Return whether the ranks compute on GPUs, all or none; `counts` is what each has found."""
     return device == "cuda" or (device == "auto" and all(counts))
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 
 from barepp.worker.failures import failure_of
-from barepp.worker.process_state import current_world, process
+from barepp.worker.process_state import position, process
 from transport.errors import JobFailed
 from transport.rendezvous.client import ControlClient
 
@@ -24,8 +24,7 @@ def fail(rank: int, control: ControlClient, error: BaseException) -> None:
             process.on_told(error)
         control.say_doing(error.doing)
         leave(1)
-    world = current_world()
-    failure = failure_of(rank, error, world.position() if world is not None else "")
+    failure = failure_of(rank, error, position())
     control.report(failure)
     leave(failure.exit_code or 1)
 

@@ -1,4 +1,4 @@
-"""How an exception, an exit code or a signal becomes the `Failure` that every rank is told.
+"""Makes a `Failure`, which every rank is told, of an exception, an exit code or a signal.
 
 What a person reads depends on whose mistake it is:
 
@@ -69,7 +69,7 @@ def failure_of_exit(
 ) -> Failure:
     """Return the failure that a process's end is; a negative code is a signal, as in subprocess.
 
-    `heard` is what it was last heard to be about, and how long before its end.
+    `heard` is what it last said that it was doing, and how long before its end.
     """
     last = f" (last heard: {heard})" if heard else ""
     if exit_code < 0:

@@ -1,4 +1,4 @@
-"""What a rank says of itself twice a second: whether it waits, for whom, and what has moved."""
+"""What a rank reports twice a second: whether it waits, for which ranks, and its traffic so far."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transport.errors import printable
 if TYPE_CHECKING:
     from transport.message.work import Traffic
 
-AT_BARRIER: Final = -1  # who a rank waits for that waits at a barrier: everyone
+AT_BARRIER: Final = -1  # stands for all ranks, which a rank at a barrier waits for
 OUR_THREADS: Final = "barepp-"  # the names of the threads that no script has started
 DOING_LIMIT: Final = 200
-IN_SCRIPT: Final = "in the script's own code"  # what a rank is about that is in no call of ours
+IN_SCRIPT: Final = "in the script's own code"  # what a rank does that is in no call of ours
 
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-    """A rank's word on itself.
+    """One report of a rank.
 
     Attributes:
         made_at: `time.monotonic()` seconds between the two readings, of who waits and of what
             has moved. Ranks of one host share that clock.
-        doing: what it is about, for people.
+        doing: what it does now, for people.
         waits_for: the ranks that it waits for without a limit, when all its threads do so; None
             when it computes, or may go on by itself.
         blocked: whether any of its threads waits in barepp without a limit, for whatever it is.

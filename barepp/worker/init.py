@@ -135,7 +135,7 @@ def _listen(
     if membership.spread:
         host = membership.address or control.local_host
         if is_loopback(host) and not membership.address:
-            host = ""  # the rendezvous is here as well: who has reached that will reach us
+            host = ""  # the rendezvous is here as well: a rank that reached it will reach us
     try:
         return chosen.listen(host)
     except OSError as error:

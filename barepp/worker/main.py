@@ -1,7 +1,7 @@
 """The process of one rank: what it sets up before the script runs, and how it ends.
 
 1. It reports an exception before anything is torn down, so that no exit handler, no thread and no
-   destructor delays the news.
+   destructor delays the report.
 2. After a failure it flushes and leaves by `os._exit`; a healthy end waits for the script's threads
    and runs its exit handlers, as Python does.
 3. It does not outlive the launcher: the kernel kills it with its parent, and the end of the
@@ -27,7 +27,13 @@ from barepp.worker.exits import fail, flush, leave, report_threads
 from barepp.worker.failures import exit_code_of
 from barepp.worker.init import connect, init, one_compute_thread
 from barepp.worker.process import die_with_parent, leave_terminal
-from barepp.worker.process_state import current_world, disown, process
+from barepp.worker.process_state import (
+    current_world,
+    disown,
+    leave_world_left_open,
+    position,
+    process,
+)
 from barepp.worker.spec import CUT_OFF, LENGTH, Assignment, Call, PickledCall, Pipes, Script, Task
 from transport import private_names
 from transport.errors import JobFailed, TransportError
@@ -65,7 +71,7 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
         _run(assignment.task, pipes)
         if os.getpid() == myself:
             private_names.join_threads()
-            _leave_world_left_open()
+            leave_world_left_open()
     except BaseException as error:
         if os.getpid() == myself:
             if isinstance(error, JobFailed):
@@ -111,17 +117,10 @@ def _run_call(call: Call) -> bytes:
 # -- the end --------------------------------------------------------------------------------------
 
 
-def _leave_world_left_open() -> None:
-    """A script that called init() without `with` leaves here, if it ended well."""
-    world = current_world()
-    if world is not None:
-        world.close()
-
-
 class _LastWords:
-    """What a rank says, over the pipe for its result, that has lost its control connection alone.
+    """What a rank that has lost only its control connection says over the pipe for its result.
 
-    If the launcher lives, it sees an exit code; what that means, only the rank knows.
+    A launcher that lives sees an exit code; only the rank knows what it means.
     """
 
     def __init__(self, fd: int, control: ControlClient) -> None:
@@ -136,7 +135,7 @@ class _LastWords:
                 os.write(self._fd, LENGTH.pack(CUT_OFF) + doing.encode()[:DOING_LIMIT])
 
     def end_after(self, seconds: float) -> None:
-        """Without the launcher nobody can end this process: do it ourselves, a moment later.
+        """End this process a moment later, because without its launcher nothing else would.
 
         The moment lets the main thread raise what it was just told. A launcher that is there, and
         has told us of another one's loss, gives us its grace and ends us itself.
@@ -147,8 +146,7 @@ class _LastWords:
             timer.start()
 
     def _end(self) -> None:
-        world = current_world()
-        self.say(world.position() if world is not None else "")
+        self.say(position())
         os._exit(1)
 
 
@@ -156,7 +154,7 @@ class _LastWords:
 
 
 def _let_go_of_the_server() -> None:
-    """The fork server, our parent, lives as long as somebody holds this descriptor: not we."""
+    """Close our copy of the descriptor that keeps the fork server, our parent, alive."""
     alive_fd = private_names.fork_server_alive_fd()
     if alive_fd is not None:
         with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import os
 import signal
 from typing import Final
 
-PARENT_PID: Final = "BAREPP_PARENT_PID"  # tells the fork server who starts it
+PARENT_PID: Final = "BAREPP_PARENT_PID"  # tells the fork server its parent's process id
 _KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)  # Ctrl-C and Ctrl-\
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
@@ -73,10 +73,10 @@ def keep_freed_memory() -> None:
 
 
 def compute_in_turns(ranks_on_host: int) -> None:
-    """Let the calling thread, and those that it will start, push nobody off a core.
+    """Let the calling thread, and those that it will start, push no other thread off a core.
 
-    Only if this host has more ranks than cores for them. A policy that somebody has chosen stays,
-    and where the system has no such policy, or forbids to choose it, all stays as it is.
+    Only if this host has more ranks than cores for them. A policy that was
+    chosen before stays; where the system has no such policy, or forbids it, nothing changes.
     """
     if not hasattr(os, "SCHED_BATCH") or ranks_on_host <= len(os.sched_getaffinity(0)):
         return

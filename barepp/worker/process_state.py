@@ -44,3 +44,16 @@ def current_world() -> World | None:
     """Return the world that `init` made in this process and that was not left in order."""
     world = process.world
     return None if world is None or world.left else world
+
+
+def position() -> str:
+    """Return what this process's rank does now, for example "computing 2F3"; "" when unknown."""
+    world = current_world()
+    return "" if world is None else world.position()
+
+
+def leave_world_left_open() -> None:
+    """Leave the world of a script that called init() without `with`, and ended well."""
+    world = current_world()
+    if world is not None:
+        world.close()

@@ -98,7 +98,7 @@ def reaches_elsewhere(call: Call) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FaultPlan:
-    """A job that is to fail, for a test: see fault_run.py.
+    """A job that is to fail, for a test: see testing/fault_run.py.
 
     Each rank writes into `folder`, as rank0.jsonl and so on, when its fault happened and when it
     raised what it was told.
@@ -114,7 +114,7 @@ class Assignment:
 
     membership: Membership
     task: Task
-    parent_pid: int  # 0 when nobody knows it
+    parent_pid: int  # 0 when it is not known
     fault_plan: FaultPlan | None = None
 
 
@@ -147,7 +147,7 @@ class Options:
 
     world_size: int
     transport: str = "auto"
-    grace_s: float = 0.5  # between the first failure and the end of who has not ended by itself
+    grace_s: float = 0.5  # between the first failure and the kill of ranks that still run
     join_timeout_s: float = 60.0
     heartbeat_s: float = 10.0  # how long a rank may give no sign of life
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever

@@ -1,4 +1,4 @@
-"""What one rank knows of the job: who it is, how it reaches the others, and how it leaves.
+"""One rank's view of the job: its number, its messages, its barriers, and how it leaves.
 
     with barepp.init() as world:
         world.send(torch.ones(3), dst=1)
@@ -37,7 +37,7 @@ FLUSH_TIMEOUT_S: Final = 300.0  # how long a rank that leaves waits for others t
 
 
 class Control(Protocol):
-    """The line to whoever is the authority on failures: the launcher, or the in-process runner."""
+    """The connection to the authority on failures: the launcher, or the in-process runner."""
 
     def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
         """Block until every rank of the world has called; `last` is for leaving the world."""
@@ -56,14 +56,14 @@ class World:
     """One rank's view of the job; made by `barepp.init` or handed over by `barepp.run`.
 
     Attributes:
-        rank, world_size: who this is.
+        rank, world_size: the number of this rank, and of all ranks.
         local_rank: its number among the ranks of its host.
         transport: the point-to-point contract below the methods of this class.
         random_lock: held around whatever draws random numbers when ranks are threads of one
             process (torch's generator is the process's); None when the process has one rank.
-        activity: what the rank is about, for error messages; the executor keeps it.
+        activity: what the rank does now, for error messages; the executor keeps it.
         steps, microbatches: how many training steps it has done, and how many microbatches have
-            passed through it, each action being its share of one; for whoever watches.
+            passed through it, each action being its share of one; for monitoring.
         fault_hook: lets this rank fail at a chosen action; None except in a test of failures.
     """
 
@@ -91,7 +91,7 @@ class World:
         self._pid = os.getpid()
 
     def beat(self, threads: Callable[[], Iterable[int]] = script_threads) -> Heartbeat | None:
-        """Return what this rank says of itself to whoever watches; None once it has left.
+        """Return this rank's heartbeat; None once it has left.
 
         `threads` tells which threads are the rank's, by default all that the script has.
         """
@@ -114,7 +114,7 @@ class World:
         return found
 
     def position(self) -> str:
-        """Return what this rank is about, for example "computing 2F3"; empty when unknown."""
+        """Return what this rank does now, for example "computing 2F3"; empty when unknown."""
         return " ".join(map(str, self.activity))
 
     @property

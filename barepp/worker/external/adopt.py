@@ -3,8 +3,8 @@
 Our own launcher prepares a process for its life as a rank. Here a script finds itself to be one in
 the midst of its first `init()`, and the same is brought about by hooks:
 
-1. An exception that ends the script is reported before anything is torn down. One that only
-   repeats what this rank was told is shown in a line instead of a traceback.
+1. An exception that ends the script is reported before anything is torn down. If it only repeats
+   what this rank was told, one line is shown instead of a traceback.
 2. A rank that was told of a failure and has not ended after the grace ends itself.
 3. A script that ends in order without having left its world leaves it then.
 """
@@ -32,7 +32,7 @@ from barepp.worker.exits import fail, leave, report_threads
 from barepp.worker.external.environment import LOOPBACK, Started, options_from
 from barepp.worker.external.secret import NO_TLS, ask_for_secret, given_secret, secret_socket
 from barepp.worker.heartbeat import IN_SCRIPT
-from barepp.worker.process_state import current_world, disown
+from barepp.worker.process_state import current_world, disown, leave_world_left_open
 from barepp.worker.spec import Membership, Options
 from transport.errors import Failure, JobFailed, RendezvousError, printable
 from transport.rendezvous.client import ControlClient
@@ -157,12 +157,10 @@ class _Ending:
     def _on_exit(self) -> None:
         if os.getpid() != self._myself:
             return
-        world = current_world()
-        if world is not None:
-            try:
-                world.close()
-            except BaseException as error:
-                self._on_exception(type(error), error, error.__traceback__)
+        try:
+            leave_world_left_open()
+        except BaseException as error:
+            self._on_exception(type(error), error, error.__traceback__)
         self._control.close()
 
     def _on_failure(self, failure: Failure) -> None:
@@ -229,4 +227,4 @@ def serve_beside(
     assert process.stdin is not None
     with process.stdin:  # not its command line: others can read that
         process.stdin.write(json.dumps(orders).encode())
-    process.returncode = 0  # it ends after us: nobody waits for it, and nobody complains
+    process.returncode = 0  # it ends after us; so `Popen` does not complain that it still runs

@@ -1,6 +1,6 @@
 """Reads from the environment which other launcher has started this process, and as which rank.
 
-    torchrun    RANK WORLD_SIZE MASTER_ADDR MASTER_PORT   (and whoever else sets these four)
+    torchrun    RANK WORLD_SIZE MASTER_ADDR MASTER_PORT   (and any launcher that sets these four)
                 LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT
     srun        SLURM_PROCID SLURM_NTASKS SLURM_STEP_NODELIST
                 SLURM_LOCALID SLURM_JOB_ID SLURM_STEP_ID
@@ -43,7 +43,7 @@ class Started:
 
     Attributes:
         by: the launcher, "torchrun" or "srun".
-        rank, world_size: who it is.
+        rank, world_size: its number, and how many ranks there are.
         local_rank: its number among the ranks of its host.
         host, port: where rank 0 serves the rendezvous.
         one_host: whether all ranks are on one host. The rendezvous is at its loopback then.
@@ -70,7 +70,7 @@ def started_by_others(environ: Mapping[str, str]) -> Started | None:
         return _by_torchrun(environ) if _number(environ, "WORLD_SIZE") > 1 else None
     if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
         return _by_srun(environ) if _number(environ, "SLURM_NTASKS") > 1 else None
-    # Each of its processes would train a model of its own, and nobody would notice.
+    # Each of its processes would silently train a model of its own.
     for size, rank, who in (
         ("WORLD_SIZE", "RANK", TORCHRUN),
         ("SLURM_NTASKS", "SLURM_PROCID", "Slurm's srun"),

@@ -1,4 +1,4 @@
-"""Where the job's secret comes from when no launcher of ours hands it to the ranks.
+"""Where the job's secret comes from when the ranks were not started by our own launcher.
 
     BAREPP_SECRET          the secret itself, 16 characters or more
     BAREPP_SECRET_FILE     a file that holds it, which only its owner may read
@@ -111,7 +111,7 @@ def ask_for_secret(run: str, timeout: float) -> bytes:
     while (left := deadline - time.monotonic()) > 0:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(left)
-            with contextlib.suppress(OSError):  # nobody is there, or not any more
+            with contextlib.suppress(OSError):  # no process listens, or it has ended
                 sock.connect(_name(run))
                 uid = peer_of(sock)[1]
                 if uid != os.geteuid():

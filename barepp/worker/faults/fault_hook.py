@@ -1,9 +1,9 @@
-"""A rank's part in a test of failures: lets its fault happen, and notes what it is told.
+"""A rank's part in a test of failures: it makes its fault happen, and notes what it is told.
 
 1. A world has no hook, unless a test gave it one. Then the hook wraps what computes an action and
    what gives its result on, in one step; all other steps run as ever.
 2. Only the action that is meant is watched from inside; all others run as ever.
-3. The moment is written down before the fault happens: afterwards there may be nobody to do so.
+3. The moment is written down before the fault happens: afterwards the process may be dead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Give = Callable[[Step, Result], None]
 
 
 def carry_out(rank: int, plan: FaultPlan) -> tuple[Callable[[JobFailed], None], FaultHook | None]:
-    """Return who writes down what a rank was told, and what lets the rank fail if it is to."""
+    """Return what notes the failure that a rank was told, and the hook if this rank is to fail."""
 
     def note(event: str, **fields: object) -> None:
         record = {"event": event, "monotonic": time.monotonic(), **fields}
@@ -48,7 +48,7 @@ def carry_out(rank: int, plan: FaultPlan) -> tuple[Callable[[JobFailed], None], 
 
 
 class FaultHook:
-    """Lets `fault` happen, once, and notes the moment as the event "injected"."""
+    """Makes `fault` happen, once, and notes the moment as the event "injected"."""
 
     def __init__(self, fault: Fault, note: Callable[..., None]) -> None:
         self._fault = fault
