@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import statistics
 import struct
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any, Final
 
 from barepp.bench.figures import table
 from barepp.errors import BareppError, UsageError
 from barepp.worker.process import die_with_parent
 from transport.rendezvous.client import ControlClient
-from transport.rendezvous.events import EventKind
+from transport.rendezvous.events import Event, EventKind
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.server import RendezvousServer
 from transport.sockets.addresses import Address
 from transport.sockets.handshake import new_secret
@@ -86,7 +88,8 @@ def meet(world_size: int) -> dict[str, float]:
 def _meet(world_size: int, errors: IO[bytes]) -> dict[str, float]:
     """Fork the processes and serve them until the last one has left."""
     secret = new_secret()
-    server = RendezvousServer(world_size, secret)
+    loop, seen = EventLoop(), Counter[EventKind]()
+    server = RendezvousServer(world_size, secret, loop, partial(_take, seen))
     go_read, go_write = os.pipe()
     go = os.fdopen(go_write, "wb")  # closing it is the message that lets them join
     result_read, result_write = os.pipe()
@@ -111,13 +114,14 @@ def _meet(world_size: int, errors: IO[bytes]) -> dict[str, float]:
     os.close(go_read)
     os.close(result_write)
     try:
-        _serve(server, EventKind.ATTACHED, world_size)
+        _serve(loop, lambda: seen[EventKind.ATTACHED] == world_size)
         attached = time.monotonic()
         go.close()
-        _serve(server, EventKind.LEFT, world_size)
+        _serve(loop, lambda: seen[EventKind.LEFT] == world_size)
     finally:
         go.close()
         server.close()  # a process that is still there ends with it
+        loop.close()
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         with os.fdopen(result_read, "rb") as results:
             found = sorted(RESULT.iter_unpack(results.read()))
@@ -145,16 +149,16 @@ def _fork(live: Callable[[int], None], rank: int, errors: IO[bytes]) -> int:
         os._exit(code)
 
 
-def _serve(server: RendezvousServer, awaited: EventKind, count: int) -> None:
-    """Serve until so many events of the awaited kind have come."""
-    poll = select.poll()
-    poll.register(server.fileno(), select.POLLIN)
+def _take(seen: Counter[EventKind], event: Event) -> None:
+    if event.kind in (EventKind.FAILED, EventKind.LOST, EventKind.REPORTED):
+        raise BareppError(f"rank {event.rank} failed: {event.failure}")
+    seen[event.kind] += 1
+
+
+def _serve(loop: EventLoop, done: Callable[[], bool]) -> None:
+    """Serve until all processes have come as far as they shall."""
     deadline = time.monotonic() + LIMIT_S
-    while count:
-        poll.poll(100)
-        for event in server.poll():
-            count -= event.kind is awaited
-            if event.kind in (EventKind.FAILED, EventKind.LOST, EventKind.REPORTED):
-                raise BareppError(f"rank {event.rank} failed: {event.failure}")
+    while not done():
+        loop.turn(deadline)
         if time.monotonic() > deadline:
-            raise BareppError(f"{count} bare processes are missing after {LIMIT_S:g} s")
+            raise BareppError(f"some are missing after {LIMIT_S:g} s")

@@ -4,6 +4,7 @@ In reading order:
 
     __main__.py       the command
     job.py            the launcher's loop
+    job_state.py      what it knows of the ranks and of other nodes
     referee.py        which rank failed first
     hang_detector.py  finds a job that hangs, from what every rank says of itself
     report.py         what the launcher prints of a failure

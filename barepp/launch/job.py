@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import selectors
 import signal
 import time
+from functools import partial
 from typing import Final
 
 from barepp.errors import UsageError
 from barepp.launch.hang_detector import HangDetector
-from barepp.launch.hosts.head_referee import STACKS_S, HeadReferee
+from barepp.launch.hosts.head import STACKS_S, Head
 from barepp.launch.hosts.node_agent import NodeAgent
 from barepp.launch.hosts.protocol import Nodes, share
+from barepp.launch.job_state import JobState, Member
 from barepp.launch.output import EventLog, Output
 from barepp.launch.processes.fork_server import ForkServer, preloads
-from barepp.launch.processes.rank_process import Member, Outcome, Rank, ResultReader, stack_pipes
+from barepp.launch.processes.rank_process import Outcome, Rank, ResultReader, stack_pipes
 from barepp.launch.processes.signals import signals_to
 from barepp.launch.referee import Hooks, Referee
 from barepp.launch.status_server import StatusServer
@@ -39,8 +40,9 @@ from barepp.worker.spec import (
 )
 from transport.errors import Failure
 from transport.rendezvous.client import BEAT_S
+from transport.rendezvous.events import Event
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.server import RendezvousServer
-from transport.sockets.addresses import serve, serve_at
 from transport.sockets.handshake import new_secret
 
 ALONE_S: Final = 1.0  # from the end of the launcher to that of its ranks
@@ -75,67 +77,81 @@ class Job:
         self._task = task
         self._options = options
         self._output = output
-        self._events = events or EventLog(None)
         self._fork = fork
         self._nodes = nodes
         self._secret = nodes.secret if nodes is not None else new_secret()
         self._ranks: list[Rank] = []
-        self._members: dict[int, Member] = {}
-        self._kill_at: float | None = None
         self._signal: int | None = None
+        self._stacks_wanted = False
         self._starting = False
         self._orphaned = False  # whether the process that all ranks were started from has died
         limits = options.heartbeat_s, options.timeout_s
-        self._watch = HangDetector(range(options.world_size), *limits, self._state_of)
-        self._reception = StatusServer(task.name, options, self._ranks, self._watch, output)
+        watch = HangDetector(range(options.world_size), *limits, self._state_of)
+        self._loop = EventLoop()
+        self._state = JobState(options, self._loop, watch, events or EventLog(None))
+        self._status = StatusServer(task.name, self._state, self._ranks, output)
+        self._referee: Referee | NodeAgent
+        self._others: Head | NodeAgent | None = None  # the way to the other nodes
 
     def run(self) -> Outcome:
         """Start all ranks, wait for their end and return how it went."""
         with contextlib.ExitStack() as stack:
-            self._selector = stack.enter_context(selectors.DefaultSelector())
-            self._referee = self._new_referee(stack)
+            stack.callback(self._loop.close)
+            self._meet_referee(stack)
             more = [signal.SIGQUIT] if self._options.stacks_on_quit else []
-            wakeup = stack.enter_context(signals_to(self._on_signal, *more))
+            stack.enter_context(signals_to(self._on_signal, *more))
             stack.callback(self._end_all)
-            self._selector.register(wakeup, selectors.EVENT_READ, lambda: os.eventfd_read(wakeup))
-            self._selector.register(self._referee.fileno(), selectors.EVENT_READ, lambda: None)
-            stack.callback(self._reception.close)
+            stack.callback(self._status.close)
             if not self._fork:
-                self._reception.open(self._selector)
+                self._status.open()
             self._start_all(stack)
-            if self._fork:  # not before: the ranks would inherit the door, and keep it open
-                self._reception.open(self._selector)
-            while any(rank.exit_code is None for rank in self._ranks) or not self._referee.over():
-                self._turn()
-            self._referee.conclude()
-        elsewhere = tuple(m for m in self._members.values() if not isinstance(m, Rank))
+            if self._fork:  # not before: the ranks would inherit its socket, and keep it open
+                self._status.open()
+            while any(rank.exit_code is None for rank in self._ranks) or not self._others_over():
+                self._loop.turn()
+                self._fail_by_signal()
+                if self._stacks_wanted:
+                    self._stacks_wanted = False
+                    self._status.print_stacks()
+            if self._others is not None:
+                self._others.conclude()
+            elif isinstance(self._referee, Referee):
+                self._referee.conclude()
+        elsewhere = tuple(m for m in self._state.members.values() if not isinstance(m, Rank))
         return Outcome(self._referee.failure, self._ranks, self._signal, elsewhere)
 
-    def _new_referee(self, stack: contextlib.ExitStack) -> Referee | NodeAgent:
-        """Return who decides what the first failure is, or speaks to who does."""
-        options, nodes, members = self._options, self._nodes, self._members
-        world_size, timeout_s = options.world_size, options.join_timeout_s
+    def _meet_referee(self, stack: contextlib.ExitStack) -> None:
+        """Make what decides which failure is the first, or the way to it on node 0."""
+        state, nodes = self._state, self._nodes
         hooks = Hooks(self._before_told, self._explain)
         if nodes is not None and nodes.node != 0:
             self._rendezvous = nodes.host, nodes.port
-            return NodeAgent(members, options, self._watch, self._events, hooks, nodes=nodes)
+            self._others = self._referee = NodeAgent(state, nodes, hooks)
+            return
         if nodes is None:
-            server = RendezvousServer(world_size, self._secret, join_timeout_s=timeout_s)
-            stack.callback(server.close)
-            self._rendezvous = server.address
-            return Referee(members, self._watch, server, self._events, hooks)
-        # Our own ranks come by loopback: they must be heard when the network is gone.
-        doors = [serve("127.0.0.1"), serve_at(nodes.host, nodes.port)]
-        server = RendezvousServer(
-            world_size, self._secret, listening=doors, join_timeout_s=timeout_s, far=True
-        )
+            options = self._options
+            server = RendezvousServer(
+                options.world_size,
+                self._secret,
+                self._loop,
+                self._take,
+                join_timeout_s=options.join_timeout_s,
+            )
+            self._referee = Referee(state, server, hooks)
+        else:
+            ranks = range(len(self._share()), self._options.world_size)
+            state.members.update({rank: Member(rank) for rank in ranks})
+            self._others = head = Head(state, nodes, hooks)
+            self._referee, server = head.referee, head.server
         stack.callback(server.close)
         self._rendezvous = server.address
-        mine = share(world_size, nodes.count, 0)
-        members.update({rank: Member(rank) for rank in range(world_size) if rank not in mine})
-        head = HeadReferee(members, self._watch, server, self._events, hooks)
-        head.lead(options, nodes)
-        return head
+
+    def _take(self, event: Event) -> None:
+        assert isinstance(self._referee, Referee)
+        self._referee.take(event)
+
+    def _others_over(self) -> bool:
+        return self._others is None or self._others.over()
 
     def _share(self) -> range:
         world_size, nodes = self._options.world_size, self._nodes
@@ -145,12 +161,12 @@ class Job:
 
     def _start_all(self, stack: contextlib.ExitStack) -> None:
         try:
-            self._nursery = ForkServer(self._preloads, fork=self._fork)
-            stack.callback(self._nursery.end)
+            self._fork_server = ForkServer(self._preloads, fork=self._fork)
+            stack.callback(self._fork_server.end)
             self._starting = True
             for rank in self._share() if self._signal is None else ():
                 self._start(rank)
-            self._nursery.remove_folder()
+            self._fork_server.remove_folder()
         except _InterruptedError:
             pass
         except OSError as error:
@@ -165,7 +181,7 @@ class Job:
         self._fail_by_signal()
 
     def _start(self, number: int) -> None:
-        fork_server, options = self._nursery, self._options
+        fork_server, options = self._fork_server, self._options
         duplex = (True, False, False, False, False)  # in the order of `Pipes`
         pipes = [fork_server.context.Pipe(duplex=both) for both in duplex]
         readers, writers = zip(*pipes, strict=True)
@@ -205,12 +221,13 @@ class Job:
             pid=process.pid,
         )
         self._ranks.append(rank)
-        self._members[number] = rank
-        self._referee.started(rank, process.pid)
+        self._state.members[number] = rank
+        if isinstance(self._others, NodeAgent):
+            self._others.started(number, process.pid)
         self._output.add_rank(number, stdout, stderr)
-        self._selector.register(ended_fd, selectors.EVENT_READ, lambda: self._on_end(rank))
-        self._selector.register(result, selectors.EVENT_READ, lambda: self._on_result(rank))
-        self._events.write("started", number, pid=process.pid)
+        self._loop.register(ended_fd, partial(self._on_end, rank))
+        self._loop.register(result, partial(self._on_result, rank))
+        self._state.events.write("started", number, pid=process.pid)
 
     def _alone_s(self) -> float:
         """Return how long a rank may go on that has lost its control connection.
@@ -223,36 +240,20 @@ class Job:
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
-        """Wait until something happens, and act on all of it."""
-        for key, _ in self._selector.select(self._seconds_to_deadline()):
-            key.data()
-        self._fail_by_signal()
-        self._referee.poll()
-        if self._kill_at is not None and time.monotonic() >= self._kill_at:
-            self._kill_at = None
-            self._kill()
-        self._reception.check()
-
-    def _seconds_to_deadline(self) -> float | None:
-        reception = self._reception.next_deadline()
-        deadlines = (self._referee.next_deadline(), self._kill_at, reception)
-        left = min((deadline for deadline in deadlines if deadline is not None), default=None)
-        return None if left is None else max(0.0, left - time.monotonic())
-
     def _before_told(self, failure: Failure) -> None:
         """The job has failed: from now on its ranks have their grace to end."""
-        self._reception.close()
+        self._status.close()
         if failure.cause == "hang":  # before the news of it unwinds the stacks
             told = take_stacks(stack_pipes(self._ranks))
             for rank in self._ranks:
                 rank.stacks = told[rank.rank]
-        self._kill_at = time.monotonic() + self._options.grace_s
+        grace_s = self._options.grace_s
         if self._nodes is not None:
-            self._kill_at += {"hang": STACKS_S, "lost": FAR_GRACE_S}.get(failure.cause, 0.0)
+            grace_s += {"hang": STACKS_S, "lost": FAR_GRACE_S}.get(failure.cause, 0.0)
+        self._loop.call_at(time.monotonic() + grace_s, self._kill)
 
     def _state_of(self, rank: int) -> str:
-        member = self._members[rank]
+        member = self._state.members[rank]
         return process_state(member.pid) if isinstance(member, Rank) else ""
 
     def _explain(self) -> Failure | None:
@@ -263,21 +264,22 @@ class Job:
 
     def _on_end(self, rank: Rank) -> None:
         """The process has ended; what it had said may still be on its way."""
-        self._selector.unregister(rank.ended_fd)
+        self._loop.unregister(rank.ended_fd)
         rank.kill_started()
-        self._orphaned = self._orphaned or self._nursery.tells_nothing(rank.ended_fd)
+        self._orphaned = self._orphaned or self._fork_server.tells_nothing(rank.ended_fd)
         rank.result.read()
         rank.cut_off = rank.result.cut_off()
         rank.process.is_alive()  # (collects the exit code, and unlike `join` cannot wait)
         code = rank.process.exitcode
-        self._referee.ended(rank, 1 if code is None else code)
+        self._referee.ended(rank.rank, 1 if code is None else code)
 
     # -- ending -----------------------------------------------------------------------------------
 
     def _on_signal(self, number: int) -> None:
         """Take note of a signal; runs between any two instructions of the loop."""
+        self._loop.wake()
         if number == signal.SIGQUIT:  # a question, and no end
-            self._reception.stacks_wanted = True
+            self._stacks_wanted = True
             return
         again = self._signal is not None or self._referee.failure is not None
         if self._signal is None:
@@ -304,4 +306,4 @@ class Job:
 
     def _on_result(self, rank: Rank) -> None:
         if not rank.result.read():
-            self._selector.unregister(rank.result.fd)
+            self._loop.unregister(rank.result.fd)

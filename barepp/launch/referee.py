@@ -1,20 +1,38 @@
-"""Decides what the first failure of a job is, and sees that every rank is told it.
+"""Decides which failure of a job came first, and sees that every rank is told it.
 
-It learns of failures in three ways,
+This is the only place that decides it, for processes of this host and of others and for threads:
 
-    a record on the control connection     an exception, told by the rank itself
-    the end of the process                 a signal or an exit code, told by who started it
-    the end of the control connection      neither of the above came
+    worker/main.py, exits.py     an exception ends rank 2's script: report it, then exit
+      └─ rendezvous/client.py      "failed", over the control connection
+           └─ rendezvous/server.py   Event REPORTED ────────────────┐
+    job.py                       rank 2's process has ended ──────┤
+    hosts/head.py                another node's launcher says so, ├─> Referee ─ the first one counts
+                                 or is gone                       │      ├─> job.py: stacks, grace
+    hang_detector.py             the job hangs ───────────────────┤      ├─> every rank is told
+    threads.py                   a thread raises, or all hang ────┘      └─> report.py
 
-takes the first one in its own clock as the cause, all later ones as consequences, and judges by
-these rules:
+The first failure in the referee's own clock is the cause; all later ones are consequences.
 
-1. A process that has ended is judged when its control connection has ended too, because the words
-   that explain the end may still be on their way. They are, when the machine is loaded.
-2. A rank that reports only that it lost another one is kept waiting for a moment: the other one's
-   end is the cause, even if its consequence is heard of first.
-3. Where nobody sees how a process ends, the end of its control connection is the end of the rank.
-4. Nothing here blocks: the owner waits for `fileno()` or `next_deadline()`, then calls `poll`.
+    what is heard                                      what follows
+ 1  a rank reports an exception                        it has failed
+ 2  a rank reports only that it lost another one       it is suspected for SUSPICION_S: the other
+                                                       one's end, heard meanwhile, is the cause
+ 3  a process has ended, but not its connection        wait LAST_WORDS_S for the words under way
+ 4  a process has ended, and its connection            it has failed; but not if it was killed here,
+                                                       or left its world with exit code 0
+ 5  a rank has ended, and others wait for it to join   it has failed
+ 6  a connection has ended, but not its process        wait LOST_WAIT_S, then the rank is lost
+ 7  the same where nobody sees processes end           the rank is lost (torchrun, srun)
+ 8  no sign of life, a deadlock, no progress           the job hangs: see hang_detector.py
+ 9  8, and its launcher gives no sign either           that node is lost
+10  a launcher is gone without a goodbye               that node is lost, and its ranks with it
+11  all ranks here have ended, a launcher has never    the world cannot be put together
+    come, and the join timeout is over
+12  the launcher itself met a failure (a signal, …)    the job has failed, and no rank in particular
+
+Rules 2 to 7 and 9 to 11 do not apply to threads: no report of theirs overtakes another, and they
+end with their process. On another node than 0 a `NodeAgent` stands in the referee's place: it asks
+node 0's, and acts on what it knows itself only when that one is gone or does not answer.
 """
 
 from __future__ import annotations
@@ -22,20 +40,31 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
-from barepp.launch.hang_detector import HangDetector
-from barepp.launch.output import EventLog
-from barepp.launch.processes.rank_process import Member
+from barepp.launch.job_state import Host, JobState, Member
 from barepp.worker.failures import failure_of_cut_off, failure_of_exit
-from barepp.worker.heartbeat import Heartbeat
 from transport.errors import Failure
 from transport.rendezvous.events import Event, EventKind
-from transport.rendezvous.server import RendezvousServer
 
 LAST_WORDS_S: Final = 1.0  # from the end of a process to the end of its control connection
 LOST_WAIT_S: Final = 2.0  # from the end of a control connection to the end of its process
 SUSPICION_S: Final = 1.0  # from "rank 2 is lost to me" to somebody's better explanation
+
+
+class Lines(Protocol):
+    """The way to the ranks: the rendezvous, or what holds the threads."""
+
+    def connected(self, rank: int) -> bool:
+        """Whether more may be heard of the rank."""
+        return False
+
+    def awaited(self) -> list[int]:
+        """Return the ranks that others wait for to join their world."""
+        return []
+
+    def tell_failure(self, failure: Failure) -> None:
+        """Tell every rank the first failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,183 +74,195 @@ class Hooks:
     Attributes:
         before_told: called with the cause before any rank is told it.
         explain: asked when a process has ended and the rank had not said why; may know better.
+        judged: called when a process has ended and all its words have been heard.
     """
 
     before_told: Callable[[Failure], None] = lambda failure: None
     explain: Callable[[], Failure | None] = lambda: None
+    judged: Callable[[int], None] = lambda rank: None
+
+
+NO_HOOKS: Final = Hooks()
 
 
 class Referee:
     """The authority on one job's failures; `failure` is the first cause, once there is one.
 
     Args:
-        members: the ranks by number; their owner may start them one after the other.
-        watch: finds a job that hangs.
-        server: what the ranks speak to. It is the owner's, who closes it.
-        events: the job's history.
+        job: what is known of it.
+        lines: the way to the ranks.
         hooks: what the owner is called for.
+        hosts: the other nodes by number, if there are any; their owner keeps them up to date.
         far: whether ranks are on other hosts, whose clocks say nothing here.
         witnessed: whether the owner sees how processes end, and calls `ended`.
     """
 
     def __init__(
         self,
-        members: Mapping[int, Member],
-        watch: HangDetector,
-        server: RendezvousServer,
-        events: EventLog,
-        hooks: Hooks,
+        job: JobState,
+        lines: Lines,
+        hooks: Hooks = NO_HOOKS,
         *,
+        hosts: Mapping[int, Host] | None = None,
         far: bool = False,
         witnessed: bool = True,
     ) -> None:
         self.failure: Failure | None = None
-        self._members = members
-        self._server = server
-        self._events = events
-        self._hooks = hooks
+        self._job, self._loop, self._members = job, job.loop, job.members
+        self._lines, self._hooks, self._hosts = lines, hooks, hosts or {}
         self._far, self._witnessed = far, witnessed
-        self._suspicion: tuple[Failure, float] | None = None
-        self._watch = watch
+        self._suspicion: Failure | None = None
 
-    def fileno(self) -> int:
-        """Return the descriptor that is readable whenever `poll` has something to do."""
-        return self._server.fileno()
+    # -- what is heard ----------------------------------------------------------------------------
 
-    def next_deadline(self) -> float | None:
-        """Return the `time.monotonic()` at which `poll` should be called at the latest."""
-        deadlines = [self._server.next_deadline()]
-        if self.failure is None:
-            deadlines.append(self._watch.next_deadline())
-        if self._suspicion is not None and self.failure is None:
-            deadlines.append(self._suspicion[1])
-        for member in self._members.values():
-            if member.status is not None and member.exit_code is None:
-                deadlines.append(member.ended_at + LAST_WORDS_S)
-            elif member.lost_at is not None:
-                deadlines.append(member.lost_at + LOST_WAIT_S)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+    def take(self, event: Event) -> None:
+        """Take what a rank has said, or the end of its control connection."""
+        if event.rank not in self._members:
+            return
+        member = self._members[event.rank]
+        first_report = event.kind is EventKind.REPORTED and member.reported is None
+        self._job.note(event, far=self._far)
+        match event.kind:
+            case EventKind.JOINED:
+                self._check_awaited()
+            case EventKind.BEAT:
+                self.check_hang()
+            case EventKind.FAILED if event.failure is not None:
+                self.fail(event.failure)
+            case EventKind.REPORTED if event.failure is not None and first_report:
+                if event.failure.cause != "lost" or self.failure is not None:  # rule 1
+                    self.fail(event.failure)
+                elif self._suspicion is None:  # rule 2
+                    self._suspicion = event.failure
+                    self._loop.call_at(time.monotonic() + SUSPICION_S, self.conclude)
+            case EventKind.LOST | EventKind.HUNG_UP:
+                self._disconnected(member, in_order=event.kind is EventKind.HUNG_UP)
 
-    def poll(self) -> None:
-        """Take note of all that has happened, and act on it."""
-        for event in self._server.poll():
-            if event.rank in self._members:
-                self._take(self._members[event.rank], event)
-        for member in self._members.values():
-            if member.status is not None and member.exit_code is None:
-                self._judge(member, member.status)
-        self._check_deadlines()
+    def check_hang(self) -> None:
+        """Look whether the job hangs, when all signs of life that are here have been taken."""
+        self._loop.call_at(0.0, self._check_hang)
+
+    def ended(self, rank: int, status: int) -> None:
+        """Take note that a process has ended; what it had said may still be on its way."""
+        member = self._job.ended(rank, status)
+        late = member.ended_at + LAST_WORDS_S if self._lines.connected(rank) else 0.0  # rule 3
+        self._loop.call_at(late, self._judge, rank)
+
+    def host_lost(self, host: Host, how: str) -> None:
+        """Take the end of another node's launcher, which said no goodbye; `how` is in words."""
+        self.fail(_lost(host, how))  # rule 10
 
     def fail(self, failure: Failure) -> None:
         """Take a failure: as the cause, and tell everyone, if it is the first."""
         if self.failure is None:
-            self.failure = failure
+            self.failure = failure = self._with_absent(failure)
             self._hooks.before_told(failure)
-            self._server.tell_failure(failure)
-            self._write(failure, primary=True)
-            if self._suspicion is not None and self._suspicion[0] is not failure:
-                self._write(self._suspicion[0], primary=False)
+            self._lines.tell_failure(failure)
+            self._job.write_failure(failure, primary=True)
+            if self._suspicion is not None and self._suspicion is not failure:
+                self._job.write_failure(self._suspicion, primary=False)
         elif failure.cause not in ("exit", "signal"):  # those are told by the event "ended"
-            self._write(failure, primary=False)
+            self._job.write_failure(failure, primary=False)
 
     def conclude(self) -> None:
-        """All ranks have ended: what was only suspected is the cause, for want of a better one."""
+        """Nothing more is heard: what was only suspected is the cause, for want of a better one."""
         if self._suspicion is not None and self.failure is None:
-            self.fail(self._suspicion[0])
+            self.fail(self._suspicion)
 
-    def over(self) -> bool:
-        """Whether nobody but the owner's own processes is to be waited for."""
-        return True
+    # -- the rules --------------------------------------------------------------------------------
 
-    def started(self, member: Member, pid: int) -> None:
-        """Take note that a process has begun."""
+    def _disconnected(self, member: Member, *, in_order: bool) -> None:
+        now, rank = time.monotonic(), member.rank
+        if member.status is not None:
+            self._loop.call_at(0.0, self._judge, rank)  # rule 4
+        elif self._witnessed and not in_order:
+            self._loop.call_at(now + LOST_WAIT_S, self._lost_alive, rank)  # rule 6
+        elif not self._witnessed:
+            heard = self._job.watch.ended(rank, now)
+            if not in_order and member.reported is None:  # rule 7
+                last = f" (last heard: {heard})" if heard else ""
+                message = f"it is gone: its control connection ended without a goodbye{last}"
+                if rank == 0:
+                    message = f"rank 0, which served the rendezvous, is gone{last}"
+                self.fail(Failure(rank, "lost", message))
 
-    def ended(self, member: Member, status: int) -> None:
-        """Take note that a process has ended; what it had said may still be on its way."""
-        member.status, member.ended_at = status, time.monotonic()
+    def _lost_alive(self, rank: int) -> None:
+        if self._members[rank].status is None:
+            message = "its control connection ended while its process lives on"
+            self.fail(Failure(rank, "lost", message))
 
-    def _take(self, member: Member, event: Event) -> None:
-        match event.kind:
-            case EventKind.JOINED:
-                member.joined, member.left = True, False
-                self._check_missing()
-            case EventKind.BEAT:
-                beat, after = Heartbeat.from_record(event.state), event.after if self._far else None
-                self._watch.beat(member.rank, beat, time.monotonic(), after=after)
-            case EventKind.LEFT:
-                member.left = True
-            case EventKind.DOING:
-                member.doing = member.doing or event.text
-            case EventKind.FAILED if event.failure is not None:
-                self.fail(event.failure)
-            case EventKind.REPORTED if event.failure is not None and member.reported is None:
-                member.reported = event.failure
-                if event.failure.cause != "lost" or self.failure is not None:
-                    self.fail(event.failure)
-                elif self._suspicion is None:
-                    self._suspicion = event.failure, time.monotonic() + SUSPICION_S
-            case EventKind.LOST:
-                self._lose(member)
-            case EventKind.HUNG_UP if not self._witnessed:
-                self._watch.ended(member.rank, time.monotonic())
-
-    def _lose(self, member: Member) -> None:
-        now = time.monotonic()
-        if self._witnessed:
-            member.lost_at = now
+    def _judge(self, rank: int) -> None:
+        """Say what the end of a process means, now that all its words have been heard: rule 4."""
+        member = self._members[rank]
+        if member.exit_code is not None:
             return
-        heard = self._watch.ended(member.rank, now)
-        last = f" (last heard: {heard})" if heard else ""
-        if member.reported is None:
-            message = f"it is gone: its control connection ended without a goodbye{last}"
-            if member.rank == 0:
-                message = f"rank 0, which served the rendezvous, is gone{last}"
-            self.fail(Failure(member.rank, "lost", message))
-
-    def _judge(self, member: Member, status: int) -> None:
-        late = time.monotonic() >= member.ended_at + LAST_WORDS_S
-        if self._server.connected(member.rank) and not late:
-            return
-        member.exit_code, member.lost_at = status, None
-        heard = self._watch.ended(member.rank, member.ended_at)
+        status = member.exit_code = member.status
+        assert status is not None
+        heard = self._job.watch.ended(rank, member.ended_at)
         told = member.reported is not None or member.killed
         if not told and (status != 0 or (member.joined and not member.left)):
             better = self._hooks.explain()
             if better is not None:
                 self.fail(better)
             if member.cut_off is not None:
-                self.fail(failure_of_cut_off(member.rank, member.cut_off))
+                self.fail(failure_of_cut_off(rank, member.cut_off))
             else:
-                self.fail(failure_of_exit(member.rank, status, member.doing, heard=heard))
-        self._events.write("ended", member.rank, exit_code=status)
-        self._check_missing()
+                self.fail(failure_of_exit(rank, status, member.doing, heard=heard))
+        self._job.events.write("ended", rank, exit_code=status)
+        self._hooks.judged(rank)
+        self._check_awaited()
+        self.await_hosts()
 
-    def _check_missing(self) -> None:
-        """A rank that has ended will never join those that wait for it."""
-        missing = self._server.missing() if self._server.joining() else []
-        for number in missing:
-            code = self._members[number].exit_code if number in self._members else None
+    def _check_awaited(self) -> None:
+        """Find a rank that has ended, so that it will never join those that wait for it: rule 5."""
+        for rank in self._lines.awaited():
+            code = self._members[rank].exit_code if rank in self._members else None
             if code is not None and self.failure is None:
-                self.fail(failure_of_exit(number, code, joined=False))
+                self.fail(failure_of_exit(rank, code, joined=False))
 
-    def _check_deadlines(self) -> None:
+    def _check_hang(self) -> None:
+        if self.failure is not None:
+            return
         now = time.monotonic()
-        if self._suspicion is not None and self.failure is None and now >= self._suspicion[1]:
-            self.fail(self._suspicion[0])
-        hang = self._watch.check(now) if self.failure is None else None
-        if hang is not None:
-            self.fail(self._refined(hang))
-        for member in self._members.values():
-            if member.lost_at is not None and now >= member.lost_at + LOST_WAIT_S:
-                member.lost_at = None
-                if member.status is None:
-                    message = "its control connection ended while its process lives on"
-                    self.fail(Failure(member.rank, "lost", message))
+        hang = self._job.watch.check(now)  # rule 8
+        if hang is None:
+            self._loop.call_at(self._job.watch.next_deadline(), self._check_hang)
+            return
+        # Rule 9: a launcher speaks twice a second, so half the limit is long.
+        host = next((host for host in self._hosts.values() if hang.rank in host.ranks), None)
+        silence_s = self._job.options.heartbeat_s
+        if host is not None and host.come and now - host.heard_at >= max(1.0, silence_s / 2):
+            hang = _lost(
+                host, f"no sign of life from it or its ranks for {silence_s:g} s"
+            )  # rule 9
+        self.fail(hang)
 
-    def _refined(self, hang: Failure) -> Failure:
-        """Return a better name for a hang, if there is one."""
-        return hang
+    def await_hosts(self) -> None:
+        """Wait for absent launchers when all ranks here have ended; call it when one has come.
 
-    def _write(self, failure: Failure, *, primary: bool) -> None:
-        record = {key: value for key, value in failure.to_record().items() if key != "rank"}
-        self._events.write("failed", failure.rank, primary=primary, **record)
+        Ranks that never join any world start no join timeout.
+        """
+        absent = {rank for host in self._hosts.values() if not host.come for rank in host.ranks}
+        here = [member for rank, member in self._members.items() if rank not in absent]
+        when = None
+        if absent and all(member.exit_code is not None for member in here):
+            last = max(member.ended_at for member in here)
+            when = last + max(1.0, self._job.options.join_timeout_s)
+        self._loop.call_at(when, self._hosts_missing)
+
+    def _hosts_missing(self) -> None:
+        if self.failure is None:  # rule 11
+            text = f"nobody else has come within {self._job.options.join_timeout_s:g} s"
+            self.fail(Failure(-1, "rendezvous", f"all ranks here have ended, and {text}"))
+
+    def _with_absent(self, failure: Failure) -> Failure:
+        """Name the launchers that have not come, when a world could not be put together."""
+        absent = [f"node {host.node}" for host in self._hosts.values() if not host.come]
+        if failure.cause != "rendezvous" or not absent:
+            return failure
+        message = f"{failure.message} ({' and '.join(absent)} has not come)"
+        return dataclasses.replace(failure, message=message)
+
+
+def _lost(host: Host, how: str) -> Failure:
+    return Failure(-1, "lost", f"node {host.node} (launcher) lost: {how}")

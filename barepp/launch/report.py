@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from barepp.launch.job_state import Member
 from barepp.launch.output import Output
-from barepp.launch.processes.rank_process import Member, Outcome, Rank
+from barepp.launch.processes.rank_process import Outcome, Rank
 from barepp.monitor.stacks import stack_lines
 from barepp.worker.heartbeat import IN_SCRIPT
 from transport.errors import Failure, printable, signal_name

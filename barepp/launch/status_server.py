@@ -12,88 +12,54 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from barepp.launch.hang_detector import HangDetector
+from barepp.launch.job_state import JobState
 from barepp.launch.output import Output
 from barepp.launch.processes.rank_process import Rank, stack_pipes
 from barepp.monitor.stacks import POLL_S, StackRound, where_all_are
 from barepp.monitor.status import JobStatus, RankStatus
 from barepp.monitor.status_socket import Caller, StatusSocket
 from barepp.worker.heartbeat import AT_BARRIER, IN_SCRIPT, Heartbeat
-from barepp.worker.spec import Options
 from transport.errors import printable, signal_name
 
 TASK_LIMIT: Final = 1000  # characters
 
 
 class StatusServer:
-    """Speaks for the job of which it is given the launcher's knowledge; `open` it, then serve.
+    """Speaks for the job of which it is given the launcher's knowledge, once it is open."""
 
-    `stacks_wanted` may be set at any time, by a signal's handler too: then the launcher prints
-    every rank's stack.
-    """
-
-    def __init__(
-        self,
-        task: str,
-        options: Options,
-        ranks: Sequence[Rank],
-        watch: HangDetector,
-        output: Output,
-    ) -> None:
-        self.stacks_wanted = False
+    def __init__(self, task: str, job: JobState, ranks: Sequence[Rank], output: Output) -> None:
         self._task = " ".join(printable(task, TASK_LIMIT).split())  # one line
-        self._options = options
+        self._options, self._loop, self._watch = job.options, job.loop, job.watch
         self._ranks = ranks
-        self._watch = watch
         self._output = output
         self._began = time.monotonic()
-        self._door: StatusSocket | None = None
-        self._selector: selectors.BaseSelector
+        self._socket: StatusSocket | None = None
         self._closed = False
         self._round: StackRound | None = None
         self._takers: list[Callable[[], None]] = []  # who waits for the round to be over
 
-    def open(self, selector: selectors.BaseSelector) -> None:
-        """Open the door, and have it served by the loop that owns the selector."""
+    def open(self) -> None:
+        """Let others in."""
         if self._closed:
             return
         with contextlib.suppress(OSError):  # no descriptor, or a sandbox: then nobody watches
-            self._door, self._selector = StatusSocket(self._on_question), selector
-            selector.register(self._door.fileno(), selectors.EVENT_READ, self._serve)
+            self._socket = StatusSocket(self._loop, self._on_question)
 
     def close(self) -> None:
-        """Close the door for good; whoever still waits for an answer finds the end."""
+        """Close for good; whoever still waits for an answer finds the end."""
         self._closed, self._round = True, None
-        if self._door is not None:
-            self._selector.unregister(self._door.fileno())
-            self._door.close()
-            self._door = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
-    def next_deadline(self) -> float | None:
-        """Return the `time.monotonic()` at which `check` should be called at the latest."""
-        return None if self._round is None else time.monotonic() + POLL_S
-
-    def check(self) -> None:
-        """Do what is due."""
-        if self._closed:
-            return
-        if self.stacks_wanted:
-            self.stacks_wanted = False
-            self._ask_all(self._print_stacks)
-        if self._round is not None and self._round.advance(time.monotonic()):
-            takers, self._takers = self._takers, []
-            for take in takers:
-                take()
-            self._round = None
-
-    def _serve(self) -> None:
-        if self._door is not None:
-            self._door.serve()
+    def print_stacks(self) -> None:
+        """Print every rank's stack when all have told it."""
+        if not self._closed:
+            self._ask_all(self._show_stacks)
 
     def _on_question(self, question: str, caller: Caller) -> None:
         match question:
@@ -146,16 +112,29 @@ class StatusServer:
         if self._round is None:
             pipes, now = stack_pipes(self._ranks), time.monotonic()
             self._round = StackRound(pipes, now, self._watch.heard_at)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Take the stacks that have come; look again a moment later until all are here."""
+        if self._round is None:
+            return
+        if not self._round.advance(time.monotonic()):
+            self._loop.call_at(time.monotonic() + POLL_S, self._advance)
+            return
+        takers, self._takers = self._takers, []
+        for take in takers:
+            take()
+        self._round = None
 
     def _tell_stacks(self, caller: Caller) -> None:
-        assert self._round is not None and self._door is not None
+        assert self._round is not None and self._socket is not None
         stacks = sorted(self._round.told.items())
         told = ({"record": "stack", "rank": rank, "text": printable(text)} for rank, text in stacks)
         graph = self._watch.graph(now=time.monotonic())
         caller.answer([{"record": "graph", "text": graph}, *told])
-        self._door.send(caller)
+        self._socket.send(caller)
 
-    def _print_stacks(self) -> None:
+    def _show_stacks(self) -> None:
         assert self._round is not None
         graph = self._watch.graph(now=time.monotonic())
         self._output.say(where_all_are(graph, self._round.told))

@@ -8,7 +8,7 @@
    A caller asks one at a time. The connection is closed when it asks a second question before it
    has taken the first one's answer, or sends bytes that make no sense. So a caller that does not
    read costs the memory of one answer, and no time.
-4. Nothing here blocks. The owner polls `fileno()` for reading and calls `serve`.
+4. Nothing here blocks: the owner's event loop serves it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Final
 
+from transport.rendezvous.loop import EventLoop
 from transport.wire.format import Limits
 from transport.wire.records import RecordStream
 
@@ -58,8 +59,8 @@ class Caller:
 class StatusSocket:
     """Lets callers in, and hands each question to `on_question` with the caller to be answered."""
 
-    def __init__(self, on_question: Callable[[str, Caller], None]) -> None:
-        self._on_question = on_question
+    def __init__(self, loop: EventLoop, on_question: Callable[[str, Caller], None]) -> None:
+        self._loop, self._on_question = loop, on_question
         self._callers: dict[int, Caller] = {}  # by descriptor; the one that asked last stands last
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.setblocking(False)
@@ -67,21 +68,7 @@ class StatusSocket:
         name = f"{socket_prefix(os.getuid())}{os.getpid()}-{secrets.token_hex(4)}"
         self._listening.bind("\0" + name)
         self._listening.listen(MAX_CALLERS)
-        self._epoll = select.epoll()
-        self._epoll.register(self._listening, select.EPOLLIN)
-
-    def fileno(self) -> int:
-        """Return the descriptor that is readable whenever `serve` has something to do."""
-        return self._epoll.fileno()
-
-    def serve(self) -> None:
-        """Serve all callers that are there, each with one question at most."""
-        for fd, _ in self._epoll.poll(0):
-            caller = self._callers.get(fd)
-            if caller is not None:
-                self._attend(fd, caller)
-            elif fd == self._listening.fileno():
-                self._let_in()
+        loop.register(self._listening.fileno(), self._let_in)
 
     def send(self, caller: Caller) -> None:
         """Send what the kernel takes of a caller's answer, if the caller is still there."""
@@ -99,15 +86,14 @@ class StatusSocket:
         except OSError:
             self._hang_up(fd)
             return
-        waits = select.EPOLLOUT if caller.stream.unsent else 0
-        self._epoll.modify(fd, select.EPOLLIN | waits)
+        self._loop.await_room(fd, caller.stream.unsent)
 
     def close(self) -> None:
         """Close all connections and the socket."""
         for fd in list(self._callers):
             self._hang_up(fd)
+        self._loop.unregister(self._listening.fileno())
         self._listening.close()
-        self._epoll.close()
 
     def _let_in(self) -> None:
         try:
@@ -115,7 +101,7 @@ class StatusSocket:
         except BlockingIOError:
             return
         except OSError:  # no descriptor is left: the waiting caller would wake us for ever
-            self._epoll.unregister(self._listening)
+            self._loop.unregister(self._listening.fileno())
             return
         if peer_of(sock)[1] != os.getuid():
             sock.close()
@@ -123,8 +109,8 @@ class StatusSocket:
         if len(self._callers) == MAX_CALLERS:
             self._hang_up(next(iter(self._callers)))
         sock.setblocking(False)
-        self._callers[sock.fileno()] = Caller(RecordStream(sock, QUESTION_LIMITS))
-        self._epoll.register(sock, select.EPOLLIN)
+        caller = self._callers[sock.fileno()] = Caller(RecordStream(sock, QUESTION_LIMITS))
+        self._loop.register(sock.fileno(), partial(self._attend, sock.fileno(), caller))
 
     def _attend(self, fd: int, caller: Caller) -> None:
         questions, goes_on = caller.stream.receive()
@@ -138,5 +124,5 @@ class StatusSocket:
         self.send(caller)
 
     def _hang_up(self, fd: int) -> None:
-        self._epoll.unregister(fd)
+        self._loop.unregister(fd)
         self._callers.pop(fd).stream.socket.close()

@@ -23,6 +23,7 @@ from mutations import EDGES, altered, changed, cut, frame, message_meta, packed,
 
 from transport.errors import InternalError, ProtocolError, TransportClosed, TransportError
 from transport.message.specs import MessageSpec
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.server import EventKind, RendezvousServer
 from transport.shm.arena import ALIGNMENT
 from transport.sockets.addresses import Address
@@ -94,13 +95,13 @@ def knock(sock: socket.socket, serve: Callable[[], Any], hello: Hello) -> socket
 
 def rendezvous(rng: random.Random) -> bool:
     """A rank that says anything, and strangers, change nothing for an honest rank."""
-    server = RendezvousServer(2, SECRET)
     events: list[Any] = []
+    loop = EventLoop()
+    server = RendezvousServer(2, SECRET, loop, events.append)
     socks = []
 
     def serve() -> None:
-        select.select([server], [], [], 0.001)
-        events.extend(server.poll())
+        loop.turn(time.monotonic() + 0.001)
 
     try:
         socks += [socket.create_connection(server.address) for _ in range(2)]
@@ -124,6 +125,7 @@ def rendezvous(rng: random.Random) -> bool:
             serve()
     finally:
         server.close()
+        loop.close()
         for sock in socks:
             sock.close()
     for event in events:

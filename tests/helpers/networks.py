@@ -57,13 +57,13 @@ def behind(network: Network, fronts: dict[int, tuple[str, int]]) -> type[Rendezv
             network.aim(RENDEZVOUS, self.address)
             self.address = fronts[RENDEZVOUS]
 
-        def _handle(self, member: Any, record: dict[str, Any], events: Any) -> None:
+        def _handle(self, member: Any, record: dict[str, Any]) -> None:
             if record["record"] == "join":
                 address = Address.from_record(record["address"])
                 network.aim(member.rank, address.tcp)
                 front = dataclasses.replace(address, tcp=fronts[member.rank])
                 record = {**record, "address": front.to_record()}
-            super()._handle(member, record, events)
+            super()._handle(member, record)
 
     return Behind
 

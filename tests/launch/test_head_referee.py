@@ -12,34 +12,34 @@ import pytest
 from starter import eventually
 
 from barepp.launch.hang_detector import HangDetector
-from barepp.launch.hosts.head_referee import HeadReferee
+from barepp.launch.hosts.head import Head
 from barepp.launch.hosts.protocol import Link, Nodes
-from barepp.launch.output import EventLog
-from barepp.launch.processes.rank_process import Member
+from barepp.launch.job_state import JobState, Member
 from barepp.launch.referee import Hooks
 from barepp.worker.spec import Options
 from transport.rendezvous.client import ControlClient
 from transport.rendezvous.dial import dial
-from transport.rendezvous.server import RendezvousServer
+from transport.rendezvous.loop import EventLoop
 from transport.sockets.handshake import new_secret
 
 
 class Led:
-    """Node 0's referee of two ranks, one a node, in this process; node 1's launcher is `link`."""
+    """Node 0's part for two ranks, one a node, in this process; node 1's launcher is `link`."""
 
     def __init__(self) -> None:
         self.secret = new_secret()
-        self.server = RendezvousServer(2, self.secret, far=True)
-        self.members = {rank: Member(rank) for rank in range(2)}
         made = Options(2)
         watch = HangDetector(range(2), made.heartbeat_s, made.timeout_s)
-        self.head = HeadReferee(self.members, watch, self.server, EventLog(None), Hooks())
-        self.head.lead(made, Nodes(0, 2, *self.server.address, self.secret))
+        self.loop = EventLoop()
+        self.members = {rank: Member(rank) for rank in range(2)}
+        job = JobState(made, self.loop, watch, members=self.members)
+        self.head = Head(job, Nodes(0, 2, "127.0.0.1", 0, self.secret), Hooks())
+        self.server = self.head.server
         self.heard: list[dict[str, Any]] = []
         self.link: Link | None = None
 
     def call(self, rank: int) -> Any:
-        """Let rank 1 come, or node 1's launcher (-2), while the referee is polled."""
+        """Let rank 1 come, or node 1's launcher (-2), while the loop turns."""
         with ThreadPoolExecutor(1) as pool:
             if rank >= 0:
                 come = pool.submit(ControlClient, self.server.address, self.secret, rank)
@@ -50,12 +50,12 @@ class Led:
             return come.result()
 
     def until(self, condition: Callable[[], bool]) -> None:
-        def polled() -> bool:
-            self.head.poll()
+        def turned() -> bool:
+            self.loop.turn(time.monotonic() + 0.01)
             self.heard += self.link.receive() if self.link is not None else []
             return condition()
 
-        eventually(polled)
+        eventually(turned)
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def led() -> Iterator[Led]:
         made.link.close()
     made.head.conclude()
     made.server.close()
+    made.loop.close()
 
 
 def test_a_launcher_is_told_when_all_words_of_its_rank_have_been_heard(led: Led) -> None:
@@ -85,4 +86,4 @@ def test_what_a_launcher_says_after_its_goodbye_does_not_count(led: Led) -> None
     for name in ("bye", "bye", "obey"):
         led.link.send({"record": name})
     led.until(lambda: led.link is not None and bool(led.link.ended))
-    assert led.head.failure is None
+    assert led.head.referee.failure is None

@@ -481,10 +481,9 @@ def test_a_lack_of_descriptors_never_reaches_the_fork_server() -> None:
 def test_signals_are_told_and_given_back() -> None:
     told: list[int] = []
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with signals_to(told.append) as wakeup:
+    with signals_to(told.append):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
-        assert os.eventfd_read(wakeup) == 3
     assert told == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 

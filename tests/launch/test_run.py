@@ -21,7 +21,8 @@ from jobs import nothing_left
 from transport_worlds import SOON_S, start
 
 import barepp
-from barepp.launch.threads import Crew, ThreadControl
+from barepp.launch.threads import Crew
+from barepp.worker.spec import Options
 from barepp.worker.world import World
 from transport.errors import WaitTimeout
 from transport.registry import transport_names
@@ -292,8 +293,7 @@ def test_a_barrier_that_timed_out_is_waited_for_again(transport: str) -> None:
 
 def test_a_barrier_that_ended_after_its_timeout_is_not_taken_for_the_next() -> None:
     """The release came between the call that timed out and its repetition: a rank hung for ever."""
-    crew = Crew(2)
-    first, second = ThreadControl(crew, 0), ThreadControl(crew, 1)
+    first, second = Crew(Options(2)).controls
     for _ in range(2):
         with pytest.raises(WaitTimeout):
             first.barrier(timeout=0.01)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -32,6 +31,7 @@ from barepp.monitor.stacks import _of_the_script as of_the_script
 from barepp.monitor.status import SILENT_S
 from barepp.monitor.status_socket import StatusSocket
 from barepp.stacks import main
+from transport.rendezvous.loop import EventLoop
 
 
 def test_the_frames_around_the_scripts_own_are_left_out() -> None:
@@ -265,16 +265,18 @@ def run_round(process: Process, now: float = 0.0) -> str:
 def test_ctrl_c_ends_the_wait_for_a_launcher_that_does_not_answer(capsys):
     asked: list[str] = []
 
+    loop = EventLoop()
+
     def interrupt() -> None:
         while not asked:
-            select.select([door], [], [])
-            door.serve()
+            loop.turn()
         os.kill(os.getpid(), signal.SIGINT)
 
-    with contextlib.closing(StatusSocket(lambda question, caller: asked.append(question))) as door:
+    with contextlib.closing(StatusSocket(loop, lambda question, _: asked.append(question))):
         interrupted = start(interrupt)
         assert main([str(os.getpid())]) == 130
         interrupted.result(SOON_S)
+    loop.close()
     assert capsys.readouterr() == ("", "")
 
 

@@ -16,6 +16,7 @@ from transport_worlds import eventually
 from barepp.errors import JobEnded, NobodyAnswers
 from barepp.monitor.client import Line, SocketName, line_to, socket_names
 from barepp.monitor.status_socket import MAX_CALLERS, Caller, StatusSocket, socket_prefix
+from transport.rendezvous.loop import EventLoop
 from transport.wire.format import FrameKind, encode
 
 NOBODY = 65534
@@ -39,7 +40,8 @@ class House:
 
     def __init__(self) -> None:
         self.questions: list[str] = []
-        self.door = StatusSocket(self._answer)
+        self.loop = EventLoop()
+        self.door = StatusSocket(self.loop, self._answer)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -52,13 +54,15 @@ class House:
             caller.answer({"record": "part", "text": "x" * 60_000} for _ in range(100))
 
     def _serve(self) -> None:
-        while not self._ended.wait(0.002):
-            self.door.serve()
+        while not self._ended.is_set():
+            self.loop.turn()
 
     def close(self) -> None:
         self._ended.set()
+        self.loop.wake()
         self._thread.join()
         self.door.close()
+        self.loop.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import select
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from transport.errors import (
 )
 from transport.rendezvous import dial as dial_module
 from transport.rendezvous.client import ControlClient
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.server import Event, EventKind, RendezvousServer
 from transport.sockets.addresses import Address, dial, serve
 from transport.sockets.handshake import ANY_RANK, new_secret
@@ -44,34 +44,29 @@ class Served:
         world_size: int,
         *,
         tell: bool = False,
-        server: RendezvousServer | None = None,
-        **options: float,
+        secret: bytes | None = None,
+        **options: float | str,
     ) -> None:
-        self.secret = new_secret()
-        self.server = server or RendezvousServer(world_size, self.secret, **options)  # type: ignore[arg-type]
+        self.secret = secret or new_secret()
+        self.loop = EventLoop()
+        self.server = RendezvousServer(world_size, self.secret, self.loop, self._take, **options)  # type: ignore[arg-type]
         self.events: list[Event] = []
         self.changed = threading.Condition()
         self._tell = tell
         self._stop = False
-        self._wakeup, self._waker = socket.socketpair()
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
     def _serve(self) -> None:
-        poll = select.poll()
-        poll.register(self.server.fileno(), select.POLLIN)
-        poll.register(self._wakeup, select.POLLIN)
         while not self._stop:
-            deadline = self.server.next_deadline()
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1
-            poll.poll(left)
-            events = self.server.poll()
-            for event in events:
-                if event.failure is not None and self._tell:
-                    self.server.tell_failure(event.failure)
-            with self.changed:
-                self.events += events
-                self.changed.notify_all()
+            self.loop.turn()
+
+    def _take(self, event: Event) -> None:
+        if event.failure is not None and self._tell:
+            self.server.tell_failure(event.failure)
+        with self.changed:
+            self.events.append(event)
+            self.changed.notify_all()
 
     def event(self, kind: EventKind, rank: int | None = None) -> Event:
         """Wait for an event and return it."""
@@ -95,11 +90,10 @@ class Served:
 
     def close(self) -> None:
         self._stop = True
-        self._waker.send(b"!")
+        self.loop.wake()
         self.thread.join(SOON_S)
         self.server.close()
-        self._wakeup.close()
-        self._waker.close()
+        self.loop.close()
 
 
 @contextlib.contextmanager
@@ -290,7 +284,7 @@ def test_a_barrier_that_ended_after_its_timeout_is_not_taken_for_the_next() -> N
             with pytest.raises(WaitTimeout):
                 first.barrier(0.01)
             second.barrier(SOON_S)
-            eventually(lambda number=number: first._releases == number)  # type: ignore[misc]
+            eventually(lambda number=number: first.released == number)  # type: ignore[misc]
             first.barrier(0.0)  # over already
         leaving = start(lambda: second.barrier(SOON_S, last=True))
         first.barrier(SOON_S, last=True)
@@ -540,13 +534,11 @@ def test_nonsense_from_the_rendezvous_is_a_failure_with_a_name() -> None:
 
 def test_who_does_not_know_its_own_name_is_found_as_the_rendezvous_was() -> None:
     """Ranks on the rendezvous's host: each of the others has reached that by some address."""
-    secret = new_secret()
-    server = RendezvousServer(2, secret, bind="")
-    served = Served(2, server=server)
-    port = server.address[1]
+    served = Served(2, bind="")
+    port = served.server.address[1]
     try:
         clients = [
-            ControlClient((host, port), secret, rank, timeout=SOON_S)
+            ControlClient((host, port), served.secret, rank, timeout=SOON_S)
             for rank, host in enumerate(("127.0.0.1", "127.0.0.2"))
         ]
         assert clients[0].local_host == "127.0.0.1"
@@ -588,7 +580,7 @@ def test_one_that_does_not_fit_is_not_forgotten_when_the_last_one_comes_or_time_
             start(lambda c=client, v=version: c.join(3, address(c.rank), versions={"a": v}))  # type: ignore[misc]
             served.event(EventKind.JOINED, client.rank)
         assert [e.rank for e in served.events if e.kind is EventKind.FAILED] == [1, 2]
-        eventually(lambda: served.server.next_deadline() is None)
+        eventually(lambda: math.isinf(served.loop.next_time()))
         clients[0].close()
         served.event(EventKind.HUNG_UP, 0)  # it is still served
         assert served.kinds(EventKind.COMPLETE) == []
@@ -598,10 +590,8 @@ def test_one_that_does_not_fit_is_not_forgotten_when_the_last_one_comes_or_time_
 
 def test_an_echo_says_after_what_moment_a_sign_of_life_was_made() -> None:
     for far in (False, True):
-        secret = new_secret()
-        server = RendezvousServer(1, secret, far=far)
-        with contextlib.closing(Served(1, server=server)) as served:
-            client = ControlClient(server.address, secret, 0, timeout=SOON_S)
+        with serving(1, far=far) as served:
+            client = served.client(0, timeout=SOON_S)
             eventually(lambda s=served: len(s.kinds(EventKind.BEAT)) >= 3)  # type: ignore[misc]
             now = time.monotonic()
             first, second, third = [
@@ -622,7 +612,7 @@ def test_a_rendezvous_that_comes_later_is_waited_for_by_who_is_patient() -> None
         ControlClient(where, secret, 0, timeout=0.2, patient=True)
     waiting = start(lambda: ControlClient(where, secret, 0, timeout=SOON_S, patient=True))
     time.sleep(0.1)
-    served = Served(1, server=RendezvousServer(1, secret, port=where[1]))
+    served = Served(1, secret=secret, port=where[1])
     waiting.result(SOON_S).close()
     served.close()
     began = time.monotonic()

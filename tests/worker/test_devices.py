@@ -20,6 +20,7 @@ from barepp.launch import threads
 from barepp.worker import devices
 from barepp.worker.devices import chosen_device, num_gpus, on_gpus
 from barepp.worker.external.environment import options_from
+from barepp.worker.spec import Options
 from transport.cuda import device as gpu_module
 from transport.errors import JobFailed, UnknownTransport
 from transport.registry import NEED_GPU, transport_names
@@ -269,8 +270,8 @@ def test_threads_leave_the_current_device_of_their_caller(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_module, "Cuda", Made)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("not in this thread"))
     monkeypatch.setattr(threads, "num_gpus", counts_of([2]))
-    crew = threads.Crew(3, "auto")
-    assert [one.device.index for one in crew.transports] == [0, 1, 0]
+    crew = threads.Crew(Options(3, device="auto"))
+    assert [world.device.index for world in crew.worlds] == [0, 1, 0]
 
 
 def test_a_gpu_is_the_current_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,13 @@ import torch
 from jobs import Finished, loaded_machine, nothing_left, run_job
 
 import barepp
-from barepp.launch.processes.rank_process import Member
+from barepp.launch.job_state import Member
+from barepp.launch.referee import Referee
 from barepp.launch.report import report
 from barepp.worker.failures import failure_of
 from transport.errors import RECORD_TEXT_LIMIT, Failure
+from transport.rendezvous.events import Event, EventKind
+from transport.rendezvous.loop import EventLoop
 
 # What survivors do: wait for rank 1 in one way or another, and show what they are told.
 SURVIVE = """
@@ -662,17 +665,22 @@ def test_a_late_launcher_still_finds_the_first_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher is held up for a second: by then a survivor has complained of its lost peer."""
-    from barepp.launch.job import Job
+    joined: set[int] = set()
+    take, turn = Referee.take, EventLoop.turn
 
-    turn = Job._turn
+    def noting_take(self: Referee, event: Event) -> None:
+        take(self, event)
+        if event.kind is EventKind.JOINED:
+            joined.add(event.rank)
 
-    def slow_turn(self: Job) -> None:
-        if all(rank.joined for rank in self._ranks) and not hasattr(self, "held_up"):
-            self.held_up = True  # type: ignore[attr-defined]
+    def slow_turn(self: EventLoop) -> None:
+        if len(joined) == 3:
+            joined.clear()
             time.sleep(1.2)
         turn(self)
 
-    monkeypatch.setattr(Job, "_turn", slow_turn)
+    monkeypatch.setattr(Referee, "take", noting_take)
+    monkeypatch.setattr(EventLoop, "turn", slow_turn)
     text = """
         import barepp, os, time
         with barepp.init() as world:

@@ -15,15 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from transport.errors import (
-    Failure,
-    JobFailed,
-    ProtocolError,
-    RendezvousError,
-    TransportClosed,
-    WaitTimeout,
-)
-from transport.message.work import deadline_after, remaining
+from transport.errors import Failure, ProtocolError, TransportClosed
+from transport.message.work import remaining
+from transport.rendezvous.barrier import RankControl
 from transport.rendezvous.dial import dial
 from transport.sockets.addresses import Address, local_host
 from transport.sockets.handshake import ANY_RANK
@@ -33,7 +27,7 @@ BEAT_S: Final = 0.5  # between two signs of life
 UNREACHABLE: Final = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)  # TCP gave up
 
 
-class ControlClient:
+class ControlClient(RankControl):
     """Connects to the rendezvous at `address` and claims `rank`, or takes the one it assigns.
 
     Blocks until the rendezvous has answered, `timeout` seconds at most.
@@ -59,19 +53,13 @@ class ControlClient:
         server: tuple[str, int] = ("the launcher", -1),
         silence_s: float = 0.0,
     ) -> None:
-        self.rank = rank
+        super().__init__(rank, threading.Condition())
         self._server, self._silence_s = server, silence_s
-        self.failure: Failure | None = None
         self.cut_off = False  # the connection has ended, and nobody had told us a failure
-        self._changed = threading.Condition()  # guards what follows, and is told of every change
         self._callbacks: list[Callable[[Failure], None]] = []
-        self._refused: str | None = None
         self._addresses: dict[int, Address] | None = None
-        self._barriers = self._releases = 0
         self._echoes = 0  # how many signs of life were answered
-        self._barrier_timed_out = False  # the last call for a barrier did
         self._attached = False
-        self._closed = False
         self._state: Callable[[], dict[str, Any] | None] = lambda: None
         self._sending = threading.Lock()
         deadline = time.monotonic() + timeout
@@ -129,40 +117,9 @@ class ControlClient:
         assert self._addresses is not None
         return self._addresses
 
-    def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
-        """Block until every rank of the world has called.
-
-        A call that timed out has not been taken back: the next one goes on waiting for the same
-        barrier. `last` is for the one with which a rank leaves: it waits for such a barrier first,
-        then for its own.
-
-        Raises:
-            JobFailed: some rank failed, so that it cannot come any more.
-            WaitTimeout: it took longer than `timeout` seconds.
-        """
-        deadline = deadline_after(timeout)
-        # Not "is it released?": the release may have come since the call that timed out.
-        begun = self._barrier_timed_out
-        if last and begun:
-            self._wait_for_release(deadline, timeout)
-        if last or not begun:
-            with self._changed:
-                self._barriers += 1
-            self._send({"record": "barrier"})
-        self._wait_for_release(deadline, timeout)
-
-    def at_barrier(self) -> bool:
-        """Whether a barrier that this rank has called is not over."""
-        return self._barriers > self._releases
-
-    def _wait_for_release(self, deadline: float | None, timeout: float | None) -> None:
-        due = self._barriers
-        try:
-            self._wait(lambda: self._releases >= due, remaining(deadline), "waiting at a barrier")
-        except WaitTimeout:
-            self._barrier_timed_out = True
-            raise WaitTimeout(f"rank {self.rank}: nothing after {timeout} s at a barrier") from None
-        self._barrier_timed_out = False
+    def call_barrier(self) -> None:
+        """Tell the rendezvous that this rank has called for a barrier."""
+        self._send({"record": "barrier"})
 
     def report(self, failure: Failure) -> None:
         """Tell the launcher that this rank failed; never raises."""
@@ -216,20 +173,6 @@ class ControlClient:
                     await_ready(self._stream.socket, select.POLLOUT)
                     self._stream.flush()
 
-    def _wait(self, ready: Callable[[], bool], timeout: float | None, doing: str) -> None:
-        deadline = deadline_after(timeout)
-        with self._changed:
-            while not ready():
-                if self._refused is not None:
-                    raise RendezvousError(self._refused)
-                if self.failure is not None:
-                    raise JobFailed(self.failure, doing)
-                if self._closed:
-                    raise TransportClosed("this rank has hung up on the rendezvous")
-                if remaining(deadline) == 0.0:
-                    raise WaitTimeout(f"rank {self.rank}: nothing after {timeout} s of {doing}")
-                self._changed.wait(remaining(deadline))
-
     def _listen(self) -> None:
         goes_on = True
         beat_at = 0.0
@@ -281,7 +224,7 @@ class ControlClient:
             case {"record": "echo"}:
                 self._echoes += 1
             case {"record": "release"}:
-                self._releases += 1
+                self.released += 1
             case {"record": "failure", "failure": failure}:
                 self._fail(Failure.from_record(failure))
             case _:

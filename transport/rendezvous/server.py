@@ -15,7 +15,7 @@ Every rank keeps one control connection to it for its whole life. Records (one m
    worlds come one after the other, and each is complete when all ranks have joined it.
 2. The server only takes note and tells its owner by `Event`; the owner decides what a failure is,
    because it may know more (the launcher sees by which signal a process died).
-3. Nothing here blocks, so the owner can serve it from its own loop: poll `fileno()`, call `poll`.
+3. Nothing here blocks: the owner's event loop serves it.
 4. Another node's launcher comes in by the same door, with a number below `ANY_RANK` in the place
    of the rank, and is handed to `visit`: what is said then is none of the rendezvous's business.
 """
@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import select
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from transport.errors import Failure, ProtocolError, printable
 from transport.rendezvous.events import Event, EventKind
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.world_assembly import Member, WorldAssembly
 from transport.sockets.addresses import serve
 from transport.sockets.handshake import ANY_RANK, Hello, Role, Verdict
@@ -41,82 +42,62 @@ DOING_LIMIT: Final = 200  # characters of what a rank says it is about
 
 
 class RendezvousServer:
-    """Serves one world. `poll` does all the work; see the rules at the top of the file.
+    """Serves one world; see the rules at the top of the file.
 
     Args:
         world_size: how many ranks the world has.
         secret: the job's secret.
+        loop: the owner's, which serves this.
+        on_event: told, in the loop's thread, of each thing that happens.
         bind, port: where to listen; "" is on every interface, and 0 takes a free port.
         listening: sockets that listen already, instead of `bind` and `port`.
         join_timeout_s: seconds between the first rank's joining and the last one's.
         far: whether ranks are on other hosts, whose clocks say nothing here. Signs of life are
             answered then: so it is known after what moment of ours the next one was made.
-
-    `visit`, when its owner sets it, takes the connection of another launcher, and its number.
+        visit: takes the connection of another launcher, and its number.
     """
 
     def __init__(
         self,
         world_size: int,
         secret: bytes,
+        loop: EventLoop,
+        on_event: Callable[[Event], None],
         *,
         bind: str = "127.0.0.1",
         port: int = 0,
         listening: Sequence[socket.socket] = (),
         join_timeout_s: float = 60.0,
         far: bool = False,
+        visit: Callable[[socket.socket, int], None] | None = None,
     ) -> None:
         self.world_size = world_size
-        self._far = far
-        self.visit: Callable[[socket.socket, int], None] | None = None
+        self._loop, self._on_event = loop, on_event
+        self._far, self._visit = far, visit
         self._failure: Failure | None = None
-        self._members: dict[int, Member] = {}  # by descriptor
+        self._members: dict[int, Member] = {}  # the ranks that are connected
         members = self._members.values()
-        self._gathering = WorldAssembly(world_size, members, self._send, join_timeout_s)
+        self._assembly = WorldAssembly(
+            world_size, members, self._send, join_timeout_s, loop=loop, on_event=on_event
+        )
         self._claimed: set[int] = set()
         self._released = 0
-        doors = list(listening) or [serve(bind, port)]
-        self.address: tuple[str, int] = doors[0].getsockname()[:2]
-        self._listener = Listener(secret, Role.CONTROL, ANY_RANK, doors)
-        self._epoll = select.epoll()
-        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        sockets = list(listening) or [serve(bind, port)]
+        self.address: tuple[str, int] = sockets[0].getsockname()[:2]
+        self._listener = Listener(secret, Role.CONTROL, ANY_RANK, sockets)
+        loop.register(self._listener.fileno(), self._accept)
 
-    def fileno(self) -> int:
-        """Return the descriptor that is readable whenever `poll` has something to do."""
-        return self._epoll.fileno()
-
-    def next_deadline(self) -> float | None:
-        """Return the `time.monotonic()` at which `poll` should be called at the latest."""
-        deadlines = (self._gathering.deadline, self._listener.next_deadline())
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
-
-    def missing(self) -> list[int]:
-        """Return the ranks that have not joined the world that is being put together."""
-        return self._gathering.missing()
-
-    def joining(self) -> bool:
-        """Whether a rank waits for the missing ones."""
-        return self._gathering.joining()
+    def awaited(self) -> list[int]:
+        """Return the ranks that have not joined, and that others wait for."""
+        return self._assembly.awaited()
 
     def connected(self, rank: int) -> bool:
         """Whether the rank's control connection is open: if so, it may still have said more."""
-        return any(member.rank == rank for member in self._members.values())
+        return rank in self._members
 
     def unclaimed(self) -> list[int]:
         """Return the ranks that have never come."""
         return [rank for rank in range(self.world_size) if rank not in self._claimed]
-
-    def poll(self) -> list[Event]:
-        """Serve whoever has something to say, without blocking; return what happened."""
-        events: list[Event] = []
-        for fd, mask in self._epoll.poll(0):
-            member = self._members.get(fd)
-            if member is not None:
-                self._serve(member, mask, events)
-        for sock, hello in self._listener.poll():
-            self._attach(sock, hello, events)
-        self._gathering.check_deadline(events)
-        return events
 
     def tell_failure(self, failure: Failure) -> None:
         """Tell every rank the first cause, and those that are still to come as well."""
@@ -126,15 +107,21 @@ class RendezvousServer:
     def close(self) -> None:
         """Hang up on everyone and stop listening."""
         for member in self._members.values():
+            self._loop.unregister(member.stream.socket.fileno())
             member.stream.socket.close()
         self._members.clear()
+        self._loop.unregister(self._listener.fileno())
         self._listener.close()
-        self._epoll.close()
 
-    def _attach(self, sock: socket.socket, hello: Hello, events: list[Event]) -> None:
-        if hello.rank < ANY_RANK and self.visit is not None:
-            self.visit(sock, hello.rank)
-            return
+    def _accept(self) -> None:
+        for sock, hello in self._listener.poll():
+            if hello.rank < ANY_RANK and self._visit is not None:
+                self._visit(sock, hello.rank)
+            else:
+                self._attach(sock, hello)
+        self._loop.call_at(self._listener.next_deadline(), self._accept)
+
+    def _attach(self, sock: socket.socket, hello: Hello) -> None:
         free = self.unclaimed()
         rank = hello.rank if hello.rank != ANY_RANK else (free[0] if free else self.world_size)
         stream = RecordStream(sock)
@@ -151,80 +138,78 @@ class RendezvousServer:
             sock.close()
             return
         self._claimed.add(rank)
-        member = self._members[sock.fileno()] = Member(rank, stream)
-        self._epoll.register(sock, select.EPOLLIN)
+        member = self._members[rank] = Member(rank, stream)
+        self._loop.register(sock.fileno(), partial(self._serve, member))
         self._watch(member)
-        events.append(Event(EventKind.ATTACHED, rank))
+        self._on_event(Event(EventKind.ATTACHED, rank))
 
     def _refusal(self, rank: int) -> str:
         if 0 <= rank < self.world_size:
             return f"rank {rank} is taken already: was another process started with the same rank?"
         return f"rank {rank} does not exist, or no rank is free, in a world of {self.world_size}"
 
-    def _serve(self, member: Member, mask: int, events: list[Event]) -> None:
-        if mask & select.EPOLLOUT:
-            with contextlib.suppress(OSError):  # it is gone, but its last words are still to read
-                member.stream.flush()
+    def _serve(self, member: Member) -> None:
+        with contextlib.suppress(OSError):  # it is gone, but its last words are still to read
+            member.stream.flush()
         records, goes_on = member.stream.receive()
         nonsense = member.stream.error
         try:
             for record in records:
-                self._handle(member, record, events)
+                self._handle(member, record)
         except ProtocolError as error:
             nonsense = error
         if nonsense is not None:
             message = f"its control connection sent nonsense: {printable(str(nonsense), 1000)}"
             failure = Failure(member.rank, "lost", message)
-            events.append(Event(EventKind.FAILED, member.rank, failure))
+            self._on_event(Event(EventKind.FAILED, member.rank, failure))
             goes_on = False
         if goes_on:
             self._watch(member)
         else:
-            self._hang_up(member, events)
+            self._hang_up(member)
 
-    def _hang_up(self, member: Member, events: list[Event]) -> None:
-        fd = member.stream.socket.fileno()
-        self._epoll.unregister(fd)
-        del self._members[fd]
+    def _hang_up(self, member: Member) -> None:
+        self._loop.unregister(member.stream.socket.fileno())
+        del self._members[member.rank]
         member.stream.socket.close()
         ended = EventKind.HUNG_UP if member.left else EventKind.LOST
-        events.append(Event(ended, member.rank))
+        self._on_event(Event(ended, member.rank))
 
-    def _handle(self, member: Member, record: dict[str, Any], events: list[Event]) -> None:
+    def _handle(self, member: Member, record: dict[str, Any]) -> None:
         match record["record"]:
             case "join":
-                self._gathering.join(member, record, events)
+                self._assembly.join(member, record)
             case "barrier":
                 member.barriers += 1
-                self._release(events)
+                self._release()
             case "failed":
                 failure = Failure.from_record(record.get("failure"))
                 # Whoever it names: a rank speaks for itself alone.
                 failure = dataclasses.replace(failure, rank=member.rank)
-                events.append(Event(EventKind.REPORTED, member.rank, failure))
+                self._on_event(Event(EventKind.REPORTED, member.rank, failure))
             case "beat":
-                self._hear(member, record, events)
+                self._hear(member, record)
             case "doing":
                 words = printable(str(record.get("doing", "")), DOING_LIMIT).split()
-                events.append(Event(EventKind.DOING, member.rank, text=" ".join(words)))
+                self._on_event(Event(EventKind.DOING, member.rank, text=" ".join(words)))
             case "goodbye":
                 member.left = True
-                events.append(Event(EventKind.LEFT, member.rank))
-                self._release(events)
+                self._on_event(Event(EventKind.LEFT, member.rank))
+                self._release()
             case other:
                 raise ProtocolError(f"there is no record {other!r:.50}")
 
-    def _hear(self, member: Member, record: dict[str, Any], events: list[Event]) -> None:
+    def _hear(self, member: Member, record: dict[str, Any]) -> None:
         after, state = member.after_echo(record.get("echoes")), record.get("state")
         if self._far:
             member.echo()
             self._send(member, {"record": "echo"})
-        events.append(Event(EventKind.BEAT, member.rank, state=state, after=after))
+        self._on_event(Event(EventKind.BEAT, member.rank, state=state, after=after))
 
-    def _release(self, events: list[Event]) -> None:
+    def _release(self) -> None:
         """End the barrier that every rank has reached; find the one that some never will."""
         members = self._members.values()
-        if self._gathering.worlds == 0 or len(members) < self.world_size:
+        if self._assembly.worlds == 0 or len(members) < self.world_size:
             return
         while min(member.barriers for member in members) > self._released:
             self._released += 1
@@ -234,7 +219,7 @@ class RendezvousServer:
         if waiting and gone:
             message = f"it waits at a barrier, but rank {gone[0]} has left the world without it"
             failure = Failure(waiting[0], "hang", message)
-            events.append(Event(EventKind.FAILED, waiting[0], failure))
+            self._on_event(Event(EventKind.FAILED, waiting[0], failure))
 
     def _broadcast(self, record: dict[str, Any]) -> None:
         for member in self._members.values():
@@ -246,5 +231,4 @@ class RendezvousServer:
         self._watch(member)
 
     def _watch(self, member: Member) -> None:
-        events = select.EPOLLIN | (select.EPOLLOUT if member.stream.unsent else 0)
-        self._epoll.modify(member.stream.socket, events)
+        self._loop.await_room(member.stream.socket.fileno(), member.stream.unsent)

@@ -15,10 +15,9 @@ from typing import Any, Final
 
 from transport.errors import Failure, ProtocolError, printable
 from transport.rendezvous.events import Event, EventKind
+from transport.rendezvous.loop import EventLoop
 from transport.sockets.addresses import Address, local_host
 from transport.wire.records import RecordStream
-
-Send = Callable[["Member", dict[str, Any]], None]
 
 
 @dataclasses.dataclass
@@ -59,29 +58,38 @@ class WorldAssembly:
     """The worlds of one job; `worlds` counts those that have been complete.
 
     `members` is the owner's, and changes as ranks come and go; `send` sends a record to one.
-    `deadline` is when `check_deadline` is due, `join_timeout_s` after the first rank has joined.
+    From the first rank's joining to the last one's there are `join_timeout_s` seconds.
     """
 
     def __init__(
-        self, world_size: int, members: Collection[Member], send: Send, join_timeout_s: float
+        self,
+        world_size: int,
+        members: Collection[Member],
+        send: Callable[[Member, dict[str, Any]], None],
+        join_timeout_s: float,
+        *,
+        loop: EventLoop,
+        on_event: Callable[[Event], None],
     ) -> None:
         self.worlds = 0
-        self.deadline: float | None = None
         self._world_size = world_size
         self._members = members
         self._send = send
         self._join_timeout_s = join_timeout_s
+        self._loop, self._on_event = loop, on_event
+        self._waiting = False  # whether the join timeout of this world has begun
 
     def missing(self) -> list[int]:
         """Return the ranks that have not joined the world that is being put together."""
         joined = {m.rank for m in self._members if m.joins > self.worlds}
         return [rank for rank in range(self._world_size) if rank not in joined]
 
-    def joining(self) -> bool:
-        """Whether a rank waits for the missing ones."""
-        return any(member.joins > self.worlds for member in self._members)
+    def awaited(self) -> list[int]:
+        """Return the missing ranks if another one waits for them."""
+        missing = self.missing()
+        return missing if len(missing) < self._world_size else []
 
-    def join(self, member: Member, record: dict[str, Any], events: list[Event]) -> None:
+    def join(self, member: Member, record: dict[str, Any]) -> None:
         """Take a rank in; tell all where the others are when it is the last.
 
         Raises:
@@ -100,17 +108,16 @@ class WorldAssembly:
         member.versions = checked_versions(record.get("versions"))
         member.joins += 1
         member.left = False
-        events.append(Event(EventKind.JOINED, member.rank))
-        if self.deadline is None:
-            self.deadline = time.monotonic() + self._join_timeout_s
-        if self._fits(member, events) and not self.missing():
-            self._complete(events)
+        self._on_event(Event(EventKind.JOINED, member.rank))
+        if not self._waiting:
+            self._waiting = True
+            self._loop.call_at(time.monotonic() + self._join_timeout_s, self._on_timeout)
+        if self._fits(member) and not self.missing():
+            self._complete()
 
-    def check_deadline(self, events: list[Event]) -> None:
+    def _on_timeout(self) -> None:
         """Find the ranks that have not come in time."""
-        if self.deadline is None or time.monotonic() < self.deadline:
-            return
-        self.deadline = None
+        self._waiting = False
         missing = self.missing()
         if not missing:
             return  # all are here, but do not fit together, which was told
@@ -120,10 +127,11 @@ class WorldAssembly:
             f"{self._join_timeout_s:g} s; missing: {names}"
         )
         failure = Failure(missing[0], "rendezvous", message)
-        events.append(Event(EventKind.FAILED, missing[0], failure))
+        self._on_event(Event(EventKind.FAILED, missing[0], failure))
 
-    def _complete(self, events: list[Event]) -> None:
-        self.deadline = None
+    def _complete(self) -> None:
+        self._waiting = False
+        self._loop.call_at(None, self._on_timeout)
         self.worlds += 1
         joined = sorted(self._members, key=lambda m: m.rank)
         addresses = [m.address for m in joined if m.address is not None]
@@ -133,15 +141,15 @@ class WorldAssembly:
             here = local_host(member.stream.socket)
             book = [address.at(here).to_record() for address in addresses]
             self._send(member, {"record": "world", "addresses": book})
-        events.append(Event(EventKind.COMPLETE, -1))
+        self._on_event(Event(EventKind.COMPLETE, -1))
 
-    def _fits(self, member: Member, events: list[Event]) -> bool:
+    def _fits(self, member: Member) -> bool:
         """Whether it runs what the others run: else results would differ, or worse."""
         for other in self._members:
             joined = other.joins > self.worlds and other is not member
             if joined and (message := difference(member.versions, other.rank, other.versions)):
                 failure = Failure(member.rank, "rendezvous", message)
-                events.append(Event(EventKind.FAILED, member.rank, failure))
+                self._on_event(Event(EventKind.FAILED, member.rank, failure))
                 return False
         return True
 

@@ -29,7 +29,7 @@ import socket
 import time
 from typing import Any
 
-from transport.rendezvous.client import BEAT_S, UNREACHABLE
+from transport.rendezvous.client import UNREACHABLE
 from transport.sockets.addresses import address_beside
 from transport.wire.records import RecordStream
 
@@ -73,11 +73,6 @@ def share(world_size: int, count: int, node: int) -> range:
     return range(first, first + least + (node < more))
 
 
-def node_of(world_size: int, count: int, rank: int) -> int:
-    """Return the node that a rank is on."""
-    return next(node for node in range(count) if rank in share(world_size, count, node))
-
-
 class Link:
     """One end of the connection between two launchers, on a non-blocking socket.
 
@@ -91,12 +86,9 @@ class Link:
         self.heard_at = time.monotonic()
         self._silence_s = silence_s
         self._stream = RecordStream(sock)
-        if (
-            silence_s
-        ):  # see transport/rendezvous/client.py: a host that vanished acknowledges nothing
+        if silence_s:  # see rendezvous/client.py: a host that vanished acknowledges nothing
             limit_ms = max(1, int(silence_s * 1000))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
-        self.beat_at = 0.0
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -106,12 +98,6 @@ class Link:
         """Send a record; when the other one is gone, reading finds that out."""
         with contextlib.suppress(OSError):
             self._stream.send(record)
-
-    def beat(self) -> None:
-        """Send a sign of life if one is due."""
-        if time.monotonic() >= self.beat_at:
-            self.beat_at = time.monotonic() + BEAT_S
-            self.send({"record": "beat"})
 
     def receive(self) -> list[dict[str, Any]]:
         """Return the records that are here, without the signs of life."""

@@ -17,98 +17,89 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
 import time
+from functools import partial
 from typing import Any, Final
 
 from barepp.launch.hang_detector import HangDetector
-from barepp.launch.output import EventLog
-from barepp.launch.processes.rank_process import Member
+from barepp.launch.job_state import JobState, Member
 from barepp.launch.referee import Hooks, Referee
 from barepp.worker.external.secret import give_secret
 from barepp.worker.spec import Options
 from transport.errors import Failure
+from transport.rendezvous.events import Event
+from transport.rendezvous.loop import EventLoop
 from transport.rendezvous.server import RendezvousServer
 
 STAY_S: Final = 2.0  # after a failure has been told, for ranks that are slow to hang up
-_TURN_S: Final = 1.0  # the longest wait for an event
 
 
 class Service:
-    """Serves one job until it is over; `parent` is rank 0's process."""
+    """Serves one job until it is over; `parent` is the pidfd of rank 0's process."""
 
-    def __init__(
-        self,
-        server: RendezvousServer,
-        options: Options,
-        parent: int,
-        *,
-        far: bool,
-        secret: bytes,
-        asked: socket.socket | None,
-    ) -> None:
-        self._server = server
-        self._secret, self._asked = secret, asked
-        members = {rank: Member(rank) for rank in range(options.world_size)}
+    def __init__(self, orders: dict[str, Any], parent: int) -> None:
+        options = Options(**orders["options"])
         self._ranks = range(options.world_size)
-        self._referee = Referee(
-            members,
-            HangDetector(self._ranks, options.heartbeat_s, options.timeout_s),
-            server,
-            EventLog(None),
-            Hooks(before_told=self._before_told),
+        self._secret, far = bytes.fromhex(orders["secret"]), orders["far"]
+        self._time_is_up = False
+        self._loop = EventLoop()
+        watch = HangDetector(self._ranks, options.heartbeat_s, options.timeout_s)
+        members = {rank: Member(rank) for rank in self._ranks}
+        job = JobState(options, self._loop, watch, members=members)
+
+        self._server = RendezvousServer(
+            options.world_size,
+            self._secret,
+            self._loop,
+            self._take,
+            listening=[socket.socket(fileno=fd) for fd in orders["sockets"]],
+            join_timeout_s=options.join_timeout_s,
             far=far,
-            witnessed=False,
         )
-        self._leave_at: float | None = None
-        self._parent = os.pidfd_open(parent)
-        self._poll = select.poll()
-        self._poll.register(self._parent, select.POLLIN)
-        self._poll.register(self._referee.fileno(), select.POLLIN)
-        if asked is not None:
-            self._poll.register(asked, select.POLLIN)
+        hooks = Hooks(before_told=self._before_told)
+        self._referee = Referee(job, self._server, hooks, far=far, witnessed=False)
+        self._parent = parent
+        self._loop.register(parent, self._on_parent_end)
+        self._asked: socket.socket | None = None
+        if orders["asked"] is not None:
+            self._asked = socket.socket(fileno=orders["asked"])
+            self._loop.register(orders["asked"], partial(give_secret, self._asked, self._secret))
 
     def run(self) -> None:
         """Block until the job is over."""
         while not self._over():
-            deadline = self._referee.next_deadline() or float("inf")
-            left = min(max(0.0, deadline - time.monotonic()), _TURN_S)
-            ready = [fd for fd, _ in self._poll.poll(left * 1e3)]
-            self._referee.poll()
-            if self._parent in ready:
-                self._poll.unregister(self._parent)
-                self._check_parent()
-            if self._asked is not None:
-                self._answer(self._asked, asks=self._asked.fileno() in ready)
+            self._loop.turn()
+            if self._asked is not None and not self._server.unclaimed():  # all have the secret
+                self._loop.unregister(self._asked.fileno())
+                self._asked.close()
+                self._asked = None
 
-    def _answer(self, asked: socket.socket, *, asks: bool) -> None:
-        """Give the job's secret to who asks for it, as long as a rank has not come."""
-        if asks:
-            give_secret(asked, self._secret)
-        if not self._server.unclaimed():
-            self._poll.unregister(asked)
-            asked.close()
-            self._asked = None
+    def _take(self, event: Event) -> None:
+        self._referee.take(event)
 
     def _over(self) -> bool:
-        if self._leave_at is not None and time.monotonic() >= self._leave_at:
+        unclaimed = self._server.unclaimed()
+        if self._time_is_up:
             return True
-        came = 0 not in self._server.unclaimed()
-        if self._leave_at is not None and self._server.unclaimed():
+        if self._referee.failure is not None and unclaimed:
             return False  # who is still on the way shall be told as well
-        return came and not any(self._server.connected(rank) for rank in self._ranks)
+        return 0 not in unclaimed and not any(map(self._server.connected, self._ranks))
 
-    def _check_parent(self) -> None:
+    def _on_parent_end(self) -> None:
         """Rank 0 has ended. If it had come, its control connection says how."""
+        self._loop.unregister(self._parent)
         if 0 in self._server.unclaimed():
             message = "rank 0, which served the rendezvous, is gone"
             self._referee.fail(Failure(0, "lost", message))
 
     def _before_told(self, failure: Failure) -> None:
-        self._leave_at = time.monotonic() + STAY_S
+        self._loop.call_at(time.monotonic() + STAY_S, self._leave)
+
+    def _leave(self) -> None:
+        self._time_is_up = True
 
 
 def main() -> None:
@@ -116,29 +107,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the ranks, whose end is ours
     orders: dict[str, Any] = json.load(sys.stdin)
-    options = Options(**orders["options"])
-    secret, asked = bytes.fromhex(orders["secret"]), orders["asked"]
-    with contextlib.ExitStack() as stack:
-        server = RendezvousServer(
-            options.world_size,
-            secret,
-            listening=[socket.socket(fileno=fd) for fd in orders["sockets"]],
-            join_timeout_s=options.join_timeout_s,
-            far=orders["far"],
-        )
-        stack.callback(server.close)
-        try:
-            service = Service(
-                server,
-                options,
-                orders["parent"],
-                far=orders["far"],
-                secret=secret,
-                asked=None if asked is None else socket.socket(fileno=asked),
-            )
-        except ProcessLookupError:  # rank 0 is gone before we have begun
-            return
-        service.run()
+    with contextlib.suppress(ProcessLookupError):  # rank 0 is gone before we have begun
+        Service(orders, os.pidfd_open(orders["parent"])).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the launcher is asked for, what it knows of each rank, and what came out."""
+"""The process of one rank, as the launcher that started it holds it; and how a job ended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+from barepp.launch.job_state import Member
 from barepp.monitor.stacks import StackPipe
 from barepp.worker.spec import CUT_OFF, LENGTH
 from transport.errors import Failure
@@ -56,37 +57,6 @@ class ResultReader:
         """Take what nobody has read yet, then close the pipe."""
         self.read()
         os.close(self.fd)
-
-
-@dataclasses.dataclass
-class Member:
-    """What is known of one rank, wherever its process is.
-
-    Attributes:
-        joined, left: whether it is, or has been, in the world, and whether it left in order.
-        status: what the process ended with, as soon as that is known.
-        ended_at, lost_at: when its process and when its control connection ended.
-        exit_code: the same as `status`, once all that the rank had said has been heard.
-        reported: the failure that the rank itself told.
-        doing: what it was about when it was told of another rank's failure.
-        stacks: its Python stacks before it was told of a hang, or in brackets why there are none.
-        killed: whether the launcher killed it.
-        cut_off: what it was about when its control connection broke, and nobody had told it a
-            failure; None when it has not said so.
-    """
-
-    rank: int
-    joined: bool = False
-    left: bool = False
-    status: int | None = None
-    ended_at: float = 0.0
-    lost_at: float | None = None
-    exit_code: int | None = None
-    reported: Failure | None = None
-    doing: str = ""
-    stacks: str = ""
-    killed: bool = False
-    cut_off: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
