@@ -13,7 +13,6 @@ import importlib
 import json
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, cast
@@ -68,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(BENCHMARKS)
         print(f"barepp.bench: there is no benchmark {name!r}; there are {known}", file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's, at import
     # Only the chosen one is imported: most need torch, and that takes seconds.
     benchmark = cast(Benchmark, importlib.import_module(f"barepp.bench.{name}"))
     parser = _Parser(

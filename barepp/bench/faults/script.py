@@ -16,18 +16,17 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch comes
+import barepp  # before torch, whose warning that NumPy is missing it silences
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
+# isort: split
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.functional import cross_entropy
 
-import barepp  # noqa: E402
-from barepp.bench.faults.kinds import (  # noqa: E402
+from barepp.bench.faults.kinds import (
     BAREPP,
     GLOO_S,
     MICROBATCHES,
@@ -37,13 +36,13 @@ from barepp.bench.faults.kinds import (  # noqa: E402
     WORLD_SIZE,
     injected,
 )
-from barepp.plan.partition import partition  # noqa: E402
-from barepp.program.actions import Action, Kind  # noqa: E402
-from barepp.program.lowering import Step, activation_tag, gradient_tag, lower  # noqa: E402
-from barepp.schedules import make_schedule  # noqa: E402
-from barepp.train.models import mlp  # noqa: E402
-from barepp.train.stage.stage import Stage  # noqa: E402
-from barepp.worker.faults.fault_hook import FaultHook  # noqa: E402
+from barepp.plan.partition import partition
+from barepp.program.actions import Action, Kind
+from barepp.program.lowering import Step, activation_tag, gradient_tag, lower
+from barepp.schedules import make_schedule
+from barepp.train.models import mlp
+from barepp.train.stage.stage import Stage
+from barepp.worker.faults.fault_hook import FaultHook
 
 ROWS = 64
 HIDDEN = 128

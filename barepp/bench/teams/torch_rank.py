@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from typing import Any, Final
 
 import torch
@@ -74,7 +73,6 @@ class TorchRank:
 
 def main(world_size: int, rank: int, path: str) -> None:
     """Join gloo's group, whose members meet in a file beside `path`, and serve the conductor."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     torch.set_num_threads(1)
     meeting = dist.FileStore(f"{path}.store", world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world_size)
