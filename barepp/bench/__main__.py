@@ -3,7 +3,8 @@
 A benchmark is a module of this package with two functions, and a line in `BENCHMARKS`:
 
     add_arguments(parser)               its own flags
-    run(arguments, show) -> results     measures; shows lines as it goes; returns what JSON can hold
+    run(arguments, show) -> results     measures; shows lines as it goes; returns what JSON can hold.
+                                        `UsageError` says what a person got wrong
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, Protocol, cast
+from typing import Final, NoReturn
 
 from barepp.bench.figures import machine, sentence
 from barepp.errors import BareppError, UsageError
@@ -30,29 +31,10 @@ BENCHMARKS: Final = {
 DEFAULT: Final = "training"
 
 
-class Benchmark(Protocol):
-    """What a module of this package provides."""
-
-    __doc__: str | None
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the flags."""
-
-    def run(self, arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
-        """Measure; raise `UsageError` for what a person got wrong."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one sentence, without the page of usage before it."""
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _chosen(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the benchmark's name and its arguments; flags alone are the default one's."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], list(arguments[1:])
-    return DEFAULT, list(arguments)
 
 
 def _overview() -> str:
@@ -62,13 +44,14 @@ def _overview() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    name, rest = _chosen(sys.argv[1:] if arguments is None else arguments)
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT
     if name not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         print(f"barepp.bench: there is no benchmark {name!r}; there are {known}", file=sys.stderr)
         return 2
     # Only the chosen one is imported: most need torch, and that takes seconds.
-    benchmark = cast(Benchmark, importlib.import_module(f"barepp.bench.{name}"))
+    benchmark = importlib.import_module(f"barepp.bench.{name}")
     parser = _Parser(
         prog=f"python -m barepp.bench {name}",
         description=benchmark.__doc__,

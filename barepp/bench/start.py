@@ -10,7 +10,6 @@ command has returned. The scripts do nothing else.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from barepp.bench.figures import ratio, spread, table
-from barepp.bench.teams.conductor import BenchError, environment
+from barepp.bench.teams.conductor import TAIL, BenchError, environment
 from barepp.errors import UsageError
 
 LIMIT_S: Final = 300.0
@@ -46,12 +45,7 @@ dist.destroy_process_group()
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """One start, in seconds from before the command."""
-
-    barrier_s: float
-    end_s: float
+Start = dict[str, float]  # seconds from before the command: "barrier_s" and "end_s"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,17 +60,14 @@ def run(arguments: argparse.Namespace, show: Callable[[str], None]) -> dict[str,
     world_size, rounds = arguments.world, arguments.rounds
     if world_size < 1 or rounds < 1:
         raise UsageError("--world and --rounds start at 1")
-    starts: dict[str, list[Start]] = {"barepp.launch": []}
+    launchers = {"barepp.launch": launch_barepp}
     if arguments.against == "torch":
-        starts["torchrun"] = []
+        launchers["torchrun"] = launch_torch
     show(f"\n{world_size} ranks, {rounds} starts of each, in turns")
-    for turn in range(rounds + 1):
-        for who, found in starts.items():
-            start = launch_barepp if who == "barepp.launch" else launch_torch
-            one = start(world_size)
-            if turn:  # the first start fills the caches of the file system
-                found.append(one)
-    rows = [_row(who, found, starts) for who, found in starts.items()]
+    for launch in launchers.values():
+        launch(world_size)  # the first start fills the caches of the file system
+    turns = [{who: launch(world_size) for who, launch in launchers.items()} for _ in range(rounds)]
+    rows = [_row(who, turns) for who in launchers]
     for line in table([_line(row) for row in rows]):
         show(line)
     return {"world_size": world_size, "rounds": rounds, "rows": rows}
@@ -120,21 +111,19 @@ def time_start(module: Sequence[str], script: str, world_size: int) -> Start:
         end_ns = time.monotonic_ns()
         times_ns = [int(path.read_text()) for path in told.iterdir()]
         if process.returncode != 0 or len(times_ns) != world_size:
-            tail = said.decode(errors="replace")[-2000:]
             raise BenchError(
                 f"{module[0]} ended with {process.returncode}, and {len(times_ns)} of {world_size} "
-                f"ranks came to the barrier:\n{tail}".rstrip()
+                f"ranks came to the barrier:\n{said.decode(errors='replace')[-TAIL:]}".rstrip()
             )
-        return Start((max(times_ns) - began_ns) / 1e9, (end_ns - began_ns) / 1e9)
+        return {"barrier_s": (max(times_ns) - began_ns) / 1e9, "end_s": (end_ns - began_ns) / 1e9}
 
 
-def _row(who: str, found: list[Start], starts: dict[str, list[Start]]) -> dict[str, Any]:
+def _row(who: str, turns: Sequence[dict[str, Start]]) -> dict[str, Any]:
     row: dict[str, Any] = {"command": who}
     for what in ("barrier_s", "end_s"):
-        mine = [[getattr(start, what)] for start in found]
-        row[what] = spread([value for [value] in mine])
-        if who != "torchrun" and "torchrun" in starts:
-            theirs = [[getattr(start, what)] for start in starts["torchrun"]]
+        row[what] = spread([turn[who][what] for turn in turns])
+        if who != "torchrun" and "torchrun" in turns[0]:
+            mine, theirs = ([[turn[each][what]] for turn in turns] for each in (who, "torchrun"))
             row[f"{what}_times_torch"] = ratio(mine, theirs)
     return row
 
@@ -144,7 +133,5 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
     for what, title in (("barrier_s", "to the barrier, s"), ("end_s", "to the end, s")):
         line[title] = f"{row[what]['median']:.2f} [{row[what]['low']:.2f} {row[what]['high']:.2f}]"
         over = row.get(f"{what}_times_torch")
-        line["x torchrun" if what == "barrier_s" else "x torchrun "] = (
-            f"{over['median']:.2f}" if over else ""
-        )
+        line["x torchrun" + " " * (what == "end_s")] = f"{over['median']:.2f}" if over else ""
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,44 +21,13 @@ GLOO: Final = "gloo"  # torch's own calls, without anything of ours; our transpo
 TORCH_DIST: Final = "torch_dist"
 BURST_NBYTES: Final = 64 * 1024 * 1024  # a burst moves about this much, and 2 to 64 messages
 
-Samples = dict[str, list[float]]  # by column: seconds, or bytes a second
+COLUMNS: Final = ("half round trip", "fresh", "one way", "both ways")
+SECONDS: Final = COLUMNS[:2]  # the other two are bytes a second
+
+Samples = dict[str, list[float]]  # by column
 
 
-class OurLink:
-    """A transport of ours."""
-
-    def __init__(
-        self, name: str, rank: int, other: Connection, secret: bytes, gpu: Gpu | None
-    ) -> None:
-        chosen: Any = named_class(GLOO if name == TORCH_DIST else name)
-        sockets, address = chosen.listen()
-        other.send(address.to_record())
-        addresses = {rank: address, 1 - rank: type(address).from_record(other.recv())}
-        self._transport = chosen(rank, 2, addresses, sockets, secret, gpu=gpu)
-        self._peer = 1 - rank
-
-    def isend(self, tensor: torch.Tensor) -> Any:
-        """Start to send; return something with wait()."""
-        return self._transport.isend(tensor, self._peer)
-
-    def send(self, tensor: torch.Tensor) -> None:
-        """Send and return when the tensor may be written again."""
-        self._transport.send(tensor, self._peer)
-
-    def recv_into(self, tensor: torch.Tensor) -> None:
-        """Receive into the tensor."""
-        self._transport.recv(self._peer, into=tensor)
-
-    def recv_fresh(self, like: torch.Tensor) -> None:
-        """Receive into new memory."""
-        self._transport.recv(self._peer)
-
-    def close(self) -> None:
-        """End, with the peer."""
-        self._transport.close(TIMEOUT_S)
-
-
-class GlooLink:
+class Gloo:
     """torch's own calls, without anything of ours."""
 
     def __init__(self, rank: int, other: Connection) -> None:
@@ -70,29 +40,28 @@ class GlooLink:
         if rank == 0:
             other.send(store.port)
         dist.init_process_group(GLOO, store=store, rank=rank, world_size=2)
-        self._dist, self._peer = dist, 1 - rank
+        self.send, self.isend = dist.send, dist.isend
 
-    def isend(self, tensor: torch.Tensor) -> Any:
-        """Start to send."""
-        return self._dist.isend(tensor, self._peer)
-
-    def send(self, tensor: torch.Tensor) -> None:
-        """Send and return when the tensor may be written again."""
-        self._dist.send(tensor, self._peer)
-
-    def recv_into(self, tensor: torch.Tensor) -> None:
+    def recv(self, src: int, *, into: torch.Tensor) -> None:
         """Receive into the tensor."""
-        self._dist.recv(tensor, self._peer)
+        import torch.distributed as dist
 
-    def recv_fresh(self, like: torch.Tensor) -> None:
-        """Receive into new memory."""
-        import torch
+        dist.recv(into, src)
 
-        self.recv_into(torch.empty_like(like))
-
-    def close(self) -> None:
+    def close(self, timeout: float) -> None:
         """End, with the peer."""
-        self._dist.destroy_process_group()
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def connect(name: str, rank: int, other: Connection, secret: bytes, gpu: Gpu | None) -> Any:
+    """Return a transport of ours that reaches the other rank."""
+    chosen: Any = named_class(GLOO if name == TORCH_DIST else name)
+    sockets, address = chosen.listen()
+    other.send(address.to_record())
+    addresses = {rank: address, 1 - rank: type(address).from_record(other.recv())}
+    return chosen(rank, 2, addresses, sockets, secret, gpu=gpu)
 
 
 class Stopwatch:
@@ -103,16 +72,33 @@ class Stopwatch:
     """
 
     def __init__(self, rank: int, gpu: Gpu | None) -> None:
-        self._rank, self._gpu = rank, gpu
+        self._rank, self._peer, self._gpu = rank, 1 - rank, gpu
 
-    def messages(self, link: OurLink | GlooLink, nbytes: int, repeats: int) -> Samples:
-        """Return what one turn of a link measures."""
-        return {
-            "half round trip": self._half_trips(link, link.recv_into, nbytes, repeats),
-            "fresh": self._half_trips(link, link.recv_fresh, nbytes, repeats),
-            "one way": [self._burst(link, nbytes, both=False)],
-            "both ways": [self._burst(link, nbytes, both=True)],
-        }
+    def messages(self, link: Any, nbytes: int, repeats: int) -> Samples:
+        """Return what one turn of a link measures: of a transport of ours, or of gloo."""
+        import torch
+
+        out, back = self._tensor(nbytes), self._tensor(nbytes)
+
+        def trip(receive: Callable[[], object]) -> None:
+            if self._rank == 0:
+                link.send(out, self._peer)
+                receive()
+            else:
+                receive()
+                link.send(out, self._peer)
+
+        def into() -> None:
+            link.recv(self._peer, into=back)
+
+        def fresh() -> None:  # gloo has to be told how much comes
+            new = {"into": torch.empty_like(out)} if isinstance(link, Gloo) else {}
+            link.recv(self._peer, **new)
+
+        trips_s = [self._timed(partial(trip, r), nbytes, repeats) for r in (into, fresh)]
+        half_trips_s = [[time_s / 2 for time_s in times_s] for times_s in trips_s]
+        rates = [[self._burst(link, out, back, both=both)] for both in (False, True)]
+        return dict(zip(COLUMNS, half_trips_s + rates, strict=True))
 
     def copies(self, nbytes: int, repeats: int) -> Samples:
         """Return the same columns for copies within this process."""
@@ -123,26 +109,7 @@ class Stopwatch:
 
         times_s = self._timed(copy, nbytes, repeats)
         rates = [nbytes / time_s for time_s in times_s]
-        return {"half round trip": times_s, "fresh": times_s, "one way": rates, "both ways": rates}
-
-    def _half_trips(
-        self,
-        link: OurLink | GlooLink,
-        receive: Callable[[torch.Tensor], None],
-        nbytes: int,
-        repeats: int,
-    ) -> list[float]:
-        out, back = self._tensor(nbytes), self._tensor(nbytes)
-
-        def trip() -> None:
-            if self._rank == 0:
-                link.send(out)
-                receive(back)
-            else:
-                receive(back)
-                link.send(out)
-
-        return [time_s / 2 for time_s in self._timed(trip, nbytes, repeats)]
+        return dict(zip(COLUMNS, (times_s, times_s, rates, rates), strict=True))
 
     def _timed(self, trip: Callable[[], None], nbytes: int, repeats: int) -> list[float]:
         """Return the seconds of a trip, for each repetition."""
@@ -156,23 +123,23 @@ class Stopwatch:
             times_s.append((time.perf_counter() - began) / trips)
         return times_s
 
-    def _burst(self, link: OurLink | GlooLink, nbytes: int, *, both: bool) -> float:
+    def _burst(self, link: Any, out: torch.Tensor, back: torch.Tensor, *, both: bool) -> float:
         """Return the bytes per second of one burst, as rank 0 sees them."""
         import torch
 
-        rank, count = self._rank, max(2, min(64, BURST_NBYTES // nbytes))
-        out, back = self._tensor(nbytes), self._tensor(nbytes)
+        rank, peer, nbytes = self._rank, self._peer, out.nbytes
+        count = max(2, min(64, BURST_NBYTES // nbytes))
         token = torch.zeros(1, dtype=torch.uint8)
         self._finish()
-        link.send(token) if rank == 0 else link.recv_into(token)
+        link.send(token, peer) if rank == 0 else link.recv(peer, into=token)
         began = time.perf_counter()
-        works = [link.isend(out) for _ in range(count)] if both or rank == 0 else []
+        works = [link.isend(out, peer) for _ in range(count)] if both or rank == 0 else []
         for _ in range(count if both or rank == 1 else 0):
-            link.recv_into(back)
+            link.recv(peer, into=back)
         for work in works:
             work.wait()
         self._finish()
-        link.send(token) if rank == 1 else link.recv_into(token)
+        link.send(token, peer) if rank == 1 else link.recv(peer, into=token)
         return count * nbytes * (1 + both) / (time.perf_counter() - began)
 
     def _tensor(self, nbytes: int) -> torch.Tensor:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
-from transport.bench.links import GLOO, TIMEOUT_S, GlooLink, OurLink, Samples, Stopwatch
+from transport.bench.links import GLOO, SECONDS, TIMEOUT_S, Gloo, Samples, Stopwatch, connect
 
 if TYPE_CHECKING:
     from transport.device import Gpu
 
 COPY: Final = "copy"
-SECONDS: Final = ("half round trip", "fresh")  # the other columns are bytes a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +62,9 @@ def _process(rank: int, other: Connection, results: Connection | None, settings:
     gpu = None if settings.gpu is None else settings.gpu(rank)
     stopwatch = Stopwatch(rank, gpu)
     links = {
-        name: GlooLink(rank, other)
+        name: Gloo(rank, other)
         if name == GLOO
-        else OurLink(name, rank, other, settings.secret, gpu)
+        else connect(name, rank, other, settings.secret, gpu)
         for name in settings.transports
     }
     for nbytes in settings.sizes:
@@ -81,7 +80,7 @@ def _process(rank: int, other: Connection, results: Connection | None, settings:
         if results is not None:
             results.send((nbytes, found))
     for link in links.values():
-        link.close()
+        link.close(TIMEOUT_S)
 
 
 def _add(found: dict[str, Samples], name: str, samples: Samples) -> None:

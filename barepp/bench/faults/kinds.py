@@ -7,7 +7,6 @@ the benefit of the doubt: the rank, and anywhere in the same text a word for wha
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Final
 
@@ -27,28 +26,17 @@ NOTES: Final = "notes"  # the named pipe in which the ranks note what happens to
 GLOO_S: Final = 10.0  # the process group's timeout, which is 1800 s by default
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the launcher of a fault is given, so that a run ends in seconds.
-
-    `patience_s` is how long it may take until barepp knows that this is a failure at all.
-    """
-
-    flags: tuple[str, ...] = ()
-    patience_s: float = 0.0
-
-
-FAULTS: Final = {
-    "SIGKILL": Limits(),
-    "SIGTERM": Limits(),
-    "SIGSEGV": Limits(),
-    "SIGABRT": Limits(),
-    "exit:0": Limits(),
-    "exit:7": Limits(),
-    "raise:ValueError": Limits(),
-    "SIGSTOP": Limits(("--heartbeat", "2"), 2.0),
-    # Half a second passes until a rank's next heartbeat says for the last time that it has moved.
-    "hang": Limits(("--timeout", "3"), 3.5),
+# Each with flags for barepp's launcher, so that a run ends in seconds.
+FAULTS: Final[dict[str, tuple[str, ...]]] = {
+    "SIGKILL": (),
+    "SIGTERM": (),
+    "SIGSEGV": (),
+    "SIGABRT": (),
+    "exit:0": (),
+    "exit:7": (),
+    "raise:ValueError": (),
+    "SIGSTOP": ("--heartbeat", "2"),
+    "hang": ("--timeout", "3"),
 }
 
 

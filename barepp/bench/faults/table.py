@@ -12,16 +12,11 @@ from typing import Any, Final
 
 from barepp.bench.faults.kinds import FAULTS, SURVIVORS, is_right, report_is_right
 from barepp.bench.faults.watch import LIMIT_S, Seen
-from barepp.worker.faults.kinds import fault_action
 
 HEAD: Final = (
     "| fault | launched by | runs | told after, ms | told right | launcher back after, ms "
     "| exit code | lines | left behind |\n|---|---|--:|--:|--:|--:|--:|--:|---|"
 )
-
-_TOLD_MEDIAN_MS: Final = 100.0
-_TOLD_WORST_MS: Final = 500.0
-_BACK_MS: Final = 1000.0
 
 Row = dict[str, Any]
 
@@ -52,7 +47,7 @@ def row_of(fault: str, launcher: str, runs: Sequence[Seen]) -> Row:
 
 def cells(row: Row) -> str:
     """Return the row as a line of a Markdown table."""
-    flags = FAULTS[row["fault"]].flags
+    flags = FAULTS[row["fault"]]
     columns = [
         f"{row['fault']}, `{' '.join(flags)}`" if flags else row["fault"],
         row["launcher"],
@@ -66,33 +61,6 @@ def cells(row: Row) -> str:
         _left(row["processes_left"], row["files_left"]),
     ]
     return f"| {' | '.join(columns)} |"
-
-
-def misses(row: Row) -> list[str]:
-    """Return in what a row falls short of what barepp promises."""
-    found = []
-    if row["ranks_right"] < row["told_of"]:
-        found.append(f"{row['ranks_right']} of {row['told_of']} ranks were told right")
-    if row["reports_right"] < row["runs"]:
-        found.append(f"{row['reports_right']} of {row['runs']} reports were right")
-    code = fault_action(row["fault"]).expected.exit_code
-    if set(row["codes"]) != {code}:
-        found.append(f"exit codes {sorted(set(row['codes']))}, not {code}")
-    patience_ms = 1e3 * FAULTS[row["fault"]].patience_s
-    limit_ms = patience_ms + _BACK_MS
-    if row["told_ms"]:
-        worst_ms = limit_ms if patience_ms else _TOLD_WORST_MS
-        if not patience_ms and row["told_ms_median"] > _TOLD_MEDIAN_MS:
-            found.append(f"told after more than {_TOLD_MEDIAN_MS:.0f} ms in the median")
-        if row["told_ms_worst"] > worst_ms:
-            found.append(f"told after {row['told_ms_worst']:.0f} ms, over {worst_ms:.0f}")
-    if len(row["back_ms"]) < row["runs"]:
-        found.append(f"back in {len(row['back_ms'])} of {row['runs']} runs")
-    elif row["back_ms_worst"] > limit_ms:
-        found.append(f"back after {row['back_ms_worst']:.0f} ms, over {limit_ms:.0f}")
-    if row["processes_left"] or row["files_left"]:
-        found.append("something was left behind")
-    return found
 
 
 def _times(row: Row, name: str, of: int) -> str:

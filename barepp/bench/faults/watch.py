@@ -57,7 +57,7 @@ class Seen:
 def command(launcher: str, fault: str) -> list[str]:
     """Return the command line of a job; the folder for its notes follows."""
     if launcher == BAREPP:
-        launch = ["barepp.launch", "--world", str(WORLD_SIZE), *FAULTS[fault].flags]
+        launch = ["barepp.launch", "--world", str(WORLD_SIZE), *FAULTS[fault]]
     else:
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
     return [sys.executable, "-m", *launch, SCRIPT.name, launcher, fault]
