@@ -3,8 +3,9 @@
 A benchmark is a module of this package with two functions, and a line in `BENCHMARKS`:
 
     add_arguments(parser)               its own flags
-    run(arguments, show) -> results     measures; shows lines as it goes; returns what JSON can hold.
-                                        `UsageError` says what a person got wrong
+    run(arguments, show) -> results     measures; shows lines as it goes; returns what JSON can hold
+
+`run` raises `UsageError` for what a person got wrong.
 """
 
 from __future__ import annotations

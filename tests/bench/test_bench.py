@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
@@ -149,20 +150,25 @@ def test_a_member_whose_conductor_is_gone_ends(tmp_path: Path) -> None:
 
 
 class InThisProcess:
-    """A conductor whose teams are one rank in this process, so that a benchmark costs no start."""
+    """A conductor whose team are ranks in threads of this process: a benchmark costs no start."""
 
     def start_barepp(self, world_size: int, *flags: str) -> InThisProcess:
-        self.worker = BareppRank(World(InprocTransport(InprocHub(1), 0)))
+        hub = InprocHub(world_size)
+        self.ranks = [BareppRank(World(InprocTransport(hub, r))) for r in range(world_size)]
         return self
 
     def gather(self) -> None:
         pass
 
-    def call(self, method: str, *arguments: Any) -> Answers:
-        return [getattr(self.worker, method)(*arguments)]
+    def call(self, method: str, *arguments: Any, **options: str) -> Answers:
+        with ThreadPoolExecutor(len(self.ranks)) as threads:
+            calls = [
+                threads.submit(getattr(rank, method), *arguments, **options) for rank in self.ranks
+            ]
+            return [call.result(LIMIT_S) for call in calls]
 
     def train(self, schedule: str, steps: int, **options: str) -> Answers:
-        return [self.worker.train(schedule, steps + 1, **options)]
+        return self.call("train", schedule, steps + 1, **options)
 
     def __enter__(self) -> InThisProcess:
         return self
@@ -319,9 +325,19 @@ def test_training_beside_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("timed")
-def test_bubbles_of_stages_that_sleep(tmp_path: Path) -> None:
+def bubbles_of(*flags: str) -> tuple[dict[str, Any], list[str]]:
+    parser = argparse.ArgumentParser()
+    bubbles_bench.add_arguments(parser)
+    lines: list[str] = []
+    return bubbles_bench.run(parser.parse_args(flags), lines.append), lines
+
+
+def test_bubbles_of_stages_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bubbles_bench, "Conductor", InThisProcess)
     flags = ["--ranks", "2", "--microbatches", "4", "--forward-ms", "4", "--rounds", "1"]
-    rows = bench(tmp_path, "bubbles", *flags, "--steps", "1")["rows"]
+    results, lines = bubbles_of(*flags, "--steps", "1")
+    rows = results["rows"]
+    assert [line.split()[0] for line in lines[1:7]] == [row["schedule"] for row in rows]
     # design.md has them: a forward, input gradients and weight gradients of 1 each.
     golden = {
         "naive": 24,
@@ -342,15 +358,10 @@ def test_bubbles_of_stages_that_sleep(tmp_path: Path) -> None:
 
 def test_bubbles_with_a_heavy_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bubbles_bench, "Conductor", InThisProcess)
-    parser = argparse.ArgumentParser()
-    bubbles_bench.add_arguments(parser)
     flags = ["--ranks", "1", "--microbatches", "2", "--forward-ms", "4", "--rounds", "1"]
-    lines: list[str] = []
     names = ["interleaved_1f1b", "zb_v"]
-    results = bubbles_bench.run(
-        parser.parse_args([*flags, "--steps", "1", "--heavy", "5", "--schedules", ",".join(names)]),
-        lines.append,
-    )
+    heavy = ["--heavy", "5", "--schedules", ",".join(names)]
+    results, lines = bubbles_of(*flags, "--steps", "1", *heavy)
     # A layer that does not sleep, two that do, one that does five times as long, and one more.
     for uniform, balanced in (results["rows"][:2], results["rows"][2:]):
         assert uniform["partition"] == [3, 2]
