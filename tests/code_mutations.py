@@ -185,7 +185,7 @@ FAULTS = [
     ),
     Fault(
         "barepp/train/executor.py",
-        "            for send in sends:\n                send.wait()\n",
+        "            for send in self._sends:\n                send.wait()\n",
         "",
         "train/pipeline transport/isend_must_not_block trace/trace",
     ),
@@ -215,8 +215,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/train/loss_scaler.py",
-        "            self._good_steps = 0\n            self._set(self.scale * self._backoff_factor)\n",
-        "            self._set(self.scale * self._backoff_factor)\n",
+        "self._good_steps + 1 if finite else 0",
+        "self._good_steps + finite",
         "train/loss_scaler",
     ),
     Fault(
@@ -227,8 +227,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/train/shared_parameters.py",
-        "held = [thing.func, *thing.args, *thing.keywords.values()]",
-        "held = [thing.func, *thing.args]",
+        "[thing.__defaults__, thing.__kwdefaults__, thing.__closure__, *variables]",
+        "[thing.__defaults__, thing.__closure__, *variables]",
         "train/shared_parameters",
     ),
     Fault(
@@ -245,8 +245,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/train/stage/backward.py",
-        "reached, keep_graph=self.has_weights",
-        "reached, keep_graph=False",
+        "accumulate=False, keep_graph=kept",
+        "accumulate=False, keep_graph=False",
         "train/stage/backward train/stage/stage",
     ),
     Fault(
@@ -275,8 +275,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/train/stage/stage.py",
-        "if plain else scaled_start(loss, loss_scale)",
-        "if plain else torch.ones_like(loss)",
+        "torch.full_like(loss, loss_scale, dtype=torch.float32)",
+        "torch.ones_like(loss, dtype=torch.float32)",
         "train/loss_scaler train/autocast",
     ),
     # -- barepp/trace -------------------------------------------------------------------------------
@@ -368,8 +368,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/worker/faults/fault_hook.py",
-        "training and step == fault.step and not",
-        "training and not",
+        "if step != fault.step or self._happened:",
+        "if self._happened:",
         "testing/fault_run",
     ),
     # -- barepp/launch ------------------------------------------------------------------------------
@@ -399,8 +399,8 @@ FAULTS = [
     ),
     Fault(
         "barepp/launch/job.py",
-        "            self._kill_at = None\n            self._kill()\n",
-        "            self._kill_at = None\n",
+        "        self._loop.call_at(time.monotonic() + grace_s, self._kill)\n",
+        "",
         "testing/fault_run worker/failures",
     ),
     Fault(
@@ -548,7 +548,7 @@ FAULTS = [
     ),
     Fault(
         "transport/rendezvous/world_assembly.py",
-        "if self._fits(member, events) and not self.missing():",
+        "if self._fits(member) and not self.missing():",
         "if not self.missing():",
         "transport/rendezvous",
     ),
