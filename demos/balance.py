@@ -207,4 +207,4 @@ def demo(world: barepp.World, flags: training.Flags) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    run_demo(DEFAULTS, training.HELP, __doc__, demo, WITHOUT)
+    run_demo(DEFAULTS, __doc__, demo, WITHOUT)

@@ -32,7 +32,7 @@ from collections.abc import Callable
 import barepp
 import digits
 import training
-from flags import run_demo
+from flags import flag, run_demo
 
 import torch
 from torch import Tensor
@@ -45,17 +45,11 @@ ACKNOWLEDGED = 1  # the tag of the answer to a send that waits
 class Flags(training.Flags):
     """The flags of the other demos, and three more."""
 
-    schedule: str = "1f1b"
-    sends: str = "start"
-    print: bool = False
+    schedule: str = flag("1f1b", "naive, gpipe or 1f1b")
+    sends: str = flag("start", "start: do not wait for the other rank to receive; wait: do")
+    print: bool = flag(False, "print the list of actions that each rank did in a step")
 
 
-HELP = {
-    **training.HELP,
-    "schedule": "naive, gpipe or 1f1b",
-    "sends": "start: a send does not wait for the other rank to receive; wait: it does",
-    "print": "print the list of actions that each rank did in a step",
-}
 WITHOUT = ("stages", "partition", "recompute", "autocast", "json", "trace", "verbose")
 
 
@@ -190,4 +184,4 @@ def train(world: barepp.World, flags: Flags) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    run_demo(Flags(), HELP, __doc__, train, WITHOUT)
+    run_demo(Flags(), __doc__, train, WITHOUT)

@@ -2,15 +2,21 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import barepp
 
 F = TypeVar("F")
+
+
+def flag(default: object, about: str) -> Any:
+    """Return a field of a dataclass of flags: its default, and its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": about})
 
 
 @contextlib.contextmanager
@@ -54,13 +60,7 @@ class _Parser(argparse.ArgumentParser):
         raise barepp.UsageError(message)
 
 
-def read(
-    defaults: F,
-    help_texts: Mapping[str, str],
-    world: barepp.World,
-    about: str,
-    without: Collection[str] = (),
-) -> F | None:
+def read(defaults: F, world: barepp.World, about: str, without: Collection[str] = ()) -> F | None:
     """Return the flags of this command line, in a dataclass like `defaults`; None for --help.
 
     Each field is a flag of the same name, except those in `without`. A field whose default is None
@@ -77,15 +77,17 @@ def read(
     parser.add_argument("--help", "-h", action="store_true", help="show this text and end")
     text = "cpu, cuda or auto, for a run without a launcher, which has a flag of this name (cpu)"
     parser.add_argument("--device", metavar="WORD", help=text)
-    flags = {name: value for name, value in vars(defaults).items() if name not in without}
-    for name, default in flags.items():
+    for field in dataclasses.fields(defaults):  # type: ignore[arg-type]
+        name, default, text = f"--{field.name}", vars(defaults)[field.name], field.metadata["help"]
+        if field.name in without:
+            continue
         if default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=help_texts[name])
+            parser.add_argument(name, action="store_true", help=text)
             continue
         type_ = Path if default is None else type(default)
-        text = help_texts[name] + ("" if default is None else f" ({default})")
+        text += "" if default is None else f" ({default})"
         metavar = {Path: "PATH", int: "N", float: "X", str: "WORD"}[type_]
-        parser.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=text)
+        parser.add_argument(name, type=type_, default=default, metavar=metavar, help=text)
     chosen = vars(parser.parse_args(sys.argv[1:]))
     chosen.pop("device")  # `join` has read it
     if chosen.pop("help"):
@@ -97,7 +99,6 @@ def read(
 
 def run_demo(
     defaults: F,
-    help_texts: Mapping[str, str],
     about: str | None,
     run: Callable[[barepp.World, F], tuple[str, object]],
     without: Collection[str] = (),
@@ -107,7 +108,7 @@ def run_demo(
     The object that it returns as well goes into the file that --json names.
     """
     with join() as world, one_sentence(world):
-        flags = read(defaults, help_texts, world, about or "", without)
+        flags = read(defaults, world, about or "", without)
         if flags is None:
             return
         text, found = run(world, flags)

@@ -45,7 +45,10 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
         barepp.mlp(flags.layers, flags.hidden),  # each rank builds its own layers only
         functional.cross_entropy,
         schedule="gpipe",
-        **training.pipeline_options(flags, digits.batch(training_set, 0, flags.batch, flags.seed)),
+        num_microbatches=flags.microbatches,
+        seed=flags.seed,
+        sample=digits.batch(training_set, 0, flags.batch, flags.seed),  # for --partition balanced
+        **training.pipeline_options(flags),  # --stages, --partition, --recompute, --autocast
     )
     # Each rank has an optimizer for its own layers: Adam treats each number by itself, so the
     # ranks need not agree on anything.

@@ -32,11 +32,10 @@ import math
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
 
 import barepp
 import training
-from flags import check_at_least, check_positive, check_writable, run_demo
+from flags import check_at_least, check_positive, check_writable, flag, run_demo
 from gpt_model import gpt, loss_fn
 
 import torch
@@ -51,63 +50,28 @@ TEMPERATURE = 0.8  # below 1 it prefers what is likely
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """What a person can choose; the defaults take a minute or two on two cores."""
+    """What a person can choose; with the defaults it takes a minute or two on two cores."""
 
-    steps: int = 200
-    batch: int = 16
-    microbatches: int = 8
-    schedule: str = "1f1b"
-    stages: int = 0
-    partition: str = "uniform"
-    recompute: str = "off"
-    autocast: str = "off"
-    blocks: int = 4
-    width: int = 128
-    heads: int = 4
-    context: int = 128
-    dropout: float = 0.1
-    seed: int = 0
-    lr: float = 2e-3
-    write: int = 160
-    text: Path | None = None
-    json: Path | None = None
-    trace: Path | None = None
-    verbose: bool = False
-
-
-HELP = {
-    **training.HELP,
-    "schedule": "naive, gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, or file.py:function",
-    "blocks": "transformer blocks, two layers each; embedding and head are two more",
-    "width": "numbers that stand for one byte on its way from layer to layer",
-    "heads": "attention heads; they divide the width",
-    "context": "bytes that it sees at once",
-    "dropout": "part of the numbers that is left out while training",
-    "lr": "learning rate of AdamW at its highest",
-    "write": "bytes to write at the end",
-    "text": "the file to learn from; without it the standard library's own sources",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What a run came to: the object that --json writes."""
-
-    schedule: str
-    world_size: int
-    stages: int
-    partition: list[int]
-    microbatches: int
-    steps: int
-    losses: list[float]  # bits a byte, one a step
-    held_out: float  # bits a byte, of text that was not learnt from
-    parameters_sha256: str
-    step_ms: float  # median; forward and backward, without the optimizer
-    tokens_per_s: float  # a token is a byte; all that a step takes, the first one left out
-    bubble_measured: float
-    peak_in_flight: list[int]  # per rank
-    ranks: list[dict[str, Any]]  # how each rank spent its time
-    written: str
+    steps: int = flag(200, "optimizer steps to take")
+    batch: int = flag(16, "rows of a batch")
+    microbatches: int = flag(8, "into how many microbatches a batch is cut")
+    schedule: str = flag("1f1b", f"{', '.join(barepp.schedule_names())}, or file.py:function")
+    stages: int = flag(0, "slices of the model; 0: one a rank, or what the schedule needs")
+    partition: str = flag("uniform", "uniform, balanced, or the layers of each stage: 3,2,2,3")
+    recompute: str = flag("off", "off, all or all_but_last: run forwards again, to save memory")
+    autocast: str = flag("off", "off, bf16 or fp16: matrix products in half precision")
+    blocks: int = flag(4, "transformer blocks, two layers each; embedding and head are two more")
+    width: int = flag(128, "numbers that stand for one byte on its way from layer to layer")
+    heads: int = flag(4, "attention heads; they divide the width")
+    context: int = flag(128, "bytes that it sees at once")
+    dropout: float = flag(0.1, "part of the numbers that is left out while training")
+    seed: int = flag(0, "decides the initial weights and the order of the data")
+    lr: float = flag(2e-3, "learning rate of AdamW at its highest")
+    write: int = flag(160, "bytes to write at the end")
+    text: Path | None = flag(None, "the file to learn from; default: Python's standard library")
+    json: Path | None = flag(None, "write the results there")
+    trace: Path | None = flag(None, "write what each rank did when, for python -m barepp.timeline")
+    verbose: bool = flag(False, "print where the time of a step went, rank by rank")
 
 
 def check(flags: Flags, world: barepp.World) -> None:
@@ -225,7 +189,7 @@ def write(world: barepp.World, pipe: barepp.Pipeline, flags: Flags) -> str:
     return bytes(text).decode(errors="replace")
 
 
-def run(world: barepp.World, flags: Flags) -> Results:
+def run(world: barepp.World, flags: Flags) -> training.Results:
     """Train, measure and write; the same results on every rank."""
     learnt, held_out = share_text(world, flags)
     pipe = barepp.Pipeline(
@@ -233,7 +197,10 @@ def run(world: barepp.World, flags: Flags) -> Results:
         gpt(flags),
         loss_fn,
         schedule=flags.schedule,
-        **training.pipeline_options(flags, excerpts(learnt, flags.batch, flags.context, seed=0)),
+        num_microbatches=flags.microbatches,
+        seed=flags.seed,
+        sample=excerpts(learnt, flags.batch, flags.context, seed=0),  # for --partition balanced
+        **training.pipeline_options(flags),
     )
     if flags.trace is not None:
         pipe.trace()
@@ -243,41 +210,43 @@ def run(world: barepp.World, flags: Flags) -> Results:
         print(f"\n{flags.schedule}, milliseconds a step:\n{summary.table()}\n")
     if flags.trace is not None:
         barepp.write_trace(world, pipe.recorder, flags.trace)
-    return Results(
-        schedule=flags.schedule,
-        world_size=world.world_size,
-        stages=pipe.schedule.num_stages,
-        partition=pipe.partition,
-        microbatches=flags.microbatches,
-        steps=flags.steps,
-        losses=losses,
-        held_out=bits(pipe.evaluate(*excerpts(held_out, HELD_OUT_ROWS, flags.context, seed=0))),
-        parameters_sha256=pipe.parameters_sha256(),
-        step_ms=summary.step_ms,
-        tokens_per_s=flags.batch * flags.context / step_s,
-        bubble_measured=summary.bubble,
-        peak_in_flight=summary.peak_in_flight,
-        ranks=list(map(dataclasses.asdict, summary.ranks)),
-        written=write(world, pipe, flags),
-    )
+    return {
+        "schedule": flags.schedule,
+        "world_size": world.world_size,
+        "stages": pipe.schedule.num_stages,
+        "partition": pipe.partition,
+        "microbatches": flags.microbatches,
+        "steps": flags.steps,
+        "losses": losses,  # bits a byte, one a step
+        "held_out": bits(pipe.evaluate(*excerpts(held_out, HELD_OUT_ROWS, flags.context, seed=0))),
+        "parameters_sha256": pipe.parameters_sha256(),
+        "step_ms": summary.step_ms,  # median; forward and backward, without the optimizer
+        "tokens_per_s": flags.batch * flags.context / step_s,  # bytes, the optimizer included
+        "bubble_measured": summary.bubble,
+        "peak_in_flight": summary.peak_in_flight,  # per rank
+        "ranks": list(map(dataclasses.asdict, summary.ranks)),
+        "written": write(world, pipe, flags),
+    }
 
 
-def report(results: Results) -> str:
+def report(results: training.Results) -> str:
     """Return what a person reads at the end."""
+    step = f"{results['step_ms']:.1f} ms, {results['tokens_per_s']:.0f} bytes/s"
     return f"""
-step            {results.step_ms:.1f} ms ({results.schedule}), {results.tokens_per_s:.0f} bytes/s
-bubble          {results.bubble_measured:.1%} measured; peak in-flight {results.peak_in_flight}
-parameters      sha256 {results.parameters_sha256}
-held out        {results.held_out:.3f} bits a byte
-it writes       {results.written!r}"""
+step            {step}
+bubble          {results["bubble_measured"]:.1%} measured: the time in which ranks are idle
+in flight       {training.in_flight(results["peak_in_flight"])}
+parameters      sha256 {results["parameters_sha256"]}
+held out        {results["held_out"]:.3f} bits a byte
+it writes       {results["written"]!r}"""
 
 
 def demo(world: barepp.World, flags: Flags) -> tuple[str, object]:
     """Do it all; return what a person reads and what --json writes."""
     check(flags, world)
     results = run(world, flags)
-    return report(results), dataclasses.asdict(results)
+    return report(results), results
 
 
 if __name__ == "__main__":
-    run_demo(Flags(), HELP, __doc__, demo)
+    run_demo(Flags(), __doc__, demo)

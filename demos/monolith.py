@@ -156,8 +156,8 @@ def record(recorder: barepp.Recorder, num_microbatches: int, clock: list[int]) -
 def report(results: training.Results) -> str:
     """Return the lines that a person reads at the end."""
     return (
-        f"\ntest accuracy   {results.test_accuracy:.4f}"
-        f"\nparameters      sha256 {results.parameters_sha256}"
+        f"\ntest accuracy   {results['test_accuracy']:.4f}"
+        f"\nparameters      sha256 {results['parameters_sha256']}"
         "\nlook next       demos/manual_split.py: the same net in two halves"
     )
 

@@ -25,6 +25,7 @@ You can now say: one process, which every rank can reach, admits only ranks that
 the secret; when all have come, it tells each rank where the others listen.
 """
 
+import contextlib
 import os
 import secrets
 import select
@@ -70,15 +71,17 @@ class Side:
         self.handshake = [(name, size) for who, name, size in HANDSHAKE if who == speaker]
         self.unread = b""
         # What reads records reads them from a socket: this is a pair of them, for a copy.
-        self.copy, reader = socket.socketpair()
-        reader.setblocking(False)
-        self.records = transport.RecordStream(reader)
+        self.copy, self.reader = socket.socketpair()
+        self.reader.setblocking(False)
+        self.records = transport.RecordStream(self.reader)
 
     def hand_on(self) -> Iterator[tuple[str, str]]:
         """Hand on what has come; yield (name, meaning) of each message in it; "end" at the end."""
         data = self.source.recv(65536)
         if not data:
             self.target.shutdown(socket.SHUT_WR)
+            self.copy.close()
+            self.reader.close()
             yield "end", "closes the connection"
             return
         self.target.sendall(data)
@@ -148,7 +151,7 @@ def stranger(port: int, rank_0: BaseProcess) -> None:
     print(f"a stranger  -> rendezvous  64 zero bytes; the answer: {answer or 'it hangs up'}")
 
 
-def tap(door: socket.socket, port: int, rank_0: BaseProcess) -> None:
+def tap(door: socket.socket, port: int, rank_0: BaseProcess, opened: contextlib.ExitStack) -> None:
     """Hand on and print what ranks 1 and 2 and the rendezvous say, until both have gone."""
     sides: dict[socket.socket, Side] = {}
     names: dict[socket.socket, str] = {}  # of the rank at the end of a connection, once it is known
@@ -156,8 +159,8 @@ def tap(door: socket.socket, port: int, rank_0: BaseProcess) -> None:
     while ended < 2 * (WORLD_SIZE - 1):
         for ready in select.select([door, *sides], [], [])[0]:
             if ready is door:
-                caller = door.accept()[0]
-                server = connect(port, rank_0)
+                caller = opened.enter_context(door.accept()[0])
+                server = opened.enter_context(connect(port, rank_0))
                 sides[caller] = Side("rank", caller, server)
                 sides[server] = Side("server", server, caller)
                 names[caller] = names[server] = "a rank"
@@ -196,7 +199,8 @@ def main() -> None:
         for process in ranks:
             process.start()
         stranger(port, ranks[0])
-        tap(door, port, ranks[0])
+        with contextlib.ExitStack() as opened:
+            tap(door, port, ranks[0], opened)
         for process in ranks:
             process.join()
         codes = [process.exitcode for process in ranks]

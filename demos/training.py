@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import barepp
-from flags import check_at_least, check_positive, check_writable, run_demo
+from flags import check_at_least, check_positive, check_writable, flag, run_demo
 
 import torch
 
@@ -25,74 +25,33 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Flags:
     """What a person can choose; with the defaults the digits are learnt in a few seconds."""
 
-    steps: int = 460  # 20 epochs
-    batch: int = 64
-    microbatches: int = 8
-    stages: int = 0
-    partition: str = "uniform"
-    recompute: str = "off"
-    autocast: str = "off"
-    layers: int = 16
-    hidden: int = 128
-    seed: int = 0
-    lr: float = 1e-3
-    json: Path | None = None
-    trace: Path | None = None
-    verbose: bool = False
+    steps: int = flag(460, "optimizer steps to take")  # 20 epochs
+    batch: int = flag(64, "rows of a batch")
+    microbatches: int = flag(8, "into how many microbatches a batch is cut")
+    stages: int = flag(0, "slices of the model; 0: one a rank, or what the schedule needs")
+    partition: str = flag("uniform", "uniform, balanced, or the layers of each stage: 5,4,4,4")
+    recompute: str = flag("off", "off, all or all_but_last: run forwards again, to save memory")
+    autocast: str = flag("off", "off, bf16 or fp16: matrix products in half precision")
+    layers: int = flag(16, "hidden layers (Linear + ReLU); the head is one more")
+    hidden: int = flag(128, "width of a hidden layer")
+    seed: int = flag(0, "decides the initial weights and the order of the data")
+    lr: float = flag(1e-3, "learning rate of Adam at the start; it decays linearly to 0")
+    json: Path | None = flag(None, "write the results there")
+    trace: Path | None = flag(None, "write what each rank did when, for python -m barepp.timeline")
+    verbose: bool = flag(False, "print where the time of a step went, rank by rank")
 
 
-HELP = {
-    "steps": "optimizer steps to take",
-    "batch": "rows of a batch",
-    "microbatches": "into how many microbatches a batch is cut",
-    "stages": "slices of the model; 0 for the usual number: one a rank, or what the schedule needs",
-    "partition": "uniform, balanced, or how many layers each stage gets: 5,4,4,4",
-    "recompute": "which microbatches run their forward again in backward, to save memory",
-    "autocast": "off, bf16 or fp16: matrix products in half precision",
-    "layers": "hidden layers (Linear + ReLU); the head is one more",
-    "hidden": "width of a hidden layer",
-    "seed": "decides the initial weights and the order of the data",
-    "lr": "learning rate of Adam at the start; it decays linearly to 0",
-    "json": "write the results there",
-    "trace": "write what each rank did when there, for Perfetto and python -m barepp.timeline",
-    "verbose": "print where the time of a step went, rank by rank",
-}
+Results = dict[str, Any]
+"""What --json writes; `results_of` makes it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The results of a run: the object that --json writes."""
-
-    schedule: str
-    world_size: int
-    stages: int
-    partition: list[int]
-    microbatches: int
-    steps: int
-    losses: list[float]  # one a step
-    test_accuracy: float
-    parameters_sha256: str
-    same_bits: bool | None  # as one process after the first steps; None: not compared
-    step_ms: float  # median; forward and backward, without the optimizer
-    bubble_measured: float
-    bubble_predicted: float
-    peak_in_flight: list[int]  # per rank, as are the times below: the mean of a step
-    computing_ms: list[float]
-    waiting_ms: list[float]
-    moving_ms: list[float]
-    ranks: list[dict[str, Any]]  # the same and more: how each rank spent its time
-
-
-def pipeline_options(flags: Any, sample: tuple[Any, Any]) -> dict[str, Any]:
+def pipeline_options(flags: Any) -> dict[str, Any]:
     """Return the arguments of `barepp.Pipeline` that most people leave as they are."""
     return {
         "num_stages": flags.stages or None,
-        "num_microbatches": flags.microbatches,
         "partition": partition_of(flags.partition),
-        "seed": flags.seed,
         "recompute": flags.recompute,
         "autocast": precision_of(flags.autocast),
-        "sample": sample,
     }
 
 
@@ -202,21 +161,19 @@ def results_of(
     summary = barepp.summarise(world, recorder, peak_in_flight)
     if flags.verbose and world.rank == 0:
         print(f"\nmilliseconds a step, the median {summary.step_ms:.2f}:\n{summary.table()}")
-    return Results(
-        **{
-            "world_size": world.world_size,
-            "microbatches": flags.microbatches,
-            "steps": flags.steps,
-            "step_ms": summary.step_ms,
-            "bubble_measured": summary.bubble,
-            "peak_in_flight": summary.peak_in_flight,
-            "computing_ms": summary.computing_ms,
-            "waiting_ms": summary.waiting_ms,
-            "moving_ms": summary.moving_ms,
-            "ranks": list(map(dataclasses.asdict, summary.ranks)),
-            **others,
-        }
-    )
+    return {
+        "world_size": world.world_size,
+        "microbatches": flags.microbatches,
+        "steps": flags.steps,
+        "step_ms": summary.step_ms,  # median; forward and backward, without the optimizer
+        "bubble_measured": summary.bubble,
+        "peak_in_flight": summary.peak_in_flight,  # per rank, as are the times: the mean of a step
+        "computing_ms": summary.computing_ms,
+        "waiting_ms": summary.waiting_ms,
+        "moving_ms": summary.moving_ms,
+        "ranks": list(map(dataclasses.asdict, summary.ranks)),  # the same, and more
+        **others,
+    }
 
 
 def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Flags) -> float:
@@ -237,7 +194,7 @@ def predicted_bubble(schedule: barepp.Schedule, partition: list[int], flags: Fla
 
 def report(results: Results) -> str:
     """Return the lines that a person reads at the end."""
-    compared = min(COMPARED_STEPS, results.steps)
+    compared = min(COMPARED_STEPS, results["steps"])
     same = {
         True: f"yes (one process has repeated the first {compared} steps: equal parameters)",
         False: f"NO (one process has repeated the first {compared} steps: other parameters)",
@@ -246,18 +203,24 @@ def report(results: Results) -> str:
     return "\n".join(
         [
             "",
-            f"test accuracy   {results.test_accuracy:.4f}",
-            f"parameters      sha256 {results.parameters_sha256}",
-            f"the same bits as one process: {same[results.same_bits]}",
-            f"bubble          {results.bubble_predicted:.1%} predicted, "
-            f"{results.bubble_measured:.1%} measured: the part of the time in which ranks are idle",
-            f"                {why_they_differ(results.world_size)}",
-            f"in flight       at most {', '.join(map(str, results.peak_in_flight))} microbatches "
-            "on ranks 0, 1, ...",
+            f"test accuracy   {results['test_accuracy']:.4f}",
+            f"parameters      sha256 {results['parameters_sha256']}",
+            f"the same bits as one process: {same[results['same_bits']]}",
+            f"bubble          {results['bubble_predicted']:.1%} predicted, "
+            f"{results['bubble_measured']:.1%} measured: "
+            "the time in which ranks are idle",
+            f"                {why_they_differ(results['world_size'])}",
+            f"in flight       {in_flight(results['peak_in_flight'])}",
             "look next       --verbose prints where the time went, --trace FILE records all of it;",
             '                README.md, "The course, in order", has the next step',
         ]
     )
+
+
+def in_flight(peaks: list[int]) -> str:
+    """Return how many microbatches each rank has kept at one time, in words."""
+    ranks = ", ".join(map(str, range(len(peaks))))
+    return f"at most {', '.join(map(str, peaks))} microbatches (rank {ranks})"
 
 
 def why_they_differ(ranks: int) -> str:
@@ -284,9 +247,9 @@ def main(
     def demo(world: barepp.World, flags: Flags) -> tuple[str, object]:
         check(flags, world)
         results = train(world, flags)
-        return report(results), dataclasses.asdict(results)
+        return report(results), results
 
-    run_demo(Flags(), HELP, about, demo, without)
+    run_demo(Flags(), about, demo, without)
 
 
 def check(flags: Flags, world: barepp.World) -> None:

@@ -1,8 +1,11 @@
 """The course: each demo does what its docstring says, and all of them learn the same net."""
 
 import ast
+import contextlib
 import gzip
+import io
 import json
+import os
 import re
 import runpy
 import shutil
@@ -168,9 +171,12 @@ def test_four_processes_learn_the_digits(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def monolith(tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("monolith") / "results.json"
-    run = python(*the_command("monolith"), *ODD, "--json", path)
-    assert run.returncode == 0, run.stderr
-    assert_keeps_its_promise("monolith", run.stdout)
+    assert the_command("monolith") == ["demos/monolith.py"]
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(sys, "argv", ["demos/monolith.py", *ODD, "--json", str(path)])
+        runpy.run_path(str(DEMOS / "monolith.py"), run_name="__main__")
+    assert_keeps_its_promise("monolith", shown.getvalue())
     return results(path)
 
 
@@ -470,39 +476,31 @@ def test_by_hand_refuses_in_one_sentence(flags: list[str], sentence: str, alone:
 # -- the conversation of the rendezvous ------------------------------------------------------------
 
 
-def test_the_ranks_conversation_is_the_real_one() -> None:
+def test_the_ranks_conversation_is_the_real_one(alone: Callable) -> None:
     assert rendezvous.HELLO.format == HELLO.format
     sizes = [HELLO.size, NONCE_NBYTES + PROOF_NBYTES, PROOF_NBYTES, 1]
     assert [size for _, _, size in rendezvous.HANDSHAKE] == sizes
-    run = python(*the_command("rendezvous"))
-    assert (run.returncode, run.stderr) == (0, "")
-    assert_keeps_its_promise("rendezvous", run.stdout)
-    assert run.stdout.startswith(
-        "a stranger  -> rendezvous  64 zero bytes; the answer: it hangs up"
-    )
+    assert the_command("rendezvous") == ["demos/rendezvous.py"]
+    code, shown, told = alone("rendezvous")
+    assert (code, told) == (0, "")
+    assert_keeps_its_promise("rendezvous", shown)
+    assert shown.startswith("a stranger  -> rendezvous  64 zero bytes; the answer: it hangs up")
     for rank in (1, 2):
-        said = re.findall(rf"^rank {rank} +-> rendezvous +(\w+)", run.stdout, re.MULTILINE)
-        heard = re.findall(rf"^rendezvous +-> rank {rank} +(\w+)", run.stdout, re.MULTILINE)
+        said = re.findall(rf"^rank {rank} +-> rendezvous +(\w+)", shown, re.MULTILINE)
+        heard = re.findall(rf"^rendezvous +-> rank {rank} +(\w+)", shown, re.MULTILINE)
         assert said == ["hello", "proof", "join", "barrier", "barrier", "goodbye", "end"]
         answers = ["challenge", "verdict", "attached", "world", "release", "release", "end"]
         assert heard == answers
-        assert f"want to be rank {rank} of job" in run.stdout
-    book = re.search(r"the address book: (.*)", run.stdout)
+        assert f"want to be rank {rank} of job" in shown
+    book = re.search(r"the address book: (.*)", shown)
     assert book is not None and re.findall(r"rank (\d) at barepp-", book[1]) == ["0", "1", "2"]
-    assert "join       world_size 3, address barepp-" in run.stdout
+    assert "join       world_size 3, address barepp-" in shown
 
 
-def test_a_rank_that_cannot_begin_ends_the_conversation(tmp_path: Path) -> None:
-    shutil.copytree(DEMOS, tmp_path / "demos", ignore=shutil.ignore_patterns("data", "__pyc*"))
-    script = tmp_path / "demos" / "rendezvous.py"
-    script.write_text(
-        script.read_text().replace(
-            "    with barepp.init()", "    sys.exit(3)\n    with barepp.init()"
-        )
-    )
-    run = python(script)
-    assert run.returncode == 1
-    assert "rank 0 has ended, so nobody serves the rendezvous" in run.stderr
+def test_a_rank_that_cannot_begin_ends_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "rank", lambda *_: os._exit(3))
+    with pytest.raises(SystemExit, match="rank 0 has ended, so nobody serves the rendezvous"):
+        rendezvous.main()
 
 
 # -- what demos may use ----------------------------------------------------------------------------

@@ -44,6 +44,18 @@ def reference(num_microbatches: int, **scaling: Any) -> tuple[Curve, str]:
     return curve, sha256(model.parameters())
 
 
+def test_without_scaling_the_optimizers_step_and_nothing_else() -> None:
+    """A script with float16 as an option has one loop."""
+    with barepp.init() as world:
+        pipe = barepp.Pipeline(world, MLP.layers, functional.cross_entropy, seed=SEED)
+        scaler = barepp.LossScaler(pipe, enabled=False)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=0.01)
+        for weight in pipe.parameters():
+            weight.grad = torch.full_like(weight, math.inf)
+        assert scaler.step(optimizer) and pipe.loss_scale == scaler.scale == 1
+        assert not any(weight.isfinite().any() for weight in pipe.parameters())
+
+
 def train(world: barepp.World, schedule: str, num_microbatches: int, **scaling: Any) -> Any:
     pipe = barepp.Pipeline(
         world,

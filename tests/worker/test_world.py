@@ -84,6 +84,20 @@ def test_a_world_that_was_left_is_of_no_use() -> None:
         assert first.left and second.left
 
 
+def test_a_broadcast_brings_the_roots_message_to_every_rank() -> None:
+    with world("inproc", 3) as transports:
+        worlds = [World(transport) for transport in transports]
+        sent = torch.arange(4.0)
+        calls = [
+            start(lambda w=w: w.broadcast(sent if w.rank == 1 else None, root=1))  # type: ignore[misc]
+            for w in worlds
+        ]
+        assert all(torch.equal(call.result(SOON_S), sent) for call in calls)
+        with pytest.raises(WaitTimeout, match="a broadcast from rank 1"):
+            worlds[0].broadcast(None, root=1, timeout=0.01)
+        assert worlds[0].position() == ""
+
+
 @pytest.mark.parametrize("tag", [-1, -16, 1.0, "1", None, True, TAG_LIMIT])
 def test_tags_that_cannot_be(tag: object) -> None:
     with world("inproc", 2) as (one, _):
