@@ -160,6 +160,8 @@ def train(world: barepp.World, flags: Flags) -> tuple[str, object]:
     for name, words in (("schedule", SCHEDULES), ("sends", ("start", "wait"))):
         if getattr(flags, name) not in words:
             raise barepp.UsageError(f"--{name} is one of {', '.join(words)}")
+    if world.device.type != "cpu":
+        raise barepp.UsageError(f"this demo computes on the CPU, not on {world.device}")
     training.check(flags, world)
     training_set, _ = digits.load()
     rank = Rank(world, flags)
