@@ -5,6 +5,7 @@ In reading order:
     simulate.py      when every action would run, given its cost
     timeline.py      the result: bubble, makespan, what is in flight
     text_chart.py    a timeline as text
+    explain.py       what one rank receives, computes and sends, line by line
     theory.py        the papers' formulas for the bubble, to compare with
     chart_layout.py  a timeline as bars and arrows
     chart_image.py   the bars as SVG or PNG, with matplotlib

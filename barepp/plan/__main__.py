@@ -20,6 +20,7 @@ from barepp.errors import UsageError
 from barepp.plan.chart_image import CHARACTERS, check_path, plot
 from barepp.plan.chart_layout import panel
 from barepp.plan.colours import wants_colours
+from barepp.plan.explain import explain
 from barepp.plan.simulate import Cost, Costs, simulate
 from barepp.plan.text_chart import draw
 from barepp.plan.theory import bubble_in_theory
@@ -97,6 +98,12 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw the plan as a picture too, .svg or .png"
+    )
+    parser.add_argument(
+        "--explain",
+        type=int,
+        metavar="RANK",
+        help="print what this rank receives, computes and sends, line by line",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     return parser
@@ -207,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_size(args.stages, args.microbatches)
         schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.ranks)
         timeline = simulate(schedule.order, schedule.num_stages, costs)
+        explained = "" if args.explain is None else explain(schedule, args.explain)
         peak_bytes = None
         if args.activation_bytes is not None:
             peak_bytes = timeline.peak_bytes(args.activation_bytes, schedule.num_stages)
@@ -217,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     try:
-        if args.json:
+        if explained:
+            print(explained)
+        elif args.json:
             print_json(schedule, timeline, peak_bytes)
         else:
             # Where the output is not a terminal, 120 columns: the lines go to a file or a document.
