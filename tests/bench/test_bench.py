@@ -423,10 +423,10 @@ def test_growth_of_the_rendezvous(tmp_path: Path) -> None:
 
 
 def test_starts_are_timed_until_the_last_rank_is_through() -> None:
-    with nothing_left():
-        ours = start_bench.launch_barepp(2)
-        theirs = start_bench.launch_torch(1)
-    for start in (ours, theirs):
+    with nothing_left(), ThreadPoolExecutor(2) as threads:
+        ours = threads.submit(start_bench.launch_barepp, 2)
+        theirs = threads.submit(start_bench.launch_torch, 1)
+    for start in (ours.result(), theirs.result()):
         assert 0 < start["barrier_s"] <= start["end_s"]
 
 
