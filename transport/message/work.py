@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import abc
 import threading
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from transport.errors import JobFailed, TransportError, WaitTimeout, fresh
 
@@ -41,10 +40,11 @@ class Waiting(Protocol):
         """Block until `work.done`; False when time ran out."""
 
 
-class Work(abc.ABC):
+class Work:
     """Something on its way. `wait` ends when it is complete or has failed."""
 
     __slots__ = ("_error", "_result", "_transport", "done", "peer", "ready", "tag")
+    doing: ClassVar[str]  # what it is, in words
     is_receive = False
 
     def __init__(self, transport: Waiting, peer: int, tag: int) -> None:
@@ -57,9 +57,9 @@ class Work(abc.ABC):
         self.done = False
 
     @property
-    @abc.abstractmethod
     def description(self) -> str:
         """What it is, in words: "sending to rank 1 with tag 0"."""
+        return self.doing.format(peer=self.peer, tag=self.tag)
 
     def is_completed(self) -> bool:
         """Whether `wait` would return, or raise, without blocking."""
@@ -113,11 +113,7 @@ class Send(Work):
     """A message on its way out."""
 
     __slots__ = ()
-
-    @property
-    def description(self) -> str:
-        """What it is, in words."""
-        return f"sending to rank {self.peer} with tag {self.tag}"
+    doing = "sending to rank {peer} with tag {tag}"
 
 
 class Receive(Work):
@@ -128,6 +124,7 @@ class Receive(Work):
     """
 
     __slots__ = ("after", "expected", "into", "targets")
+    doing = "waiting for a message from rank {peer} with tag {tag}"
     is_receive = True
 
     def __init__(
@@ -151,21 +148,12 @@ class Receive(Work):
         if any(gpu.holds(tensor) for tensor in self.targets):
             self.after, self.targets = gpu.now(), ()
 
-    @property
-    def description(self) -> str:
-        """What it is, in words."""
-        return f"waiting for a message from rank {self.peer} with tag {self.tag}"
-
 
 class Farewell(Work):
     """The end of a transport: done when everything is flushed."""
 
     __slots__ = ()
-
-    @property
-    def description(self) -> str:
-        """What it is, in words."""
-        return "saying goodbye"
+    doing = "saying goodbye"
 
 
 class Traffic:
