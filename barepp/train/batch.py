@@ -1,4 +1,11 @@
-"""Cut a batch into microbatches: how many rows each gets, and the tensors themselves."""
+"""Cuts a batch into microbatches, on the ranks and devices that need it.
+
+    10 rows, 4 microbatches:   rows 0–2 │ 3–5 │ 6–7 │ 8–9     weights .3 .3 .2 .2
+
+1. Microbatches are as even as possible, larger first; none is empty.
+2. A microbatch's weight is its share of the rows: the weighted losses add up to the batch's mean.
+3. Each microbatch is canonical (canonical.py): a slice of the batch may not be aligned.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +65,6 @@ def join(parts: Sequence[Value]) -> Value:
     return like(parts[0], [torch.cat(column) for column in columns])
 
 
-# What a step works on: the batch, cut into microbatches, on the ranks and devices that need it.
-
-
 @dataclasses.dataclass
 class Batch:
     """One step's microbatches; each part only on the rank that needs it."""
@@ -73,16 +77,16 @@ class Batch:
     copied: Sequence[torch.cuda.Event] = ()  # after the copies from page-locked memory
 
     def let_go(self) -> None:
-        """Block until the caller may write to its tensors again: that was some time ago."""
+        """Block until the caller may write to its tensors again; they were copied long ago."""
         for event in self.copied:
             event.synchronize()
 
 
 def moved(value: Value, device: torch.device, copied: list[torch.cuda.Event]) -> Value:
-    """Return a value on the device of the rank, and note in `copied` what still reads the old one.
+    """Return a value on the rank's device; `copied` gets an event if a copy is still going on.
 
-    A copy from page-locked memory goes on beside this process. Of other memory CUDA has taken its
-    own copy when the call returns (CUDA Runtime API, "API synchronization behavior").
+    A copy from page-locked memory goes on after the call. From other memory, CUDA has taken its own
+    copy when the call returns (CUDA Runtime API, "API synchronization behavior").
     """
     given = tensors(value)
     if all(tensor.device == device for tensor in given):

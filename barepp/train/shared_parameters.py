@@ -1,12 +1,13 @@
-"""Finds a parameter that layers of two stages share, which would be trained as two.
+"""Finds a parameter that layers of two stages share: it would be trained as two.
 
-Each stage adds up gradients for itself, and each process has a copy of its own: two uses of one
-weight would drift apart without a word. Within a stage sharing is fine.
+Each stage adds up its own gradients, and each process has its own copy: two uses of one weight
+would drift apart in silence. Within one stage sharing is fine.
 
-A rank does not build the layers of others, so how can it know? A shared parameter exists before
-the layers are built, and so the builders of both layers can reach it: as an argument of a partial,
-from a closure, as a global. Where another stage's builder can reach a parameter of this rank's,
-and only there, that builder is called to see whether its layer does hold it.
+1. A rank does not build the layers of other ranks. But a shared parameter exists before the layers
+   are built, so the builders of both layers can reach it: as an argument of a partial, from a
+   closure, as a global.
+2. If the builder of another stage's layer can reach a parameter of this rank, that builder is
+   called, to see whether its layer holds the parameter. No other builder is called.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Precision".) The bits are those of one process that does the same, because
    is then converted once, and its uses add their gradients in half precision, as in one process;
 2. what enters a stage is no leaf of the graph when the first layer gets it (stage.py): autocast
    would take it for a weight, and convert it once where one process converts it for each use;
-3. ranks that are threads take turns: torch's converted weights are the process's, and whoever
-   leaves `autocast` throws all of them away.
+3. ranks that are threads take turns: torch keeps one set of converted weights a process, and each
+   end of an `autocast` throws all of them away.
 """
 
 from __future__ import annotations

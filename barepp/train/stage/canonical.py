@@ -3,7 +3,7 @@
 Why: a kernel may take another path, and round differently, when its operand is a transposed
 view or starts at an odd address (float32 `linear` does, when an operand is not 16-byte aligned).
 A tensor that crossed a connection has always landed in fresh, aligned, contiguous memory. Without
-this form the same model would give other bits depending on where it is cut.
+this form the bits of a model would depend on where it is cut.
 
 The rules:
 1. A microbatch, and a tensor that arrives from another stage, is made canonical.
