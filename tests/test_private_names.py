@@ -52,13 +52,18 @@ def root_of(node: ast.expr) -> str | None:
 
 
 def private_names(tree: ast.AST, own: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of each private name of others that a source uses; `own` are all ours."""
-    foreign = foreign_names(tree)
+    """Yield (line, text) of each private name of others that a source uses.
+
+    `own` are all names of ours. An object of ours has them, if it is `self`; another one may be a
+    tensor, and has those that stand in this source alone.
+    """
+    foreign, here = foreign_names(tree), set(defined_by(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if node.attr in DOCUMENTED:
                 continue
-            if root_of(node.value) in foreign or node.attr not in own:
+            known = own if ast.unparse(node.value) in ("self", "cls") else here
+            if root_of(node.value) in foreign or node.attr not in known:
                 yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] not in OURS:
             parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
@@ -69,7 +74,7 @@ def private_names(tree: ast.AST, own: set[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
             name = getattr(node.args[1], "value", "")
-            if is_private(name) and name not in own:
+            if is_private(name) and name not in here:
                 yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Constant) and MODULE.fullmatch(str(node.value)):
             yield node.lineno, repr(node.value)
@@ -108,6 +113,7 @@ def test_the_reader_of_names_finds_each_kind() -> None:
         "import torch\ntorch.cuda._is_in_bad_fork()": "torch.cuda._is_in_bad_fork",
         "import threading as t\nt._stop": "t._stop",  # also where a name of ours is the same
         "def f(layer): return layer._forward_hooks": "layer._forward_hooks",
+        "def f(gradient): return gradient._stop()": "gradient._stop",  # which we define elsewhere
         "getattr(x, '_config', None)": "getattr(x, '_config', None)",
         "NAME = 'torch._dynamo'": "'torch._dynamo'",
     }

@@ -82,6 +82,15 @@ def was_written_to(tensor: Tensor) -> bool:
     return tensor._version > 0
 
 
+def sparse_values(tensor: Tensor) -> Tensor:
+    """Return the memory of a sparse tensor's values, to be written to.
+
+    Versions: all. The documented `values()` refuses a tensor with several values for one place, as
+    gradients of embeddings are. Missing: an AttributeError in `LossScaler.step`.
+    """
+    return tensor._values()
+
+
 def after_each_operation(
     call: Callable[[Any, Any], None],
 ) -> contextlib.AbstractContextManager[Any]:

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from barepp.errors import UsageError
 from transport.collectives import all_reduce
+from transport.private_names import sparse_values
 
 if TYPE_CHECKING:
     from barepp.train.pipeline import Pipeline
@@ -146,4 +147,4 @@ def _unscaled(optimizers: Iterable[Optimizer], scale: float) -> bool:
 
 
 def _numbers(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
+    return sparse_values(gradient) if gradient.is_sparse else gradient
