@@ -398,6 +398,36 @@ FAULTS = [
         "worker/failures",
     ),
     Fault(
+        "barepp/launch/referee.py",
+        "if self._lines.connected(rank) else 0.0",
+        "if False else 0.0",
+        "worker/failures",
+    ),
+    Fault(
+        "barepp/launch/hosts/head.py",
+        "if not host.gone:  # after a goodbye nothing counts",
+        "if True:",
+        "launch/head_referee",
+    ),
+    Fault(
+        "transport/rendezvous/loop.py",
+        "if self._callbacks.get(fd) is callback:",
+        "if True:",
+        "transport/loop",
+    ),
+    Fault(
+        "transport/rendezvous/loop.py",
+        "if self._times.get(call, math.inf) <= now:",
+        "if True:",
+        "transport/loop",
+    ),
+    Fault(
+        "transport/rendezvous/barrier.py",
+        "if last or not begun:",
+        "if True:",
+        "transport/rendezvous",
+    ),
+    Fault(
         "barepp/launch/job.py",
         "        self._loop.call_at(time.monotonic() + grace_s, self._kill)\n",
         "",

@@ -17,6 +17,7 @@ from barepp.launch.hosts.protocol import Link, Nodes
 from barepp.launch.job_state import JobState, Member
 from barepp.launch.referee import Hooks
 from barepp.worker.spec import Options
+from transport.errors import Failure
 from transport.rendezvous.client import ControlClient
 from transport.rendezvous.dial import dial
 from transport.rendezvous.loop import EventLoop
@@ -83,7 +84,10 @@ def test_a_launcher_is_told_when_all_words_of_its_rank_have_been_heard(led: Led)
 def test_what_a_launcher_says_after_its_goodbye_does_not_count(led: Led) -> None:
     led.link = Link(led.call(-2), 0.0)
     led.link.send({"record": "ended", "rank": 1, "status": 0, "killed": False})
-    for name in ("bye", "bye", "obey"):
+    led.link.send({"record": "bye"})
+    interrupted = Failure(-1, "signal", "node 1's launcher received SIGINT", signal=2)
+    led.link.send({"record": "failed", "failure": interrupted.to_record()})
+    for name in ("bye", "obey"):
         led.link.send({"record": name})
     led.until(lambda: led.link is not None and bool(led.link.ended))
     assert led.head.referee.failure is None

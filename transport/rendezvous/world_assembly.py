@@ -166,15 +166,12 @@ def checked_versions(record: object) -> dict[str, str]:
     Raises:
         ProtocolError: it is something else.
     """
-    items = [] if record is None else list(record.items()) if isinstance(record, dict) else [record]
-    texts = [text for item in items if isinstance(item, tuple) for text in item]
-    if len(texts) != 2 * len(items) or len(items) > MAX_NAMES:
+    known = {} if record is None else record
+    if not isinstance(known, dict) or len(known) > MAX_NAMES:
         raise ProtocolError(f"not a map of versions: {record!r:.100}")
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for item in known.items() for text in item):
         raise ProtocolError(f"not a map of versions: {record!r:.100}")
-    names, versions = texts[::2], texts[1::2]
-    short = [[printable(text, TEXT_LIMIT) for text in column] for column in (names, versions)]
-    return dict(zip(*short, strict=True))
+    return {printable(n, TEXT_LIMIT): printable(v, TEXT_LIMIT) for n, v in known.items()}
 
 
 def difference(mine: Mapping[str, str], rank: int, theirs: Mapping[str, str]) -> str:
