@@ -546,7 +546,7 @@ def test_checksum_reaches_every_ranks_transport(tmp_path):
                 world.send(torch.arange(100_000), 1)
             else:
                 assert int(world.recv(0).sum()) == 4999950000
-            print("sums", world.transport._checksum)
+            print("sums", world.transport.checksum)
     """
     finished = launch(tmp_path, script, "--world", "2", "--checksum")
     assert finished.code == 0, finished.err
