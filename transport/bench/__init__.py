@@ -6,3 +6,8 @@ In reading order:
     measure.py   the two processes, which take turns with all transports
     links.py     a transport between the two, and what is timed over it
 """
+
+import warnings
+
+# torch warns at its import that NumPy is missing, which it does not need here.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

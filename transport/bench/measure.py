@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
@@ -55,7 +54,6 @@ def measure(settings: Settings, show: Callable[[dict[str, Any]], None]) -> list[
 
 def _process(rank: int, other: Connection, results: Connection | None, settings: Settings) -> None:
     """Take turns with all links, as one of the two ranks; rank 0 tells what it saw."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
     torch.set_num_threads(1)
