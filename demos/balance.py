@@ -11,20 +11,19 @@ ends with
     both have learnt the same, bit for bit: sha256 …
 
 The net is that of the other steps, but wider, and its third layer is a block of four times that
-width: as much work as eight of the others. As many layers in each stage is then not as much work in
-each stage, and all wait for the slowest, in every microbatch.
+width: it has as much work as eight of the others. Stages with equally many layers then have unequal
+work, and all ranks wait for the slowest stage, in every microbatch.
 
-So measure the layers, one after the other, each as a stage of its own
-(barepp/train/layer_profiler.py); then cut where the slowest stage is as fast as it can be
-(barepp/plan/balance.py). What that will bring, the simulator says before anything is trained. In a
-script of your own all this is
+So the demo measures the layers, one after the other, each as a stage of its own
+(barepp/train/layer_profiler.py). Then it cuts where the slowest stage is as fast as it can be
+(barepp/plan/balance.py). The simulator predicts the gain before anything is trained. In a script of
+your own all this is
 
     barepp.Pipeline(…, partition="balanced", sample=(inputs, targets))
 
 Here both partitions are trained, in turns; `--trace PATH` records the balanced one. The prediction
-has a core for each rank. Where ranks have less than that, because they are more than the cores or
-because others use them too, the work of all stages shares what there is, however it is cut, and
-little is gained.
+assumes a core for each rank. Ranks that share cores with each other, or with other programs, gain
+little: the same work shares the same cores, wherever the model is cut.
 
 You can now say: a pipeline is as fast as its slowest stage: measure the layers, and cut where the
 slowest stage is fastest.

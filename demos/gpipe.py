@@ -11,9 +11,10 @@ ends with
     …
     in flight       at most 8, 8, 8, 8 microbatches …
 
-While stage 1 works on the first microbatch, stage 0 is at the second already. What remains idle is
-the filling and the draining: with p ranks and m microbatches a bubble of (p - 1) / (m + p - 1), the
-smaller the more microbatches. Their price is memory: each rank keeps all m until they come back.
+While stage 1 works on the first microbatch, stage 0 already works on the second. Ranks are idle
+only while the pipeline fills and drains: with p ranks and m microbatches the bubble is
+(p - 1) / (m + p - 1), so more microbatches make it smaller. Their price is memory: each rank keeps
+the activations of all m until the gradients come back.
 Four of them, as `python -m barepp.plan --schedule gpipe --stages 4 --microbatches 4` draws them:
 
     tick    0  1  2  3  4  5  6  7  8  9  10 11 12 13 14 15 16 17 18 19 20

@@ -9,19 +9,19 @@ ends with
 
 A GPT (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") without a
 tokenizer: its 256 words are the bytes. It reads the standard library's own sources, or any file
-(`--text PATH`), and predicts each byte from those before it. What it is measured in, bits per byte,
-is the cross-entropy in base 2: a model that knows nothing needs 8, `gzip` about 2 for Python.
+(`--text PATH`), and predicts each byte from those before it. The measure is bits per byte, which is
+the cross-entropy in base 2: a model that knows nothing needs 8, `gzip` about 2 for Python.
 
     embedding → [attention → feed-forward] × blocks → head
 
 Attention and feed-forward are layers of their own, so that a model of few blocks can be cut into
-many stages. Each adds what it found to what it was given: one tensor goes from layer to layer, and
-is all that two ranks exchange. Dropout is on, and the parameters are still those of one process,
+many stages. Each adds its result to its input: one tensor goes from layer to layer, and two ranks
+exchange nothing else. Dropout is on, and the parameters are still those of one process,
 bit for bit, on any number of ranks: masks depend on the layer, the step and the microbatch alone.
 
-At the end it writes. Every byte goes once through the whole pipeline: the last rank draws it and
-tells the others. That is slow on purpose (nothing is cached) and shows what inference through a
-pipeline costs: while one rank works the others wait.
+At the end it writes. For every byte the text goes once through the whole pipeline; the last rank
+draws the byte and sends it to the others. That is slow on purpose (nothing is cached) and shows
+what inference through a pipeline costs: while one rank works the others wait.
 
 You can now say: random numbers depend on the seed, the layer, the step and the microbatch, never
 on the rank: dropout is the same wherever the model is cut.

@@ -1,4 +1,4 @@
-"""Step 9 of the course: 1F1B. As soon as a microbatch can go back it does: the memory of few.
+"""Step 9 of the course: 1F1B. Each backward runs as soon as it can: less memory.
 
     python -m barepp.launch --world 4 demos/one_f_one_b.py
 
@@ -11,9 +11,10 @@ ends with
     …
     in flight       at most 4, 3, 2, 1 microbatches …
 
-The bubble is GPipe's, (p - 1) / (m + p - 1). But once the pipeline is full a rank does one forward,
-one backward, in turn, and so rank r never keeps more than p - r microbatches, however many there
-are. Four, as `python -m barepp.plan --schedule 1f1b --stages 4 --microbatches 4` draws them:
+The bubble is that of GPipe, (p - 1) / (m + p - 1). But once the pipeline is full a rank does one
+forward, one backward, in turn. So rank r never keeps more than p - r microbatches, however many
+there are. Four of them, as
+`python -m barepp.plan --schedule 1f1b --stages 4 --microbatches 4` draws them:
 
     tick    0  1  2  3  4  5  6  7  8  9  10 11 12 13 14 15 16 17 18 19 20
     rank 0  F0 F1 F2 F3 .  .  .  .  .  .  B0--- .  B1--- .  B2--- .  B3---

@@ -6,11 +6,11 @@ ends with
 
     latency 151.5 µs, bandwidth 3.77 GB/s
 
-First ranks 0 and 1 play ping-pong with send and recv, which block: one message is under way at a
-time, and half a round trip is how long it took. Small ones tell the latency. Then rank 0 starts
-eight isends in a row, and rank 1 has posted the eight irecvs before: while one message is copied,
-the next is on its way already. Large ones tell the bandwidth. More ranks than two look on. (The
-numbers above are from two busy cores of a virtual machine.)
+First ranks 0 and 1 send one message to and fro with send and recv, which block: a message takes
+half the time of a round trip. Small messages show the latency. Then rank 0 starts eight isends in a
+row, for which rank 1 has posted eight irecvs: while one message is copied, the next is already on
+its way. Large messages show the bandwidth. Ranks above 1 do nothing. (The numbers above are from
+two busy cores of a virtual machine.)
 
 You can now say: a send returns as soon as its tensor may be written again, an isend at once;
 neither waits until the other rank receives.

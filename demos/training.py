@@ -136,16 +136,18 @@ class Follower(Progress):
         )
 
     def _same_bits(self) -> bool | None:
-        """Repeat the first steps in this process, without a pipeline; compare the parameters."""
-        if self._flags.autocast != "off" or self._world.device.type != "cpu":
-            return None  # the demo of one process computes in float32 on the CPU
-        same = None
-        if self._world.rank == 0:  # the others wait
-            import monolith  # which imports this file
+        """Repeat the first steps in one process, on rank 0; None where that has no meaning."""
+        said = torch.tensor(self._repeated()) if self._world.rank == 0 else None  # the others wait
+        return {1: True, 0: False, -1: None}[int(self._world.broadcast(said, root=0))]
 
-            alone = monolith.parameters_after(self._compared_steps, self._flags)
-            same = torch.tensor(alone == self._early_sha256)
-        return bool(self._world.broadcast(same, root=0))
+    def _repeated(self) -> int:
+        in_float32 = self._flags.autocast == "off" and self._world.device.type == "cpu"
+        if not in_float32 or torch.get_num_threads() > 1:
+            return -1
+        import monolith  # which imports this file
+
+        alone = monolith.parameters_after(self._compared_steps, self._flags)
+        return int(alone == self._early_sha256)
 
 
 def results_of(
@@ -198,7 +200,7 @@ def report(results: Results) -> str:
     same = {
         True: f"yes (one process has repeated the first {compared} steps: equal parameters)",
         False: f"NO (one process has repeated the first {compared} steps: other parameters)",
-        None: "not compared (one process is compared on the CPU, without --autocast)",
+        None: "not compared (only on the CPU, with one thread a rank and without --autocast)",
     }
     return "\n".join(
         [
