@@ -25,13 +25,11 @@ from barepp.plan.simulate import Cost, Costs, simulate
 from barepp.plan.text_chart import draw
 from barepp.plan.theory import bubble_in_theory
 from barepp.plan.timeline import Timeline
+from barepp.program.actions import order_text
 from barepp.program.dry_run import Number
-from barepp.program.packed import packed
 from barepp.schedules import Schedule, make_schedule, schedule_names
 
 _MOST_STAGES = 1024  # as many as a world may have ranks; some schedules take their square in time
-# 12.6 million actions where backwards are split: about a minute, and 600 MiB.
-_MOST_PAIRS = _MOST_STAGES * 4096
 _MOST_COST = 10**15  # of one action; and its inverse is the least, but for 0
 _MOST_CHARACTERS = 40  # of one number: enough for any that is meant
 # More actions than this are not drawn: nobody could read the grid.
@@ -109,21 +107,8 @@ def _parser() -> Parser:
     return parser
 
 
-def check_size(num_stages: int, num_microbatches: int) -> None:
-    """Raise a UsageError where a plan would take too long and too much memory."""
-    if num_stages > _MOST_STAGES:
-        raise UsageError(f"{num_stages} stages are too many: a plan may have {_MOST_STAGES}")
-    pairs = num_stages * num_microbatches
-    if pairs > _MOST_PAIRS:
-        raise UsageError(
-            f"{num_stages} stages times {num_microbatches} microbatches are {pairs}; a plan may "
-            f"have {_MOST_PAIRS}, as 1024 stages of 4096 microbatches have: plan fewer "
-            "microbatches, the pattern repeats"
-        )
-
-
 def print_json(schedule: Schedule, timeline: Timeline, peak_bytes: list[int] | None) -> None:
-    """Print the plan as one JSON object; the order rank by rank, since it may be long."""
+    """Print the plan as one JSON object."""
     head = {
         "schedule": schedule.name,
         "stages": schedule.num_stages,
@@ -137,10 +122,7 @@ def print_json(schedule: Schedule, timeline: Timeline, peak_bytes: list[int] | N
     }
     if peak_bytes is not None:
         tail["peak_bytes"] = peak_bytes
-    print(json.dumps(head).removesuffix("}"), end=', "order": [')
-    for rank, actions in enumerate(schedule.order):
-        print(", " if rank else "", json.dumps(packed(actions).texts()), sep="", end="")
-    print("], ", json.dumps(tail).removeprefix("{"), sep="")
+    print(json.dumps({**head, "order": order_text(schedule.order), **tail}))
 
 
 def report(
@@ -211,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.plot is not None:
             check_path(args.plot)
-        check_size(args.stages, args.microbatches)
+        if args.stages > _MOST_STAGES:
+            raise UsageError(f"{args.stages} stages are too many: a plan may have {_MOST_STAGES}")
         schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.ranks)
         timeline = simulate(schedule.order, schedule.num_stages, costs)
         explained = "" if args.explain is None else explain(schedule, args.explain)

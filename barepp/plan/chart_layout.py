@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from barepp.errors import UsageError
 from barepp.plan.colours import Style, shade
-from barepp.plan.timeline import Timeline
+from barepp.plan.timeline import Timeline, stage_places
 from barepp.program.actions import Action, Kind
 
 MOST_BARS: Final = 50_000  # more would be minutes of work for a grey area
@@ -88,13 +88,13 @@ def panel(
         raise UsageError(f"{count} actions are too many for a picture; it has room for {MOST_BARS}")
     makespan = float(timeline.makespan)
     end = makespan if end is None else end
-    most_stages = max((len(row.actions.stages()) for row in timeline.spans), default=1)
+    most_stages = max((len(stage_places(row)) for row in timeline.spans), default=1)
     naming = most_stages > 1 and _stages_fit(timeline, end / characters)
     bars: list[Bar] = []
     idle: list[Idle] = []
     bubbles = []
     for rank, row in enumerate(timeline.spans):
-        places = {stage: place for place, stage in enumerate(sorted(row.actions.stages()))}
+        places = stage_places(row)
         spans = [(action, float(start), float(stop)) for action, start, stop in row]
         busy = [(start, stop) for _, start, stop in spans]
         idle += (Idle(rank, *gap) for gap in _idle(busy, makespan, waits[rank] if waits else None))
@@ -104,7 +104,9 @@ def panel(
                 colour = shade(Style(action.kind, places[action.stage]), len(places))
                 label = label_that_fits(action, fits, with_stage=naming)
                 bars.append(Bar(rank, start, stop, action, colour, label))
-        bubbles.append(1 - float(row.busy) / makespan if makespan else 0.0)
+        bubbles.append(
+            1 - float(sum(span.end - span.start for span in row)) / makespan if makespan else 0.0
+        )
     found = {bar.action.kind for bar in bars}
     kinds = [kind for kind in Kind if kind in found]
     return Panel(

@@ -9,13 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 
 from barepp.errors import ScheduleError, UsageError
-from barepp.plan.timeline import SpanRow, Timeline
+from barepp.plan.timeline import Timeline
 from barepp.program.actions import Kind, Order
 from barepp.program.dry_run import Number, dry_run
-from barepp.program.packed import packed
 
 # One number for every stage alike, or one for each stage.
 Cost = Number | Sequence[Number]
@@ -45,32 +43,10 @@ class Costs:
 
 def simulate(order: Order, num_stages: int, costs: Costs) -> Timeline:
     """Return when each action of `order` starts and ends; time 0 is when the first may start."""
-    rows = [packed(actions) for actions in order]
-    cost = costs.per_stage(num_stages)
-    unit = _unit(cost, costs.transfer)
-    if unit is not None:
-        # Whole numbers of the smallest unit: as exact as Fractions, and as fast as integers.
-        cost = {kind: [int(one / unit) for one in each] for kind, each in cost.items()}
-    transfer = costs.transfer if unit is None else int(costs.transfer / unit)
-    longest = sum(map(len, rows)) * (max(map(max, cost.values())) + transfer)
-    typecode = "d" if unit is None else "q" if longest < 1 << 63 else ""
-    starts, ends = dry_run(rows, num_stages, cost, transfer, typecode)
-    if any(len(row) < len(actions) for row, actions in zip(ends, rows, strict=True)):
+    spans = dry_run(order, num_stages, costs.per_stage(num_stages), costs.transfer)
+    if any(len(row) < len(actions) for row, actions in zip(spans, order, strict=True)):
         raise ScheduleError("this order never ends: validate() shows where it is stuck")
-    return Timeline(
-        SpanRow(*columns, 1 if unit is None else unit)
-        for columns in zip(rows, starts, ends, strict=True)
-    )
-
-
-def _unit(cost: dict[Kind, list[Number]], transfer: Number) -> int | Fraction | None:
-    """Return a number of which all costs are whole multiples; None if one of them is a float."""
-    bottom = 1
-    for number in chain([transfer], *cost.values()):
-        if isinstance(number, float):
-            return None
-        bottom = math.lcm(bottom, number.denominator)
-    return 1 if bottom == 1 else Fraction(1, bottom)
+    return Timeline(spans)
 
 
 def for_each_stage(name: str, cost: Cost, num_stages: int) -> list[Number]:

@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import NamedTuple
 
 from barepp.plan.colours import MEANING, Style, painted
-from barepp.plan.timeline import Span, SpanRow, Timeline
+from barepp.plan.timeline import Timeline, stage_places
 from barepp.program.actions import Action, Kind
-from barepp.program.dry_run import Number
+from barepp.program.dry_run import Number, Span
 
 # The shortest span may take this many ticks; a finer grid would be mostly dashes.
 _FINEST = 6
@@ -109,11 +109,11 @@ def _labels(timeline: Timeline) -> dict[Action, str]:
 
 
 def _grid_row(
-    row: SpanRow, labels: dict[Action, str], tick: Fraction, ticks: int, cell: int
+    row: list[Span], labels: dict[Action, str], tick: Fraction, ticks: int, cell: int
 ) -> _Row:
     """Return the row up to so many ticks."""
     drawn = _Row(list(".".ljust(cell) * ticks), [None] * (cell * ticks))
-    places = _places(row)
+    places = stage_places(row)
     for action, start, end in row:
         # (One column beyond the last is enough of a span that is a billion times another's.)
         first, stop = _to_ticks(start, tick), min(_to_ticks(end, tick), ticks + 1)
@@ -128,11 +128,6 @@ def _grid_row(
         drawn.text[where] = text.ljust(length)[:length]
         drawn.styles[where] = ([style] * inked + [None] * cell)[:length]
     return drawn
-
-
-def _places(row: SpanRow) -> dict[int, int]:
-    """Return for each stage of a rank which of its stages it is, from 0."""
-    return {stage: place for place, stage in enumerate(sorted(row.actions.stages()))}
 
 
 def _header(first: int, last: int, ticks: int, cell: int) -> str:
@@ -187,9 +182,9 @@ def draw_to_scale(
     return "\n".join(lines)
 
 
-def _scaled_row(row: SpanRow, labels: dict[Action, str], column: float, room: int) -> _Row:
+def _scaled_row(row: list[Span], labels: dict[Action, str], column: float, room: int) -> _Row:
     drawn = _Row(["."] * room, [None] * room)
-    places = _places(row)
+    places = stage_places(row)
     for action, start, end in row:
         first = min(round(float(start) / column), room - 1)
         stop = min(max(first + 1, round(float(end) / column)), room)

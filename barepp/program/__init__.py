@@ -7,7 +7,6 @@ In reading order:
     lowering.py      an order becomes a program: who sends what to whom, under which tag
     dry_run.py       runs an order without computing: does it end, and when
     validation.py    says why an order cannot run, with the wrong cell marked
-    packed.py        a rank's list in 8 bytes an action
 
 Pure functions, without torch.
 """

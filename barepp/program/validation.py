@@ -14,27 +14,17 @@ Not a rule: the order of the forwards. Messages are matched by tag, so any order
 Everything here is linear in the number of actions.
 """
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from operator import lt
 
 from barepp.errors import ScheduleError
 from barepp.program.actions import Action, Kind, Order
 from barepp.program.dependencies import dependencies
 from barepp.program.dry_run import dry_run
-from barepp.program.packed import (
-    KIND_BITS,
-    KIND_MASK,
-    KINDS,
-    MICROBATCH_SHIFT,
-    PLACE_MASK,
-    PackedActions,
-    packed,
-)
 
 Cell = tuple[int, int]  # (rank, position in that rank's list)
+Cells = dict[Action, Cell]  # where each action stands
+
+MAX_ACTIONS = 200_000  # of an order, counting an F and a B for each stage and microbatch
 
 # How much of a long order an error shows around the wrong cell.
 _COLUMNS_AROUND = 5
@@ -45,160 +35,133 @@ def validate(order: Order, num_stages: int, num_microbatches: int) -> None:
     """Return if `order` keeps every rule above; raise a ScheduleError that shows the wrong cell."""
     check_sizes(num_stages, num_microbatches)
     _check_names(order, num_stages, num_microbatches)
-    rows = [packed(actions) for actions in order]
-    holder = _check_one_rank_per_stage(rows, num_stages)
-    found = _check_nothing_twice(rows, holder, num_microbatches)
-    _check_each_backward(found)
-    _check_accumulation(found)
-    _check_no_cycle(found)
+    holder = _check_one_rank_per_stage(order, num_stages)
+    cells = _check_nothing_twice(order)
+    _check_each_backward(order, cells, holder, num_microbatches)
+    _check_accumulation(order, cells, num_stages, num_microbatches)
+    _check_no_cycle(order, cells, num_stages)
 
 
 def check_sizes(num_stages: int, num_microbatches: int) -> None:
-    """Raise a ScheduleError unless there is at least one stage and one microbatch."""
+    """Raise a ScheduleError unless there is at least one stage and microbatch, and not too many."""
     if num_stages < 1:
         raise ScheduleError(f"a pipeline needs at least 1 stage, not {num_stages}")
     if num_microbatches < 1:
         raise ScheduleError(f"a pipeline needs at least 1 microbatch, not {num_microbatches}")
+    if (actions := 2 * num_stages * num_microbatches) > MAX_ACTIONS:
+        raise ScheduleError(
+            f"{num_stages} stages of {num_microbatches} microbatches have {actions} forwards and "
+            f"backwards, an order may have {MAX_ACTIONS}: use fewer microbatches, the pattern "
+            "repeats"
+        )
 
 
 def _check_names(order: Order, num_stages: int, num_microbatches: int) -> None:
     for rank, actions in enumerate(order):
-        if isinstance(actions, PackedActions) and (
-            max(actions.stages(), default=0) < num_stages
-            and actions.num_microbatches() <= num_microbatches
-        ):
-            continue
         for position, (stage, _, microbatch) in enumerate(actions):
-            cell = rank, position
             if not 0 <= stage < num_stages:
                 why = f"stage {stage} does not exist: the stages are 0 to {num_stages - 1}"
-                raise _broken(order, 1, why, cell)
-            if not 0 <= microbatch < num_microbatches:
+            elif not 0 <= microbatch < num_microbatches:
                 why = (
                     f"microbatch {microbatch} does not exist: they are 0 to {num_microbatches - 1}"
                 )
-                raise _broken(order, 1, why, cell)
+            else:
+                continue
+            raise _broken(order, 1, why, (rank, position))
 
 
-def _check_one_rank_per_stage(rows: Sequence[PackedActions], num_stages: int) -> dict[int, int]:
+def _check_one_rank_per_stage(order: Order, num_stages: int) -> dict[int, int]:
     """Rule 2; return which rank holds each stage."""
-    holder: dict[int, int] = {}
-    for rank, row in enumerate(rows):
-        for stage in row.stages():
-            if stage in holder:
-                first, again = (
-                    next(i for i, action in enumerate(rows[r]) if action.stage == stage)
-                    for r in (holder[stage], rank)
-                )
-                why = f"stage {stage} is already on rank {holder[stage]} (position {first})"
-                raise _broken(rows, 2, why, (rank, again))
-            holder[stage] = rank
+    holder: dict[int, Cell] = {}
+    for rank, actions in enumerate(order):
+        for position, action in enumerate(actions):
+            other, first = holder.setdefault(action.stage, (rank, position))
+            if other != rank:
+                why = f"stage {action.stage} is already on rank {other} (position {first})"
+                raise _broken(order, 2, why, (rank, position))
     missing = next((stage for stage in range(num_stages) if stage not in holder), None)
     if missing is not None:
-        raise _broken(rows, 2, f"no rank holds stage {missing} of {num_stages}")
-    return holder
+        raise _broken(order, 2, f"no rank holds stage {missing} of {num_stages}")
+    return {stage: rank for stage, (rank, _) in holder.items()}
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The lists, and where in them each action was found."""
-
-    rows: Sequence[PackedActions]
-    holder: dict[int, int]  # which rank holds a stage
-    num_microbatches: int
-    # For each kind, in the order of `Kind`, the positions of all its actions, -1 for nowhere: the
-    # microbatches of stage 0, then those of stage 1, and so on.
-    positions: "tuple[array[int], ...]"
-
-    def cell_of_result(self, name: Action) -> Cell:
-        """Return where the action stands that others wait for under this `result_name`."""
-        index = name.stage * self.num_microbatches + name.microbatch
-        kinds = (Kind.F,) if name.kind is Kind.F else (Kind.B, Kind.I)
-        position = max(self.positions[KINDS.index(kind)][index] for kind in kinds)
-        return self.holder[name.stage], position
-
-
-def _check_nothing_twice(
-    rows: Sequence[PackedActions], holder: dict[int, int], num_microbatches: int
-) -> _Found:
+def _check_nothing_twice(order: Order) -> Cells:
     """Rule 3, no action stands twice; return where each one stands."""
-    positions = tuple(array("q", [-1]) * (len(holder) * num_microbatches) for _ in KINDS)
-    for rank, row in enumerate(rows):
-        columns = {
-            place: (positions[place & KIND_MASK], (place >> KIND_BITS) * num_microbatches)
-            for place in row.places()
-        }
-        for position, code in enumerate(row.codes):
-            column, first = columns[code & PLACE_MASK]
-            index = first + (code >> MICROBATCH_SHIFT)
-            if column[index] >= 0:
-                why = f"{row[position]} stands twice, first at position {column[index]}"
-                raise _broken(rows, 3, why, (rank, position))
-            column[index] = position
-    return _Found(rows, holder, num_microbatches, positions)
+    cells: Cells = {}
+    for rank, actions in enumerate(order):
+        for position, action in enumerate(actions):
+            if action in cells:
+                why = f"{action} stands twice, first at position {cells[action][1]}"
+                raise _broken(order, 3, why, (rank, position))
+            cells[action] = rank, position
+    return cells
 
 
-def _check_each_backward(found: _Found) -> None:
+def _check_each_backward(
+    order: Order, cells: Cells, holder: dict[int, int], num_microbatches: int
+) -> None:
     """Rules 3 and 4: each microbatch of each stage has F before B, or F before I before W."""
-    for index, (forward, full, inputs, weights) in enumerate(zip(*found.positions, strict=True)):
-        whole = inputs == weights == -1 < forward < full
-        split = full == -1 < forward < inputs < weights
-        if not whole and not split:
-            raise _wrong_backward(found, *divmod(index, found.num_microbatches))
+    for stage in sorted(holder):
+        for microbatch in range(num_microbatches):
+            actions = [Action(stage, kind, microbatch) for kind in Kind]
+            at = {action: cells[action][1] for action in actions if action in cells}
+            kinds = [action.kind for action in sorted(at, key=at.__getitem__)]
+            if kinds not in ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W]):
+                raise _wrong_backward(order, at, holder[stage], *actions)
 
 
-def _wrong_backward(found: _Found, stage: int, microbatch: int) -> ScheduleError:
-    """Return what is wrong with the four actions of this stage and microbatch."""
-    index = stage * found.num_microbatches + microbatch
-    actions = [Action(stage, kind, microbatch) for kind in KINDS]
-    at = {action: column[index] for action, column in zip(actions, found.positions, strict=True)}
-    rank = found.holder[stage]
-    present = [action for action in actions if at[action] >= 0]
-    if not present:
-        why = f"{actions[0]} is missing, and so is all of microbatch {microbatch} on stage {stage}"
-        return _broken(found.rows, 3, why)
+def _wrong_backward(  # noqa: PLR0917
+    order: Order,
+    at: dict[Action, int],
+    rank: int,
+    forward: Action,
+    full: Action,
+    inputs: Action,
+    weights: Action,
+) -> ScheduleError:
+    """Return what is wrong with a stage's four actions for a microbatch; `at` has those found."""
+    if not at:
+        why = f"{forward} is missing, and so is all of microbatch {forward.microbatch} on stage "
+        return _broken(order, 3, f"{why}{forward.stage}")
 
-    forward, full, inputs, weights = actions
-    parts = [action for action in (inputs, weights) if action in present]
-    if full in present and parts:
-        one, other = sorted([full, parts[0]], key=lambda action: at[action])
+    parts = [action for action in (inputs, weights) if action in at]
+    if full in at and parts:
+        one, other = sorted([full, parts[0]], key=at.__getitem__)
         why = f"{one} at position {at[one]} already does part of this backward"
-        return _broken(found.rows, 3, why, (rank, at[other]))
+        return _broken(order, 3, why, (rank, at[other]))
 
     lacking = ""
-    if forward not in present:
+    if forward not in at:
         lacking = str(forward)
-    elif full not in present and not parts:
+    elif full not in at and not parts:
         lacking = f"{full} (or {inputs} and {weights})"
-    elif full not in present and len(parts) == 1:
+    elif full not in at and len(parts) == 1:
         lacking = str(weights if inputs in parts else inputs)
     if lacking:
-        return _broken(found.rows, 3, f"{lacking} is missing", (rank, at[present[-1]]))
+        return _broken(order, 3, f"{lacking} is missing", (rank, list(at.values())[-1]))
 
-    before, after = next(pair for pair in pairwise(present) if at[pair[0]] > at[pair[1]])
+    before, after = next(pair for pair in pairwise(at) if at[pair[0]] > at[pair[1]])
     why = f"{after} stands before {before} (position {at[before]})"
-    return _broken(found.rows, 4, why, (rank, at[after]))
+    return _broken(order, 4, why, (rank, at[after]))
 
 
-def _check_accumulation(found: _Found) -> None:
-    _, full, _, weights = found.positions
-    for stage, rank in found.holder.items():
-        first = stage * found.num_microbatches
-        here = slice(first, first + found.num_microbatches)
-        adds = list(map(max, full[here], weights[here]))  # B or W: the other one is at -1
-        if not all(map(lt, adds, adds[1:])):
-            one, two = next(pair for pair in pairwise(adds) if pair[0] > pair[1])
-            row = found.rows[rank]
-            why = f"{row[one]} stands after {row[two]}: weight gradients add up in microbatch order"
-            raise _broken(found.rows, 5, why, (rank, one))
+def _check_accumulation(order: Order, cells: Cells, num_stages: int, num_microbatches: int) -> None:
+    for stage in range(num_stages):
+        adds = [
+            cells.get(Action(stage, Kind.B, microbatch)) or cells[Action(stage, Kind.W, microbatch)]
+            for microbatch in range(num_microbatches)
+        ]
+        for (rank, one), (_, two) in pairwise(adds):
+            if one > two:
+                row = order[rank]
+                why = f"{row[one]} stands after {row[two]}: weight gradients add up in microbatch "
+                raise _broken(order, 5, f"{why}order", (rank, one))
 
 
-def _check_no_cycle(found: _Found) -> None:
-    rows, num_stages = found.rows, len(found.holder)
-    ended = [
-        len(ends) for ends in dry_run(rows, num_stages, dict.fromkeys(KINDS, [0] * num_stages)).ends
-    ]
-    stuck = [rank for rank, row in enumerate(rows) if ended[rank] < len(row)]
+def _check_no_cycle(order: Order, cells: Cells, num_stages: int) -> None:
+    free = dict.fromkeys(Kind, [0] * num_stages)
+    ended = [len(row) for row in dry_run(order, num_stages, free)]
+    stuck = [rank for rank, actions in enumerate(order) if ended[rank] < len(actions)]
     if not stuck:
         return
     # Every stuck rank waits for an action that stands later on a stuck rank. So walking from any
@@ -206,17 +169,22 @@ def _check_no_cycle(found: _Found) -> None:
     walk: dict[int, str] = {}
     rank = stuck[0]
     while rank not in walk:
-        action = rows[rank][ended[rank]]
-        cells = map(found.cell_of_result, dependencies(action, num_stages))
-        holder, place = next(cell for cell in cells if cell[1] >= ended[cell[0]])
-        missing = rows[holder][place]
-        walk[rank] = (
-            f"rank {rank} at {action} waits for {missing}, on rank {holder} at position {place}"
+        action = order[rank][ended[rank]]
+        needed = (
+            cells.get(need._replace(kind=Kind.B), cells.get(need))
+            if need.kind is Kind.I
+            else cells[need]
+            for need in dependencies(action, num_stages)
         )
-        rank = holder
+        other, position = next(cell for cell in needed if cell and cell[1] >= ended[cell[0]])
+        walk[rank] = (
+            f"rank {rank} at {action} waits for {order[other][position]}, "
+            f"on rank {other} at position {position}"
+        )
+        rank = other
     cycle = list(walk)[list(walk).index(rank) :]
     why = "the ranks wait for each other: " + "; ".join(walk[rank] for rank in cycle)
-    raise _broken(rows, 6, why, *((rank, ended[rank]) for rank in cycle))
+    raise _broken(order, 6, why, *((rank, ended[rank]) for rank in cycle))
 
 
 def _broken(order: Order, rule: int, why: str, *cells: Cell) -> ScheduleError:

@@ -22,7 +22,6 @@ from functools import partial
 
 from barepp.errors import ScheduleError
 from barepp.program.actions import Action, Order
-from barepp.program.packed import PackedActions
 from barepp.program.validation import check_sizes, validate
 from barepp.schedules.gpipe import gpipe_order
 from barepp.schedules.interleaved_1f1b import interleaved_1f1b_order
@@ -91,7 +90,7 @@ def make_schedule(
         ranks = num_ranks
     if ranks < 1:
         raise ScheduleError(f"a pipeline needs at least 1 rank, not {ranks}")
-    order = [PackedActions(row) for row in function(num_stages, num_microbatches, ranks)]
+    order = [list(row) for row in function(num_stages, num_microbatches, ranks)]
     return Schedule(name, num_stages, ranks, num_microbatches, order)
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from barepp.errors import DataError, ScheduleError, UsageError
 from barepp.plan.chart_layout import Arrow, Interval
 from barepp.plan.simulate import Costs, simulate
-from barepp.plan.timeline import Span, Timeline
+from barepp.plan.timeline import Timeline
 from barepp.program.actions import Kind
+from barepp.program.dry_run import Span
 from barepp.schedules import Schedule
 from barepp.trace.chrome_format import ActionSpan, RankTrace, Trace, messages
 from barepp.trace.recorder import ACTIVATIONS, AWAITED, GRADIENTS

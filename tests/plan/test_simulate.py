@@ -11,9 +11,10 @@ from orders import BY_HAND, INTERLEAVED, LOOP, SPLIT
 from barepp.errors import ScheduleError, UsageError
 from barepp.plan.simulate import Costs, simulate
 from barepp.plan.text_chart import draw
-from barepp.plan.timeline import Span, Timeline
+from barepp.plan.timeline import Timeline
 from barepp.program.actions import Action, Kind, Order, parse_order
 from barepp.program.dependencies import dependencies, result_name
+from barepp.program.dry_run import Span
 from barepp.schedules import make_schedule, schedule_names
 
 STAGES = range(1, 9)
@@ -251,7 +252,7 @@ def test_the_simulator_agrees_with_a_slow_one(seed: int) -> None:
         return start + cost[action.kind][action.stage]
 
     for row in simulate(order, stages, costs).spans:
-        assert [span.end for span in row] == [end(action) for action in row.actions]
+        assert [span.end for span in row] == [end(span.action) for span in row]
 
 
 def test_times_that_do_not_fit_in_64_bits_are_still_exact() -> None:

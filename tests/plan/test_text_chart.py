@@ -11,8 +11,9 @@ from traces import made
 from barepp.plan.colours import COLOUR, Style, painted, shade, wants_colours
 from barepp.plan.simulate import Costs, simulate
 from barepp.plan.text_chart import draw, draw_to_scale, nice_step
-from barepp.plan.timeline import Span, Timeline
+from barepp.plan.timeline import Timeline
 from barepp.program.actions import Kind
+from barepp.program.dry_run import Span
 from barepp.schedules import make_schedule
 from barepp.trace.analysis import measured
 
