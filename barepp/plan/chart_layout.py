@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from barepp.errors import UsageError
 from barepp.plan.colours import Style, shade
-from barepp.plan.timeline import Timeline, stage_places
+from barepp.plan.timeline import Timeline, stage_places, time_in
 from barepp.program.actions import Action, Kind
 
 MOST_BARS: Final = 50_000  # more would be minutes of work for a grey area
@@ -104,9 +104,7 @@ def panel(
                 colour = shade(Style(action.kind, places[action.stage]), len(places))
                 label = label_that_fits(action, fits, with_stage=naming)
                 bars.append(Bar(rank, start, stop, action, colour, label))
-        bubbles.append(
-            1 - float(sum(span.end - span.start for span in row)) / makespan if makespan else 0.0
-        )
+        bubbles.append(1 - float(time_in(row)) / makespan if makespan else 0.0)
     found = {bar.action.kind for bar in bars}
     kinds = [kind for kind in Kind if kind in found]
     return Panel(

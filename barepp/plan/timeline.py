@@ -23,7 +23,7 @@ class Timeline:
     @property
     def busy(self) -> Number:
         """The time that all ranks together spent in spans."""
-        return sum(span.end - span.start for row in self.spans for span in row)
+        return sum(map(time_in, self.spans))
 
     @property
     def bubble(self) -> float:
@@ -63,6 +63,11 @@ def _peak(row: Iterable[Span], weights: Sequence[int] | None = None) -> int:
         _KEEPS[kind] * (1 if weights is None else weights[stage]) for (stage, kind, _), _, _ in row
     )
     return max(accumulate(kept), default=0)
+
+
+def time_in(row: Iterable[Span]) -> Number:
+    """Return how long a rank was busy."""
+    return sum(span.end - span.start for span in row)
 
 
 def stage_places(row: Iterable[Span]) -> dict[int, int]:

@@ -61,7 +61,7 @@ def test_what_was_neither_computing_nor_waiting_stays_blank():
 def test_a_rank_that_does_nothing_is_idle_all_the_time():
     order = make_schedule("gpipe", 2, 2).order
     timeline = simulate(order, 2, Costs())
-    timeline.spans[1] = type(timeline.spans[1]).of([])
+    timeline.spans[1] = []
     assert Idle(1, 0.0, float(timeline.makespan)) in panel(timeline, "", "").idle
 
 

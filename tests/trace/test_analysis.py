@@ -7,6 +7,7 @@ from traces import MS, every_shape, made
 
 from barepp.errors import DataError, UsageError
 from barepp.plan.simulate import Costs, simulate
+from barepp.plan.timeline import time_in
 from barepp.program.actions import Action
 from barepp.schedules import make_schedule
 from barepp.trace.analysis import (
@@ -52,7 +53,7 @@ def test_the_parts_of_a_step_add_up(shape):
         row = trace.schedule.order[rank]
         assert times.step_ms == expected.makespan
         assert times.actions == len(row)
-        busy = float(expected.spans[rank].busy)
+        busy = float(time_in(expected.spans[rank]))
         assert times.computing_ms + times.sending_ms == pytest.approx(busy)
         assert times.peak_in_flight == expected.peak_in_flight[rank]
         total = times.computing_ms + times.communicating_ms + times.waiting_ms + times.own_ms
