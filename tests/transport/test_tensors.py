@@ -269,3 +269,10 @@ def test_metadata_that_was_read_before_is_refused_with_another_checksum() -> Non
     assert MessageSpec.from_packed(data, crc) is MessageSpec.from_packed(data, crc)
     with pytest.raises(ProtocolError, match="checksum"):
         MessageSpec.from_packed(data, crc ^ 1)
+
+
+def test_a_sign_that_torch_has_only_noted_is_worked_out() -> None:
+    negative = torch._neg_view(torch.ones(3))
+    assert negative.is_neg() and negative.is_contiguous()
+    _, (ready,) = prepare(negative)
+    assert memory(ready).tobytes() == memory(torch.full((3,), -1.0)).tobytes()

@@ -21,8 +21,8 @@ import barepp
 from barepp.launch.job_state import Member
 from barepp.launch.referee import Referee
 from barepp.launch.report import report
-from barepp.worker.failures import failure_of
-from transport.errors import RECORD_TEXT_LIMIT, Failure
+from barepp.worker.failures import exit_code_of, failure_of
+from transport.errors import RECORD_TEXT_LIMIT, Failure, PeerLeft, PeerLost
 from transport.rendezvous.events import Event, EventKind
 from transport.rendezvous.loop import EventLoop
 
@@ -737,3 +737,15 @@ def test_whoever_is_not_known_to_have_been_told_is_not_said_to_have_been() -> No
         "barepp: rank 3 lost its connection to the launcher while waiting at a barrier, and ended",
         "barepp: rank 4 lost its connection to the launcher, and ended",
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(None, 0), (0, 0), (7, 7), (256 + 3, 3), (-1, 255), ("a text", 1)]
+)
+def test_the_exit_code_is_the_one_that_the_kernel_keeps(code: object, expected: int) -> None:
+    assert exit_code_of(SystemExit(code)) == expected
+
+
+@pytest.mark.parametrize("kind", [PeerLost, PeerLeft])
+def test_a_lost_peer_is_a_consequence(kind: type[Exception]) -> None:
+    assert failure_of(1, kind("rank 2 is gone")).cause == "lost"
