@@ -74,14 +74,14 @@ FAULTS = [
     ),
     Fault(
         "barepp/program/validation.py",
-        "split = full == -1 < forward < inputs < weights",
-        "split = full == -1 < forward < inputs and weights >= 0",
+        "if kinds not in ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W]):",
+        "if sorted(kinds) not in ([Kind.B, Kind.F], [Kind.F, Kind.I, Kind.W]):",
         "program/validation",
     ),
     Fault(
         "barepp/program/validation.py",
-        "next(pair for pair in pairwise(adds) if pair[0] > pair[1])",
-        "next(pair for pair in pairwise(adds) if pair[0] < pair[1])",
+        "            if one > two:\n",
+        "            if one > two + 1:\n",
         "program/validation",
     ),
     # -- barepp/schedules ---------------------------------------------------------------------------
