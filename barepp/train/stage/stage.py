@@ -20,7 +20,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from barepp.train.stage.seeding import LayerRandomness
 
 Context = contextlib.AbstractContextManager[object]
 Again = Callable[[], Backward]
+Made = TypeVar("Made")
 
 _NO_TURN: Final = contextlib.nullcontext()
 
@@ -160,17 +161,23 @@ class Stage(ModelPart):
         """
         flight = self._flight(microbatch, "backward")
         del self._in_flight[microbatch]
-        with self._backward_turn(flight, "backward", microbatch):
+
+        def work() -> Sequence[Tensor | None]:
             gradients = self._gradients(flight, gradient)
-            found = self._graphs(flight).full(gradients, lambda: self._weights(flight))
+            return self._graphs(flight).full(gradients, lambda: self._weights(flight))
+
+        found = self._in_turn(flight, "backward", microbatch, work)
         return boundary.gradient_of(flight.input_is_tensor, found)
 
     def backward_inputs(self, microbatch: int, gradient: Gradient = None) -> Gradient:
         """I: as `backward`, but leave the weights' gradients for `backward_weights`."""
         flight = self._flight(microbatch, "input gradients (I)")
-        with self._backward_turn(flight, "input gradients (I)", microbatch):
+
+        def work() -> Sequence[Tensor | None]:
             flight.kept = self._graphs(flight)
-            found = flight.kept.inputs(self._gradients(flight, gradient))
+            return flight.kept.inputs(self._gradients(flight, gradient))
+
+        found = self._in_turn(flight, "input gradients (I)", microbatch, work)
         flight.inputs_done = True
         return boundary.gradient_of(flight.input_is_tensor, found)
 
@@ -183,8 +190,11 @@ class Stage(ModelPart):
                 "input gradients (I); let I come first, and each I have one W"
             )
         del self._in_flight[microbatch]
-        with self._backward_turn(flight, "weight gradients (W)", microbatch):
+
+        def work() -> None:
             self._graphs(flight).weights(self._weights(flight))
+
+        self._in_turn(flight, "weight gradients (W)", microbatch, work)
 
     def evaluate(self, x: Value, *, microbatch: int = 0, step: int = 0) -> Value:
         """Run the layers on `x` without keeping anything; the last stage returns its output."""
@@ -280,12 +290,13 @@ class Stage(ModelPart):
         by_turns = self._compute.autocast is not None and self._compute.lock is not None
         return self._randomness if by_turns or self._layers.traits(step).draws else _NO_TURN
 
-    @contextlib.contextmanager
-    def _backward_turn(self, flight: InFlight, what: str, microbatch: int) -> Iterator[None]:
-        """Have the turn, and add to an error where it happened."""
+    def _in_turn(
+        self, flight: InFlight, what: str, microbatch: int, work: Callable[[], Made]
+    ) -> Made:
+        """Do a part of a backward in this stage's turn, and add to an error where it happened."""
         try:
             with self._turn(flight.step):
-                yield
+                return work()
         except Exception as error:
             add_note(error, f"in stage {self.index}, {what} of microbatch {microbatch}")
             raise
