@@ -35,6 +35,10 @@ REQUEST_FDS: Final = 8  # a request takes five, for a moment; `Job._start` keeps
 
 _borrowing = threading.Lock()  # held while something that all jobs share is replaced
 
+# Held while this process forks: filelock, which torch imports, refuses the fork of a second thread
+# at that time (4.3). Reentrant, for a forked rank that starts a job: its thread seems to hold it.
+_forking = threading.RLock()
+
 
 class ForkServer:
     """Makes and starts the processes of one job; `end` leaves nothing of it behind.
@@ -77,7 +81,8 @@ class ForkServer:
     def start(self, process: BaseProcess) -> None:
         """Start a process that was made with `context`; the first one waits for torch's import."""
         if self._server is None:
-            process.start()
+            with _forking:
+                process.start()
             return
         with _borrowing, private_names.starting_from(self._server):
             _be_sure_of_descriptors()
