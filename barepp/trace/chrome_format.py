@@ -13,22 +13,22 @@ The format is "Trace Event Format" (Duca and Sinclair, the Chromium project), as
     rank 2      ...                                 └────> | 2F0 |
     rank 2 receives                                  | receive |      copies on a GPU, if any
 
-All times are on rank 0's clock. Besides the names, `args` say everything as data, and `otherData`
-what the trace is of: the schedule, its sizes, its order.
+All times are on rank 0's clock. `otherData` holds the trace as it was recorded, in nanoseconds, for
+`barepp.timeline`: the schedule, its sizes, its order, and each rank's spans.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from barepp.program.actions import Action, Kind, order_text
 from barepp.program.dependencies import dependencies, result_name
 from barepp.schedules import Schedule
 
-FORMAT: Final = "barepp trace 1"
+FORMAT: Final = "barepp trace 2"
 COPY: Final = "copy"
 DIRECTIONS: Final = ("send", "receive")
 _PID: Final = 0  # one process for the viewer, so that the ranks stand one below the other
@@ -86,6 +86,54 @@ class RankTrace:
     peak_memory_nbytes: int = 0
     copies: list[CopySpan] = dataclasses.field(default_factory=list)
 
+    def shifted(self, at: Callable[[int], int]) -> RankTrace:
+        """Return the same with every time as another clock shows it."""
+        return RankTrace(
+            [StepSpan(number, at(start), at(end)) for number, start, end in self.steps],
+            [ActionSpan._make([*span[:4], *map(at, span[4:])]) for span in self.actions],
+            [NoteSpan._make([*note[:3], at(note.start), at(note.end)]) for note in self.notes],
+            self.peak_memory_nbytes,
+            [CopySpan._make([*copy[:2], at(copy.start), at(copy.end)]) for copy in self.copies],
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what JSON can carry."""
+        actions = [(span.step, str(span.action), *span[2:]) for span in self.actions]
+        return {**vars(self), "actions": actions}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RankTrace:
+        """Read a record back; LookupError, TypeError or ValueError: it is not one."""
+        return cls(
+            [StepSpan._make(map(_whole, row)) for row in record["steps"]],
+            [
+                ActionSpan._make(
+                    [_whole(step), Action.parse(text), _or_none(source), _or_none(to)]
+                    + [_whole(time) for time in times]
+                )
+                for step, text, source, to, *times in record["actions"]
+            ],
+            [
+                NoteSpan(_or_none(step), str(name), _or_none(peer), _whole(start), _whole(end))
+                for step, name, peer, start, end in record["notes"]
+            ],
+            _whole(record["peak_memory_nbytes"]),
+            [
+                CopySpan(str(way), _whole(nbytes), _whole(start), _whole(end))
+                for way, nbytes, start, end in record["copies"]
+            ],
+        )
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is not a whole number")
+    return value
+
+
+def _or_none(value: object) -> int | None:
+    return None if value is None else _whole(value)
+
 
 @dataclasses.dataclass
 class Trace:
@@ -119,9 +167,8 @@ def to_events(trace: Trace) -> dict[str, Any]:
         "ranks": trace.schedule.num_ranks,
         "microbatches": trace.schedule.num_microbatches,
         "order": order_text(trace.schedule.order),
-        "peak_memory_nbytes": [rank.peak_memory_nbytes for rank in trace.ranks],
         "clock_error_ns": trace.clock_error_ns,
-        "origin_ns": origin,
+        "recorded": [rank.to_record() for rank in trace.ranks],
     }
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 

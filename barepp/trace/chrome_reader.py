@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from barepp.errors import DataError
-from barepp.program.actions import Action, Kind
+from barepp.program.actions import Action
 from barepp.schedules import Schedule
-from barepp.trace.chrome_format import (
-    COPY,
-    FORMAT,
-    KIND_NAMES,
-    ActionSpan,
-    CopySpan,
-    NoteSpan,
-    RankTrace,
-    StepSpan,
-    Trace,
-)
+from barepp.trace.chrome_format import FORMAT, RankTrace, Trace
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -40,95 +30,38 @@ def read_trace(path: str | Path) -> Trace:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON, or was cut off: {error}") from error
     about = data.get("otherData") if isinstance(data, dict) else None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    written_as = about.get("format") if isinstance(about, dict) else None
+    if str(written_as).startswith("barepp trace ") and written_as != FORMAT:
+        raise DataError(f"{path} is a {written_as}, this barepp reads {FORMAT}: write it again")
+    if not isinstance(about, dict) or written_as != FORMAT:
         raise DataError(
             f"{path} is JSON, but not a trace of barepp's: write one with a demo's --trace PATH, "
             "or with barepp.write_trace"
         )
     try:
-        return _from_events(data["traceEvents"], about)
+        return _trace_of(about)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{path} is a trace of barepp's, but damaged: {what}") from error
 
 
-def _from_events(events: list[Mapping[str, Any]], about: Mapping[str, Any]) -> Trace:
+def _trace_of(about: Mapping[str, Any]) -> Trace:
     order = [[Action.parse(text) for text in row] for row in about["order"]]
     name, stages, microbatches = about["schedule"], about["stages"], about["microbatches"]
     schedule = Schedule(str(name), int(stages), int(about["ranks"]), int(microbatches), order)
     errors = [int(error) for error in about["clock_error_ns"]]
-    ranks = [RankTrace([], [], [], int(peak)) for peak in about["peak_memory_nbytes"]]
+    ranks = [RankTrace.from_record(record) for record in about["recorded"]]
     if not len(ranks) == len(errors) == schedule.num_ranks:
         raise ValueError(f"{schedule.num_ranks} ranks, but facts about {len(ranks)}")
-    trace = Trace(schedule, ranks, errors)
-    spans = [_read_span(event, int(about["origin_ns"])) for event in events if event["ph"] == "X"]
-    asked = {(s.tid, *s.key): s.start for s in spans if s.cat == "wait"}
-    sent = {(s.tid, *s.key): (int(s.args["to"]), s.end) for s in spans if s.cat == "send"}
-    for span in spans:
-        if span.cat == COPY:  # in a row of its own
-            copy = CopySpan(str(span.args["direction"]), int(span.args["nbytes"]), *span.times)
-            ranks[int(span.args["rank"])].copies.append(copy)
-            continue
-        rank = ranks[span.tid]
-        if span.cat == "step":
-            rank.steps.append(StepSpan(int(span.args["step"]), span.start, span.end))
-        elif span.cat == "note":
-            step, peer = _whole_or_none(span.args, "step"), _whole_or_none(span.args, "peer")
-            rank.notes.append(NoteSpan(step, span.name, peer, span.start, span.end))
-        elif span.cat in KIND_NAMES:
-            place = (span.tid, *span.key)
-            rank.actions.append(_read_action(span, asked.get(place), sent.get(place), stages))
-    return trace
-
-
-class _Span(NamedTuple):
-    """A span of the file, its times in nanoseconds."""
-
-    name: str
-    cat: str
-    tid: int
-    start: int
-    end: int
-    arrived: int
-    args: Mapping[str, Any]
-
-    @property
-    def times(self) -> tuple[int, int]:
-        """From when to when."""
-        return self.start, self.end
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """The step and the action that it belongs to."""
-        return int(self.args["step"]), str(self.args.get("action", self.name))
-
-
-def _read_span(event: Mapping[str, Any], origin: int) -> _Span:
-    args = event["args"]
-    start, took = _nanoseconds(event["ts"]) + origin, _nanoseconds(event["dur"])
-    arrived = _nanoseconds(args["arrived"]) + origin if "arrived" in args else start
-    name, cat, tid = str(event["name"]), str(event["cat"]), int(event["tid"])
-    if took < 0 or tid < 0:
-        raise ValueError(f"the span {name!r} of row {tid} lasts {took} ns")
-    return _Span(name, cat, tid, start, start + took, arrived, args)
-
-
-def _read_action(
-    span: _Span, asked: int | None, sent: tuple[int, int] | None, num_stages: int
-) -> ActionSpan:
-    action = Action(int(span.args["stage"]), Kind(span.cat), int(span.args["microbatch"]))
-    if not 0 <= action.stage < num_stages:
-        raise ValueError(f"{action} is of a stage that there is not")
-    to, gave = sent or (None, span.end)
-    asked = span.start if asked is None else asked
-    step, source = int(span.args["step"]), _whole_or_none(span.args, "source")
-    times = (asked, span.arrived, span.start, span.end, gave)
-    return ActionSpan(step, action, source, to, *times)
-
-
-def _whole_or_none(args: Mapping[str, Any], name: str) -> int | None:
-    return None if args.get(name) is None else int(args[name])
-
-
-def _nanoseconds(microseconds: float) -> int:
-    return round(microseconds * 1e3)
+    for rank in ranks:
+        for span in rank.actions:
+            if not 0 <= span.action.stage < schedule.num_stages:
+                raise ValueError(f"{span.action} is of a stage that there is not")
+        times = [(s.start, s.end) for s in rank.steps] + [(n.start, n.end) for n in rank.notes]
+        for start, end in times + [(copy.start, copy.end) for copy in rank.copies]:
+            if end < start:
+                raise ValueError(f"a span lasts {end - start} ns")
+        for span in rank.actions:
+            if not span.asked <= span.start <= span.end <= span.gave:
+                raise ValueError(f"the times of {span.action} are not in order")
+    return Trace(schedule, ranks, errors)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from barepp.errors import UsageError
-from barepp.program.actions import Action, Kind
 from barepp.trace.chrome_format import (
     ActionSpan,
     CopySpan,
@@ -94,56 +93,37 @@ def write_trace(world: World, recorder: Recorder, path: str | Path) -> None:
     Path(path).write_text(json.dumps(to_events(trace), separators=(",", ":")))
 
 
+def recorded(recorder: Recorder, peak_memory_nbytes: int = 0) -> RankTrace:
+    """Return what a rank has recorded so far, on the recorder's clock."""
+    trace = RankTrace([], [], [], peak_memory_nbytes)
+    for step in recorder.traced:
+        trace.steps.append(StepSpan(step.number, step.start, step.end))
+        trace.notes += [NoteSpan(step.number, *note) for note in step.notes]
+        for (action, source, to), arrived, (asked, started, ended, gave) in zip(
+            step.program, step.arrivals, step.times, strict=True
+        ):
+            came = (asked, arrived or asked) if source is not None else (started, started)
+            span = (*came, started, ended, gave if to is not None else ended)
+            trace.actions.append(ActionSpan(step.number, action, source, to, *span))
+    trace.notes += [NoteSpan(None, *note) for note in recorder.outside]
+    trace.copies += [CopySpan(*copy) for copy in recorder.copies]
+    return trace
+
+
 def _packed(world: World, recorder: Recorder) -> torch.Tensor:
     """Return what this rank has recorded as JSON in UTF-8; times on its host's clock."""
-    readings = recorder.device_readings
-
-    def at(*times: int) -> list[int]:
-        return [on_rank_0s_clock(one, readings) for one in times] if readings else list(times)
-
-    record = {
-        "steps": [(step.number, *at(step.start, step.end)) for step in recorder.traced],
-        "actions": [
-            (
-                step.number, *action, source, to, *at(asked, arrived or asked, started, ended, gave)
-            )
-            for step in recorder.traced
-            for (action, source, to), arrived, (asked, started, ended, gave) in zip(
-                step.program, step.arrivals, step.times, strict=True
-            )
-        ],
-        "notes": [
-            (number, name, peer, *at(start, end))
-            for number, notes in (
-                *((step.number, step.notes) for step in recorder.traced), (None, recorder.outside)
-            )
-            for name, peer, start, end in notes
-        ],
-        "copies": [(direction, n, *at(start, end)) for direction, n, start, end in recorder.copies],
-        "device_error_ns": max((reading.error for reading in readings), default=0),
-        "peak_memory_nbytes": peak_memory_nbytes(world.device),
-    }  # fmt: skip
-    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    trace, readings = recorded(recorder, peak_memory_nbytes(world.device)), recorder.device_readings
+    if readings:
+        trace = trace.shifted(lambda time_ns: on_rank_0s_clock(time_ns, readings))
+    error_ns = max((reading.error for reading in readings), default=0)
+    text = json.dumps({**trace.to_record(), "device_error_ns": error_ns})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def _unpacked(message: torch.Tensor, readings: list[Reading]) -> tuple[RankTrace, int]:
     """Undo `_packed`, and put the times on rank 0's clock; also say how wrong the device's are."""
     record: dict[str, Any] = json.loads(copied_bytes(message))
-
-    def at(time_ns: int) -> int:
-        return on_rank_0s_clock(time_ns, readings)
-
-    trace = RankTrace(
-        [StepSpan(number, at(start), at(end)) for number, start, end in record["steps"]],
-        [
-            ActionSpan(step, Action(stage, Kind(kind), microbatch), source, to, *map(at, times))
-            for step, stage, kind, microbatch, source, to, *times in record["actions"]
-        ],
-        [
-            NoteSpan(step, name, peer, at(start), at(end))
-            for step, name, peer, start, end in record["notes"]
-        ],
-        record["peak_memory_nbytes"],
-        [CopySpan(way, nbytes, at(start), at(end)) for way, nbytes, start, end in record["copies"]],
-    )
+    trace = RankTrace.from_record(record)
+    if any(reading.ahead for reading in readings):
+        trace = trace.shifted(lambda time_ns: on_rank_0s_clock(time_ns, readings))
     return trace, int(record["device_error_ns"])

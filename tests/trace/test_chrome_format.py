@@ -68,10 +68,11 @@ def spoil(key, value):
     return lambda data: data["otherData"].__setitem__(key, value)
 
 
-def spoil_first(cat, **changes):
+def spoil_first(what, place, value):
     def change(data):
-        event = next(e for e in data["traceEvents"] if e.get("cat") == cat)
-        event |= changes
+        row = list(data["otherData"]["recorded"][0][what][0])
+        row[place] = value
+        data["otherData"]["recorded"][0][what][0] = row
 
     return change
 
@@ -86,28 +87,26 @@ WRONG = {
     "deep": (b"[" * 100_000, "is not JSON, or was cut off"),
     "list": (b"[]", "not a trace of barepp's"),
     "another program's": (b'{"traceEvents": [], "otherData": {"version": "1"}}', "not a trace of"),
-    "no events": (damaged(lambda data: data.pop("traceEvents")), "damaged: KeyError"),
+    "older": (damaged(spoil("format", "barepp trace 1")), "is a barepp trace 1, this barepp reads"),
+    "no spans": (damaged(lambda data: data["otherData"].pop("recorded")), "damaged: KeyError"),
     "no order": (damaged(lambda data: data["otherData"].pop("order")), "damaged: KeyError"),
     "invalid order": (damaged(spoil("order", [["0B0"], []])), "damaged: ScheduleError"),
     "too many ranks": (damaged(spoil("clock_error_ns", [0, 0, 0])), "damaged: ValueError"),
-    "row of no rank": (damaged(spoil_first("F", tid=9)), "damaged: IndexError"),
-    "row below 0": (damaged(spoil_first("F", tid=-1)), "damaged: ValueError"),
-    "no time": (damaged(spoil_first("F", ts=None)), "damaged: TypeError"),
-    "not a number": (damaged(spoil_first("F", ts=float("nan"))), "damaged: ValueError"),
-    "endless": (damaged(spoil_first("F", dur=float("inf"))), "damaged: OverflowError"),
-    "backwards": (damaged(spoil_first("F", dur=-1)), "damaged: ValueError"),
-    "a list for a rank": (
-        damaged(spoil_first("F", args={"step": 0, "stage": 0, "microbatch": 0, "source": []})),
+    "too few": (damaged(spoil("recorded", [])), "damaged: ValueError"),
+    "no time": (damaged(spoil_first("actions", 6, None)), "damaged: TypeError"),
+    "not a number": (damaged(spoil_first("actions", 6, float("nan"))), "damaged: TypeError"),
+    "a fraction": (damaged(spoil_first("steps", 1, 0.5)), "damaged: TypeError"),
+    "backwards": (damaged(spoil_first("actions", 7, 0)), "damaged: ValueError"),
+    "a step backwards": (damaged(spoil_first("steps", 2, 0)), "damaged: ValueError"),
+    "a list for a rank": (damaged(spoil_first("actions", 2, [])), "damaged: TypeError"),
+    "a list for a step": (damaged(spoil_first("notes", 0, [])), "damaged: TypeError"),
+    "a word for a rank": (damaged(spoil_first("notes", 2, "one")), "damaged: TypeError"),
+    "a word for a row": (damaged(spoil("recorded", ["one", "two"])), "damaged: TypeError"),
+    "no such stage": (damaged(spoil_first("actions", 1, "5F0")), "damaged: ValueError"),
+    "no action": (damaged(spoil_first("actions", 1, "F0")), "damaged: ScheduleError"),
+    "a time less": (
+        damaged(lambda data: data["otherData"]["recorded"][0].update(steps=[[0, 1]])),
         "damaged: TypeError",
-    ),
-    "a list for a step": (damaged(spoil_first("note", args={"step": []})), "damaged: TypeError"),
-    "a word for a rank": (
-        damaged(spoil_first("note", args={"peer": "one"})),
-        "damaged: ValueError",
-    ),
-    "no such stage": (
-        damaged(spoil_first("F", args={"step": 0, "stage": 5, "microbatch": 0})),
-        "damaged: ValueError",
     ),
 }
 
