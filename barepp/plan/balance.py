@@ -4,17 +4,17 @@
     uniform     1  1  1 |1  1  1 |8  1  1       the slowest of three stages takes 10
     balanced    1  1  1  1  1  1 |8 |1  1       8
 
-1. Of all partitions those whose slowest stage is fastest; of these the one whose stages are most
-   even: the least sum of their squared times. Both are exact, by dynamic programming: the best way
-   to cut n layers into k stages ends with some last stage, and before that comes the best way to
-   cut the layers that are left into k - 1.
-2. A rank that holds several stages is as slow as their sum, and which stages those are is up to the
-   schedule. There, what comes of rule 1 (or the uniform partition, if the schedule ends earlier
-   with it) is a start: one stage gets a layer more and another one less, as long as the schedule
-   then ends earlier in simulation. That is never worse than the start; nothing proves it best.
-3. Under a memory limit only partitions count with which every rank keeps to it (layer_costs.py says
-   what a rank needs). Of several stages on a rank each starts with an equal share of the limit; if
-   nothing keeps to that, the start is the partition whose largest stage needs least.
+1. The slowest stage is as fast as possible. Among the partitions with that slowest stage, the
+   sum of the squared stage times is the least, so the stages are the most even. Dynamic programming
+   finds both exactly: the best cut of n layers into k stages is some last stage, after the best cut
+   of the layers before it into k - 1.
+2. A rank that holds several stages is as slow as their sum, and the schedule decides which stages
+   it holds. There the search starts from rule 1's partition, or from the uniform one if the
+   schedule ends earlier with it. It moves one layer from a stage to another as long as the
+   simulated schedule ends earlier. The result is never worse than the start, but not proven best.
+3. A memory limit excludes every partition with which some rank needs more (layer_costs.py says
+   what a rank needs). If a rank holds several stages, each stage first gets an equal share of it;
+   if no partition fits, the search starts from the partition whose largest stage needs least.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def partition(
 ) -> list[range]:
     """Return the range of layers of each stage; together they hold every layer exactly once.
 
-    `how` is "uniform", or the number of layers of each stage. (What is "balanced" depends on more
-    than their number: balance.py.)
+    `how` is "uniform", or the number of layers of each stage. (A "balanced" partition depends on
+    what the layers cost: balance.py.)
     """
     check_counts(num_layers, num_stages)
     if isinstance(how, str):

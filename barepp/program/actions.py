@@ -1,4 +1,8 @@
-"""What a rank does at one moment, and its text form: "2B1" is stage 2, B, microbatch 1."""
+"""What a rank does at one moment, and its text form: "2B1" is stage 2, B, microbatch 1.
+
+rank 0    0F0  0F1  0B0  0B1      an order: a list of actions a rank, first to last
+rank 1    1F0  1B0  1F1  1B1      (two stages, two microbatches, the schedule 1F1B)
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,8 +15,8 @@ from barepp.errors import ScheduleError
 class Kind(str, Enum):
     """The four kinds of computation; I and W together do what one B does.
 
-    Why split a backward at all? The stage before waits only for the input gradient (I); the weight
-    gradient (W) is awaited by nobody until the optimizer runs, so it can fill a bubble
+    Why split a backward at all? The stage before waits only for the input gradient (I). Only the
+    optimizer needs the weight gradient (W), so W can run later and fill a bubble
     (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", arXiv 2401.10241 §2; their B is our I).
     """
 

@@ -1,4 +1,4 @@
-"""Turns an order into a program: beside each action, whom it receives from and whom it sends to.
+"""Turns an order into a program: each action with the rank it receives from and sends to.
 
 Why a tag on every message? A rank may receive from one peer for several stages, microbatches and
 directions, and the two sides need not work in the same order. A receive therefore names
