@@ -41,8 +41,13 @@ def test_every_link_leads_somewhere(document):
     path = ROOT / document
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())
     assert links
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for link in links:
-        assert (path.parent / link).exists(), link
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
 
 
 def test_pyproject_claims_no_version_that_has_not_run():
