@@ -33,6 +33,7 @@ You can now say: GPipe fills the pipeline with all m microbatches: the bubble sh
 import barepp
 import digits
 import training
+from follower import Follower
 
 import torch
 from torch.nn import functional
@@ -56,7 +57,7 @@ def train(world: barepp.World, flags: training.Flags) -> training.Results:
     optimizer = torch.optim.Adam(pipe.parameters(), lr=flags.lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / flags.steps)
     scaler = barepp.LossScaler(pipe, enabled=flags.autocast == "fp16")  # for --autocast fp16 only
-    follower = training.Follower(world, pipe, flags)
+    follower = Follower(world, pipe, flags)
     for step in range(flags.steps):
         images, labels = digits.batch(training_set, step, flags.batch, flags.seed)
         pipe.zero_grad()

@@ -28,6 +28,7 @@ from barepp.launch.referee import Hooks, Referee
 from barepp.launch.status_server import StatusServer
 from barepp.monitor.stacks import StackPipe, process_state, take_stacks
 from barepp.worker.devices import check_forking
+from barepp.worker.entry import be_rank
 from barepp.worker.spec import (
     Assignment,
     Call,
@@ -36,7 +37,6 @@ from barepp.worker.spec import (
     PickledCall,
     Pipes,
     Task,
-    be_rank,
 )
 from transport.errors import Failure
 from transport.rendezvous.client import BEAT_S

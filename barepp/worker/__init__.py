@@ -4,7 +4,8 @@ In reading order:
 
     world.py          what a rank knows of its job, and its messages
     init.py           `barepp.init()`: how this process gets into its world
-    spec.py           what the launcher tells a rank: membership, task, options; its first function
+    spec.py           what the launcher tells a rank: membership, task, options
+    entry.py          the first function of a rank's process
     main.py           the process, from its first line to its end
     process_state.py  the one piece of process state: which world this process belongs to
     failures.py       makes a failure record of an exception

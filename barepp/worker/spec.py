@@ -129,13 +129,6 @@ class Pipes:
     stacks: Connection
 
 
-def be_rank(assignment: Assignment, pipes: Pipes) -> None:
-    """Be a rank: the target that multiprocessing is given, as a process's first function."""
-    from barepp.worker.main import main  # imports torch, which the fork server has done already
-
-    main(assignment, pipes)
-
-
 LENGTH: Final = struct.Struct("<Q")  # stands before a pickled result
 CUT_OFF: Final = (1 << 64) - 1  # stands there when the text is what the rank was about instead
 MAX_SECONDS: Final = 1e6  # eleven days; the operating system takes no timeout that is much longer
