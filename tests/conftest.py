@@ -131,6 +131,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import far
 
         config.add_cleanup(far.arrange(delay_s).close)
+    # xdist tells its workers how wide the controller's terminal is; what we draw would heed it.
+    os.environ.pop("COLUMNS", None)
     # `nohup` and shells' background jobs ignore these; a test's launcher would inherit that, and
     # rightly ignore what the test sends it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
