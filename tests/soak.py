@@ -35,6 +35,7 @@ BLOCKS = 200  # Python's caches; an object that is kept each step is more, in a 
 SCRIPT = """
     import barepp, gc, json, os, psutil, sys, torch
     from barepp.trace.recorder import Recorder
+    from transport.message import tensors
     STEPS, EVERY = {steps}, {every}
     def look(step, process):
         with process.oneshot():
@@ -60,6 +61,7 @@ SCRIPT = """
                 world.barrier()
                 if STEPS < 4000:  # it keeps the last thousand steps, so it grows until then
                     pipe.recorder = Recorder()
+                tensors._view.cache_clear()  # bounded; how fast it fills, the allocator decides
                 gc.collect()
                 print(json.dumps(dict(look(step, myself), blocks=sys.getallocatedblocks())))
                 if world.rank == 0:

@@ -51,9 +51,9 @@ def test_reading_is_fast() -> None:
     digits.load()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # of this process: other programs do not count
         digits.load()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.15
 
 
