@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final
 
 from barepp.monitor.terminal import Screen, new_screen
@@ -106,12 +105,7 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._finish_by = time.monotonic() + FLUSH_TIMEOUT_S
         self._wake()
         self._thread.join(FLUSH_TIMEOUT_S + 0.5)
@@ -153,6 +147,11 @@ class Output:
             data = os.read(source.fd, READ_NBYTES)
         except BlockingIOError:
             return False
+        self._take(source, data)
+        return bool(data)
+
+    def _take(self, source: _Source, data: bytes) -> None:
+        """Show and log what a rank has printed; nothing is the end of its pipe, which is closed."""
         self._log(source.rank, data)
         *lines, source.partial = (source.partial + data).split(b"\n")
         if source.partial and (not data or len(source.partial) > MAX_LINE_NBYTES):
@@ -163,16 +162,11 @@ class Output:
         if not data:
             self._selector.unregister(source.fd)
             os.close(source.fd)
-        return bool(data)
 
     def _close_sources(self) -> None:
         for key in list(self._selector.get_map().values()):
-            source = key.data
-            if source is not None:
-                if source.partial:
-                    self._show(source.target, source.prefix + source.partial + b"\n")
-                self._selector.unregister(source.fd)
-                os.close(source.fd)
+            if key.data is not None:
+                self._take(key.data, b"")
 
     def _draw(self) -> None:
         if self._picture is None:

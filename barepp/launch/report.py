@@ -24,7 +24,9 @@ def tell(outcome: Outcome, output: Output) -> None:
 
 def report(failure: Failure, ranks: Sequence[Member]) -> str:
     """Return the report of a failed job, several lines."""
-    same = [rank.rank for rank in ranks if _same_failure(rank.reported, failure)]
+    what = failure.cause, failure.message
+    told = [(rank.rank, rank.reported) for rank in ranks if rank.reported is not None]
+    same = [rank for rank, reported in told if (reported.cause, reported.message) == what]
     who = rank_names(same if len(same) > 1 else [failure.rank]) if failure.rank >= 0 else "the job"
     doing = f" while {failure.doing}" if failure.doing and len(same) < 2 else ""
     lines = [f"barepp: {who} failed{doing}: {failure.message}"]
@@ -46,14 +48,6 @@ def rank_names(ranks: Sequence[int]) -> str:
     if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]}-{ranks[-1]}"
     return "ranks " + ", ".join(map(str, ranks))
-
-
-def _same_failure(reported: Failure | None, failure: Failure) -> bool:
-    return (
-        reported is not None
-        and reported.cause == failure.cause
-        and reported.message == failure.message
-    )
 
 
 def _fate(rank: Member) -> str:

@@ -144,11 +144,7 @@ def _listen(
 
 
 def _beat(control: ControlClient, world: World) -> None:
-    def state() -> dict[str, object] | None:
-        beat = world.beat()
-        return None if beat is None else beat.to_record()
-
-    control.beat_with(state)
+    control.beat_with(lambda: None if (beat := world.beat()) is None else beat.to_record())
 
 
 def launched() -> bool:

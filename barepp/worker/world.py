@@ -11,11 +11,11 @@ How a process gets into its world is in worker/init.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -65,6 +65,7 @@ class World:
         steps, microbatches: how many training steps it has done, and how many microbatches have
             passed through it, each action being its share of one; for monitoring.
         fault_hook: lets this rank fail at a chosen action; None except in a test of failures.
+        left: whether this rank has left in order, so that its process may join the next world.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class World:
         self.microbatches = 0.0
         self.fault_hook = fault_hook
         self._control = control
-        self._left = False
+        self.left = False
         self._failed = False
         self._at_barrier: int | None = None  # the thread that waits there without a limit
         self._pid = os.getpid()
@@ -95,7 +96,7 @@ class World:
 
         `threads` tells which threads are the rank's, by default all that the script has.
         """
-        if self._left or self._failed:
+        if self.left or self._failed:
             return None
         beat = beat_of(self.position(), self._waits_for, self.transport.traffic, threads)
         return dataclasses.replace(beat, steps=self.steps, microbatches=self.microbatches)
@@ -127,10 +128,13 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @property
-    def left(self) -> bool:
-        """Whether this rank has left in order, so that its process may join the next world."""
-        return self._left
+    @contextlib.contextmanager
+    def _doing(self, *activity: object) -> Iterator[None]:
+        self.activity = activity
+        try:
+            yield
+        finally:
+            self.activity = ()
 
     def isend(self, message: Message, dst: int, tag: int = 0) -> Work:
         """Start to send; see `transport.base.Transport.isend`. Tags are 0 ... 2**62 - 1."""
@@ -151,11 +155,8 @@ class World:
         self, message: Message, dst: int, tag: int = 0, *, timeout: float | None = None
     ) -> None:
         """Send and block until the tensor may be written again; `timeout` is in seconds."""
-        self.activity = ("sending to rank", dst, "with tag", tag)
-        try:
+        with self._doing("sending to rank", dst, "with tag", tag):
             self.transport.send(message, dst, _user_tag(tag), timeout=timeout)
-        finally:
-            self.activity = ()
 
     def recv(
         self,
@@ -167,23 +168,17 @@ class World:
         timeout: float | None = None,
     ) -> torch.Tensor:
         """Block until one tensor of `src` with `tag` is here; `timeout` is in seconds."""
-        self.activity = ("waiting for a message from rank", src, "with tag", tag)
-        try:
+        with self._doing("waiting for a message from rank", src, "with tag", tag):
             return self.transport.recv(
                 src, _user_tag(tag), into=into, expect=expect, timeout=timeout
             )
-        finally:
-            self.activity = ()
 
     def broadcast(
         self, message: Message | None, root: int, *, timeout: float | None = None
     ) -> Message:
         """Return the root's message on every rank; the others pass None. Every rank calls it."""
-        self.activity = ("waiting for a broadcast from rank", root)
-        try:
+        with self._doing("waiting for a broadcast from rank", root):
             return broadcast(self.transport, message, root, timeout=timeout)
-        finally:
-            self.activity = ()
 
     def barrier(self, timeout: float | None = None) -> None:
         """Block until every rank has called; `timeout` is in seconds.
@@ -195,13 +190,10 @@ class World:
             WaitTimeout: the seconds are over.
             TransportClosed: this rank has left the world.
         """
-        if self._left or self._failed:
+        if self.left or self._failed:
             raise TransportClosed("this rank has left its world: there is no barrier any more")
-        self.activity = ("waiting at a barrier",)
-        try:
+        with self._doing("waiting at a barrier"):
             self._meet(timeout)
-        finally:
-            self.activity = ()
 
     def _meet(self, timeout: float | None, *, last: bool = False) -> None:
         if self.world_size == 1:
@@ -234,7 +226,7 @@ class World:
         except BaseException as error:
             self.abandon(error)
             raise
-        self._left = True
+        self.left = True
         if self._control is not None:
             self._control.leave()
 
@@ -245,7 +237,7 @@ class World:
         self._failed = True
         if self._control is None:
             self.transport.abort(TransportClosed(f"this rank failed: {error!r}"))
-            self._left = True
+            self.left = True
         elif not isinstance(error, JobFailed):
             # The connections stay open: a peer that saw them end first would not know why. And the
             # process stays in this world: its job has failed, there is nothing to join again.
@@ -253,17 +245,12 @@ class World:
 
     def _is_in(self) -> bool:
         # (A child that the script forks has a copy of this object, but is in no world.)
-        return not self._left and not self._failed and os.getpid() == self._pid
+        return not self.left and not self._failed and os.getpid() == self._pid
 
     def __enter__(self) -> World:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
         else:

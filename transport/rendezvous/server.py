@@ -188,7 +188,11 @@ class RendezvousServer:
                 failure = dataclasses.replace(failure, rank=member.rank)
                 self._on_event(Event(EventKind.REPORTED, member.rank, failure))
             case "beat":
-                self._hear(member, record)
+                after, state = member.after_echo(record.get("echoes")), record.get("state")
+                if self._far:
+                    member.echo()
+                    self._send(member, {"record": "echo"})
+                self._on_event(Event(EventKind.BEAT, member.rank, state=state, after=after))
             case "doing":
                 words = printable(str(record.get("doing", "")), DOING_LIMIT).split()
                 self._on_event(Event(EventKind.DOING, member.rank, text=" ".join(words)))
@@ -198,13 +202,6 @@ class RendezvousServer:
                 self._release()
             case other:
                 raise ProtocolError(f"there is no record {other!r:.50}")
-
-    def _hear(self, member: Member, record: dict[str, Any]) -> None:
-        after, state = member.after_echo(record.get("echoes")), record.get("state")
-        if self._far:
-            member.echo()
-            self._send(member, {"record": "echo"})
-        self._on_event(Event(EventKind.BEAT, member.rank, state=state, after=after))
 
     def _release(self) -> None:
         """End the barrier that every rank has reached; find the one that some never will."""

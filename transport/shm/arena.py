@@ -97,9 +97,8 @@ class LendingArena:
         self._states = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._blocks: dict[int, list[int]] = {}  # offsets by size
-        self._gaps = [
-            (reserved_nbytes, nbytes)
-        ]  # from where to where nothing has been cut into blocks
+        # From where to where nothing has been cut into blocks.
+        self._gaps = [(reserved_nbytes, nbytes)]
         self._last = 0  # the block that was lent last
 
     def close(self) -> None:

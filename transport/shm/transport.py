@@ -97,18 +97,11 @@ class LendingConnection(Connection):
 
     def _show_arena(self, sock: socket.socket) -> None:
         try:
-            self.lender = self._new_lender()
-        except OSError:
-            self.lender = None
-        if self.lender is not None:
-            lender = self.lender
-            try:  # one byte always fits into an empty buffer
+            lender = self._new_lender()
+            with contextlib.closing(lender):  # one byte always fits into an empty buffer
                 socket.send_fds(sock, [_WITH_ARENA], [lender.fd])
-            except OSError:  # too many descriptors under way, for example
-                self.lender = None
-            finally:
-                lender.close()
-        if self.lender is None:
+            self.lender = lender
+        except OSError:  # no memory, or too many descriptors under way, for example
             with contextlib.suppress(OSError):  # the peer is gone: reading finds out how
                 sock.send(_WITHOUT)
 

@@ -109,7 +109,7 @@ class Head:
 
     def _visit(self, sock: socket.socket, number: int) -> None:
         """Let a launcher in, whose number the rendezvous was told in the place of a rank."""
-        node = Nodes.from_number(number)
+        node = -1 - number  # see `Nodes.number`
         try:
             sock.send(bytes([Verdict.ACCEPTED]))
         except OSError:

@@ -60,11 +60,6 @@ class Nodes:
         """Return what the launcher says in the place of a rank when it calls: -2 for node 1."""
         return -1 - self.node
 
-    @staticmethod
-    def from_number(number: int) -> int:
-        """Return the node whose launcher calls so."""
-        return -1 - number
-
 
 def share(world_size: int, count: int, node: int) -> range:
     """Return the ranks of a node: as even as possible, the first nodes have the larger shares."""

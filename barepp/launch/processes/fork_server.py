@@ -49,8 +49,7 @@ class ForkServer:
     def __init__(self, preloads: Sequence[str] = (), *, fork: bool) -> None:
         self._fork = fork
         self._server: Any = None
-        self._folder: str | None = None
-        self._folder_fd: int | None = None
+        self._folder = contextlib.ExitStack()  # the folder of the server's socket
         self.context: ForkContext | ForkServerContext
         if fork:
             self.context = multiprocessing.get_context("fork")
@@ -101,12 +100,7 @@ class ForkServer:
 
     def remove_folder(self) -> None:
         """Remove the server's socket from the disk; no process can be started any more."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        if self._folder_fd is not None:
-            os.close(self._folder_fd)
-            self._folder_fd = None
+        self._folder.close()
 
     def tells_nothing(self, ended_fd: int) -> bool:
         """Whether the fork server has died, told by the end of a process that it started.
@@ -137,9 +131,11 @@ class ForkServer:
         A socket's path has at most 107 bytes (unix(7)), and that of the temporary folder may be
         longer. So the path begins with a descriptor of our folder.
         """
-        self._folder = tempfile.mkdtemp(prefix="pymp-barepp-")
-        self._folder_fd = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        return f"/proc/self/fd/{self._folder_fd}"
+        folder = tempfile.mkdtemp(prefix="pymp-barepp-")
+        self._folder.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._folder.callback(os.close, folder_fd)
+        return f"/proc/self/fd/{folder_fd}"
 
 
 def _be_sure_of_descriptors() -> None:
@@ -188,15 +184,10 @@ OPTIMIZERS: Final = "optim"  # as in torch.optim.Adam
 
 def preloads(task: Task) -> list[str]:
     """Return the modules that are worth importing before the ranks are forked."""
-    if isinstance(task, Script):
-        path: str | None = task.path
-    elif isinstance(task, Call):
-        try:
+    path = task.path if isinstance(task, Script) else None
+    if isinstance(task, Call):
+        with contextlib.suppress(TypeError):  # a callable object, a partial
             path = inspect.getsourcefile(task.function)
-        except TypeError:  # a callable object, a partial
-            path = None
-    else:
-        path = None
     mentioned = path is not None and _mentions(Path(path), OPTIMIZERS, set())
     return [private_names.IMPORTED_BY_OPTIMIZERS] if mentioned else []
 

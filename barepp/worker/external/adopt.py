@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -94,9 +94,10 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
 def _serve(
     started: Started, options: Options, given: bytes | None
 ) -> tuple[bytes, tuple[str, int]]:
-    """Start to serve the rendezvous; return the job's secret, and where rank 0 itself is to call.
+    """Start the process that serves the rendezvous, with copies of the listening sockets.
 
-    That is at loopback, so that rank 0 is still heard when the network is gone.
+    Return the job's secret, and where rank 0 itself is to call: at loopback, so that rank 0 is
+    still heard when the network is gone.
     """
     with contextlib.ExitStack() as stack:
         doors = [stack.enter_context(_listening(started))]
@@ -106,7 +107,27 @@ def _serve(
         secret, asked = given or new_secret(), None
         if given is None:
             asked = stack.enter_context(secret_socket(_run(started)))
-        serve_beside(doors, secret, options, far=not started.one_host, asked=asked)
+        passed = [sock.fileno() for sock in doors]
+        orders = {
+            "sockets": passed,
+            "secret": secret.hex(),
+            "far": not started.one_host,  # whether ranks are on other hosts
+            "asked": None if asked is None else asked.fileno(),  # there it gives them the secret
+            "options": dataclasses.asdict(options),
+            "parent": os.getpid(),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "barepp.launch.hosts.rendezvous_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[*passed, asked.fileno()] if asked is not None else passed,
+            # -m looks here first: for this very barepp, and for nothing of the script's own folder.
+            cwd=Path(__file__).parents[3],
+        )
+        assert process.stdin is not None
+        with process.stdin:  # not its command line: others can read that
+            process.stdin.write(json.dumps(orders).encode())
+        process.returncode = 0  # it ends after us; so `Popen` does not complain that it still runs
         return secret, doors[-1].getsockname()[:2]
 
 
@@ -192,39 +213,3 @@ class _Ending:
             lines += ["    " + line for line in self._stack.rstrip().splitlines()]
         with contextlib.suppress(Exception):  # the script may have closed it
             print(printable("\n".join(lines)), file=sys.stderr, flush=True)
-
-
-def serve_beside(
-    listening: Sequence[socket.socket],
-    secret: bytes,
-    options: Options,
-    *,
-    far: bool,
-    asked: socket.socket | None,
-) -> None:
-    """Start the process, which gets copies of the listening sockets; called by rank 0.
-
-    At `asked` it gives the secret to other ranks, until all have come; `far` is whether some are on
-    other hosts.
-    """
-    passed = [sock.fileno() for sock in listening]
-    orders = {
-        "sockets": passed,
-        "secret": secret.hex(),
-        "far": far,
-        "asked": None if asked is None else asked.fileno(),
-        "options": dataclasses.asdict(options),
-        "parent": os.getpid(),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "barepp.launch.hosts.rendezvous_process"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[*passed, asked.fileno()] if asked is not None else passed,
-        # -m looks here first: for this very barepp, and for nothing of the script's own folder.
-        cwd=Path(__file__).parents[3],
-    )
-    assert process.stdin is not None
-    with process.stdin:  # not its command line: others can read that
-        process.stdin.write(json.dumps(orders).encode())
-    process.returncode = 0  # it ends after us; so `Popen` does not complain that it still runs

@@ -66,15 +66,19 @@ def started_by_others(environ: Mapping[str, str]) -> Started | None:
     Raises:
         UsageError: one has, but what it says is incomplete or makes no sense.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _by_torchrun(environ) if _number(environ, "WORLD_SIZE") > 1 else None
-    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
-        return _by_srun(environ) if _number(environ, "SLURM_NTASKS") > 1 else None
+    launchers = (
+        ("WORLD_SIZE", "RANK", TORCHRUN, _by_torchrun),
+        ("SLURM_NTASKS", "SLURM_PROCID", "Slurm's srun", _by_srun),
+    )
+    for size, rank, _, read in launchers:
+        if rank in environ and size in environ:
+            started = read(environ) if _number(environ, size) > 1 else None
+            if started is not None and started.rank >= started.world_size:
+                ranks = f"ranks 0 to {started.world_size - 1}"
+                raise UsageError(f"{rank}={started.rank}, but the world has {ranks}")
+            return started
     # Each of its processes would silently train a model of its own.
-    for size, rank, who in (
-        ("WORLD_SIZE", "RANK", TORCHRUN),
-        ("SLURM_NTASKS", "SLURM_PROCID", "Slurm's srun"),
-    ):
+    for size, rank, who, _ in launchers:
         if environ.get(size, "1") != "1":
             raise UsageError(
                 f"{size}={environ[size]}, but {rank} is not set: start the script by {who}, "
@@ -97,7 +101,7 @@ def _by_torchrun(environ: Mapping[str, str]) -> Started:
     else:
         one_host = host in ("localhost", "::1") or host.startswith("127.")
     restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    started = Started(
+    return Started(
         TORCHRUN,
         rank,
         world_size,
@@ -107,7 +111,6 @@ def _by_torchrun(environ: Mapping[str, str]) -> Started:
         one_host,
         f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}.{restart}",
     )
-    return _checked(started, "RANK")
 
 
 def _by_srun(environ: Mapping[str, str]) -> Started:
@@ -119,7 +122,7 @@ def _by_srun(environ: Mapping[str, str]) -> Started:
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     numbers = [int(text) if text.isdecimal() else 0 for text in (job, step)]
     host = environ.get("MASTER_ADDR") or node
-    started = Started(
+    return Started(
         SRUN,
         rank,
         _number(environ, "SLURM_NTASKS"),
@@ -129,14 +132,6 @@ def _by_srun(environ: Mapping[str, str]) -> Started:
         one_host,
         f"{job}.{step}",
     )
-    return _checked(started, "SLURM_PROCID")
-
-
-def _checked(started: Started, variable: str) -> Started:
-    if started.rank >= started.world_size:
-        ranks = f"ranks 0 to {started.world_size - 1}"
-        raise UsageError(f"{variable}={started.rank}, but the world has {ranks}")
-    return started
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

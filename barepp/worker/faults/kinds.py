@@ -101,7 +101,11 @@ def fault_action(what: str) -> FaultAction:
     """
     name, colon, detail = what.partition(":")
     if not colon and name in (*DEADLY, "SIGSTOP"):
-        return _signal(name)
+        number = signal.Signals[name]
+        comes = Expected("signal", 128 + number, name)
+        if name == "SIGSTOP":
+            comes = Expected("hang", 124, "is stopped")
+        return FaultAction(lambda: os.kill(os.getpid(), number), comes)
     if what == "hang":
         return FaultAction(_loop, Expected("hang", 124, "no progress"))
     if name == "exit" and detail.isdecimal() and int(detail) < 256:
@@ -118,13 +122,6 @@ def fault_action(what: str) -> FaultAction:
         f"there is no fault {what!r}; these exist: {', '.join(DEADLY)}, SIGSTOP, hang, raise, "
         "raise:NAME (of an exception of Python's own), exit:CODE (0 to 255), delay:SECONDS"
     )
-
-
-def _signal(name: str) -> FaultAction:
-    number = signal.Signals[name]
-    ends = Expected("signal", 128 + number, name)
-    stops = Expected("hang", 124, "is stopped")
-    return FaultAction(lambda: os.kill(os.getpid(), number), stops if name == "SIGSTOP" else ends)
 
 
 def _exception(name: str) -> type[BaseException] | None:
