@@ -435,7 +435,7 @@ FAULTS = [
     ),
     Fault(
         "barepp/launch/output.py",
-        'self._show(source.target, source.prefix + source.partial + b"\\n")',
+        'self._take(key.data, b"")',
         "pass",
         "launch/output",
     ),

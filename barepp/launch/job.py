@@ -181,25 +181,21 @@ class Job:
         self._fail_by_signal()
 
     def _start(self, number: int) -> None:
-        fork_server, options = self._fork_server, self._options
+        fork_server = self._fork_server
         duplex = (True, False, False, False, False)  # in the order of `Pipes`
         pipes = [fork_server.context.Pipe(duplex=both) for both in duplex]
         readers, writers = zip(*pipes, strict=True)
         membership = Membership(
             number,
-            options.world_size,
+            self._options,
             self._rendezvous,
             self._secret,
-            options.transport,
-            options.checksum,
             spread=self._nodes is not None,
             address=self._nodes.own_address() if self._nodes is not None else "",
-            silence_s=options.heartbeat_s,
-            alone_s=self._alone_s(),
             local_rank=number - self._share().start,
-            device=options.device,
+            alone_s=self._alone_s(),
         )
-        assignment = Assignment(membership, self._task, fork_server.parent_pid, options.fault_plan)
+        assignment = Assignment(membership, self._task, fork_server.parent_pid)
         process = fork_server.context.Process(
             target=be_rank,
             args=(assignment, Pipes(*writers)),

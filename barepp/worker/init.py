@@ -40,8 +40,8 @@ def connect(membership: Membership) -> ControlClient:
     where, secret, rank = membership.rendezvous, membership.secret, membership.rank
     if not membership.spread:
         return ControlClient(where, secret, rank)
-    server = ("the launcher of node 0", -1)
-    return ControlClient(where, secret, rank, server=server, silence_s=membership.silence_s)
+    server, silence_s = ("the launcher of node 0", -1), membership.options.heartbeat_s
+    return ControlClient(where, secret, rank, server=server, silence_s=silence_s)
 
 
 def _join(membership: Membership, control: ControlClient, fault_hook: FaultHook | None) -> World:
@@ -49,25 +49,26 @@ def _join(membership: Membership, control: ControlClient, fault_hook: FaultHook 
     from transport.rendezvous.client import BEAT_S
     from transport.sockets.addresses import Address
 
-    device, local_rank, spread = membership.device, membership.local_rank, membership.spread
-    if membership.world_size == 1:  # nobody to talk to: no sockets
+    options, local_rank, spread = membership.options, membership.local_rank, membership.spread
+    device, world_size = options.device, options.world_size
+    if world_size == 1:  # nobody to talk to: no sockets
         control.join(1, Address("", "", ("", 0)))
         world = _alone(device, control, fault_hook, local_rank)
         _beat(control, world)
         return world
     found = num_gpus(device, control.rank)
-    chosen = _connecting(membership.transport, gpu=on_gpus(device, [found]))
+    chosen = _connecting(options.transport, gpu=on_gpus(device, [found]))
     sockets, address = _listen(chosen, membership, control)
     address = dataclasses.replace(address, num_gpus=found)
     # These must be the same on all ranks for their results to fit together.
     versions = {"barepp": cli.__version__, "torch": str(torch.__version__), "on device": device}
     try:
-        addresses = control.join(membership.world_size, address, versions=versions)
+        addresses = control.join(world_size, address, versions=versions)
         gpu = None
         if on_gpus(device, [each.num_gpus for each in addresses.values()]):
             gpu = own_gpu(local_rank, found)
         elif found:  # another rank finds none. (Every transport listens where this one does.)
-            chosen = _connecting(membership.transport)
+            chosen = _connecting(options.transport)
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -79,13 +80,13 @@ def _join(membership: Membership, control: ControlClient, fault_hook: FaultHook 
     # sign of life, half a second later.
     transport = chosen(
         control.rank,
-        membership.world_size,
+        world_size,
         addresses,
         sockets,
         membership.secret,
-        silence_s=membership.silence_s if spread else 0.0,
+        silence_s=options.heartbeat_s if spread else 0.0,
         lost_grace_s=LOST_GRACE_S + (2 * BEAT_S if spread else 0.0),
-        checksum=membership.checksum,
+        checksum=options.checksum,
         gpu=gpu,
     )
     world = World(transport, control, fault_hook=fault_hook, local_rank=local_rank)
@@ -199,11 +200,11 @@ def init(device: str | None = None) -> World:
     if membership is None or control is None:
         named = os.environ.get("BAREPP_DEVICE") if device is None else device
         process.world = _alone(chosen_device(named, "auto"))
-    elif device is None or chosen_device(device, "auto") == membership.device:
+    elif device is None or chosen_device(device, "auto") == membership.options.device:
         process.world = _join(membership, control, process.fault_hook)
     else:
         raise UsageError(
-            f"this rank was started with device {membership.device}, not {device}: tell the "
-            f"launcher (--device {device}, or BAREPP_DEVICE={device} where it is not ours)"
+            f"this rank was started with device {membership.options.device}, not {device}: tell "
+            f"the launcher (--device {device}, or BAREPP_DEVICE={device} where it is not ours)"
         )
     return process.world

@@ -60,10 +60,10 @@ def main(assignment: Assignment, pipes: Pipes) -> None:
     last_words = _LastWords(pipes.result.fileno(), control)
     control.on_failure(lambda failure: last_words.end_after(membership.alone_s))
     process.membership, process.control = membership, control
-    if assignment.fault_plan is not None:
+    if (plan := membership.options.fault_plan) is not None:
         from barepp.worker.faults.fault_hook import carry_out
 
-        process.on_told, process.fault_hook = carry_out(membership.rank, assignment.fault_plan)
+        process.on_told, process.fault_hook = carry_out(membership.rank, plan)
     myself = os.getpid()
     os.register_at_fork(after_in_child=disown)
     report_threads(membership.rank, control)

@@ -19,27 +19,21 @@ class Membership:
     """How a process gets into its world.
 
     Attributes:
+        options: those of its job.
         rendezvous: the host and port where it is served.
-        checksum: whether each payload carries a sum that its receiver checks.
         spread: whether the ranks are on several hosts: then they listen beyond loopback.
         address: where the other hosts reach this one; "" is where it reaches the rendezvous from.
         local_rank: its number among the ranks of its host.
-        device: "cpu", "cuda" or "auto", see devices.py.
-        silence_s: how long a host may give no sign of life; 0 for ever.
         alone_s: how long a worker process goes on when its control connection has ended.
     """
 
     rank: int
-    world_size: int
+    options: Options
     rendezvous: tuple[str, int]
     secret: bytes = dataclasses.field(repr=False)
-    transport: str
-    checksum: bool = False
-    spread: bool = False
-    address: str = ""
-    silence_s: float = 0.0
-    local_rank: int = 0
-    device: str = "cpu"
+    spread: bool
+    address: str
+    local_rank: int
     alone_s: float = 0.0
 
 
@@ -115,7 +109,6 @@ class Assignment:
     membership: Membership
     task: Task
     parent_pid: int  # 0 when it is not known
-    fault_plan: FaultPlan | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +135,7 @@ class Options:
     transport: str = "auto"
     grace_s: float = 0.5  # between the first failure and the kill of ranks that still run
     join_timeout_s: float = 60.0
-    heartbeat_s: float = 10.0  # how long a rank may give no sign of life
+    heartbeat_s: float = 10.0  # how long a rank, or a host, may give no sign of life; 0 for ever
     timeout_s: float = 300.0  # how long a job may wait while nothing moves; 0 for ever
     checksum: bool = False  # whether payloads carry a sum
     fault_plan: FaultPlan | None = None  # a test's wish: see fault_run.py

@@ -534,7 +534,7 @@ def test_nonsense_from_the_rendezvous_is_a_failure_with_a_name() -> None:
 
 def test_who_does_not_know_its_own_name_is_found_as_the_rendezvous_was() -> None:
     """Ranks on the rendezvous's host: each of the others has reached that by some address."""
-    served = Served(2, bind="")
+    served = Served(2, listening=[serve("")])
     port = served.server.address[1]
     try:
         clients = [
@@ -612,7 +612,7 @@ def test_a_rendezvous_that_comes_later_is_waited_for_by_who_is_patient() -> None
         ControlClient(where, secret, 0, timeout=0.2, patient=True)
     waiting = start(lambda: ControlClient(where, secret, 0, timeout=SOON_S, patient=True))
     time.sleep(0.1)
-    served = Served(1, secret=secret, port=where[1])
+    served = Served(1, secret=secret, listening=[serve(*where)])
     waiting.result(SOON_S).close()
     served.close()
     began = time.monotonic()

@@ -29,7 +29,7 @@ from transport.errors import PeerLost, ProtocolError
 from transport.message.gpu_mailbox import loans
 from transport.message.specs import MessageSpec, TensorSpec
 from transport.message.tensors import tensor_over
-from transport.shm.arena import ALIGNMENT, ARENA_NBYTES, FREE, BorrowedMemory, layout
+from transport.shm.arena import ALIGNMENT, FREE, BorrowedMemory, layout
 
 
 class _Written:
@@ -79,8 +79,8 @@ class BlockLoan:
 class GpuBorrowedMemory(BorrowedMemory):
     """The receiver's side; `pid` is the sender's process, or 0."""
 
-    def __init__(self, fd: int, gpu: Gpu, pid: int, limit_nbytes: int = ARENA_NBYTES) -> None:
-        super().__init__(fd, limit_nbytes)
+    def __init__(self, fd: int, gpu: Gpu, pid: int) -> None:
+        super().__init__(fd)
         self._gpu = gpu
         self._sender_pid = pid
         self._memory: Memory | None = None

@@ -40,7 +40,7 @@ from transport.cuda.driver import HANDLE_NBYTES
 from transport.device import Event, Gpu, Memory
 from transport.message.gpu_mailbox import keep
 from transport.message.specs import MessageSpec
-from transport.shm.arena import ALIGNMENT, ARENA_NBYTES, FREE, LENT, LendingArena, layout, rounded
+from transport.shm.arena import ALIGNMENT, FREE, LENT, LendingArena, layout, rounded
 
 SLOTS: Final = 64  # messages that are lent at once; their numbers fit below ALIGNMENT
 SHOWN: Final = 2  # where the book says that the memory's handle is there
@@ -89,8 +89,8 @@ class Part(NamedTuple):
 class GpuLendingArena(LendingArena):
     """A sender's side: `lend` copies to the receiver's GPU once that has shown its memory."""
 
-    def __init__(self, gpu: Gpu, nbytes: int = ARENA_NBYTES) -> None:
-        super().__init__(nbytes, TABLE_NBYTES)
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(reserved_nbytes=TABLE_NBYTES)
         self.refused = ""  # why the receiver's memory cannot be opened
         self.last: Event | None = None  # what the last message was written before
         self._gpu = gpu

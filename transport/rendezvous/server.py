@@ -49,8 +49,7 @@ class RendezvousServer:
         secret: the job's secret.
         loop: the owner's, which serves this.
         on_event: told, in the loop's thread, of each thing that happens.
-        bind, port: where to listen; "" is on every interface, and 0 takes a free port.
-        listening: sockets that listen already, instead of `bind` and `port`.
+        listening: sockets that listen already; by default a free port at loopback does.
         join_timeout_s: seconds between the first rank's joining and the last one's.
         far: whether ranks are on other hosts, whose clocks say nothing here. Signs of life are
             answered then: so it is known after what moment of ours the next one was made.
@@ -64,8 +63,6 @@ class RendezvousServer:
         loop: EventLoop,
         on_event: Callable[[Event], None],
         *,
-        bind: str = "127.0.0.1",
-        port: int = 0,
         listening: Sequence[socket.socket] = (),
         join_timeout_s: float = 60.0,
         far: bool = False,
@@ -82,7 +79,7 @@ class RendezvousServer:
         )
         self._claimed: set[int] = set()
         self._released = 0
-        sockets = list(listening) or [serve(bind, port)]
+        sockets = list(listening) or [serve("127.0.0.1")]
         self.address: tuple[str, int] = sockets[0].getsockname()[:2]
         self._listener = Listener(secret, Role.CONTROL, ANY_RANK, sockets)
         loop.register(self._listener.fileno(), self._accept)

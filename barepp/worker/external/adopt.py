@@ -66,26 +66,22 @@ def adopt(started: Started, environ: Mapping[str, str]) -> tuple[Membership, Con
         secret = ask_for_secret(_run(started), options.join_timeout_s)
     membership = Membership(
         started.rank,
-        started.world_size,
+        options,
         where,
         secret,
-        options.transport,
-        options.checksum,
         spread=not started.one_host,
         address=environ.get("BAREPP_ADDRESS")
         or address_beside(started.host, here=started.rank == 0),
-        silence_s=options.heartbeat_s,
         local_rank=started.local_rank,
-        device=options.device,
     )
     control = ControlClient(
-        membership.rendezvous,
+        where,
         secret,
         started.rank,
         timeout=max(1.0, deadline - time.monotonic()),
         patient=True,
         server=_RANK_0 if started.rank else _BESIDE_RANK_0,
-        silence_s=membership.silence_s if membership.spread else 0.0,
+        silence_s=0.0 if started.one_host else options.heartbeat_s,
     )
     _Ending(started.rank, control, options.grace_s).arrange()
     return membership, control

@@ -28,6 +28,7 @@ from transport.cuda.transport import CudaIpcTransport
 from transport.errors import DeviceError, PeerLeft, PeerLost, ProtocolError, UnknownTransport
 from transport.message.tensors import prepare
 from transport.registry import AUTO_ON_GPU, NEED_GPU, transport_class
+from transport.shm.arena import ARENA_NBYTES
 from transport.wire.format import FrameKind
 
 LATE_S = 0.004
@@ -249,7 +250,7 @@ def test_what_finds_no_slot_or_block_is_staged_and_keeps_its_place(pair: list[An
         assert values(pair[1], pair[1].recv(0, timeout=SOON_S)) == [i]
     for send in sends:
         send.wait(SOON_S)
-    large = torch.ones(ipc_arena.ARENA_NBYTES // 4 + 1)  # longer than all there is
+    large = torch.ones(ARENA_NBYTES // 4 + 1)  # longer than all there is
     pair[0].isend(pair[0].gpu.upload(large), 1)
     assert values(pair[1], pair[1].recv(0, timeout=SOON_S)) == [1]
     pair[0].isend(on(pair[0], 3), 1)
