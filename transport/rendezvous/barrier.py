@@ -6,6 +6,7 @@ thread, which shares a lock with the others.
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from transport.errors import Failure, JobFailed, RendezvousError, TransportClose
 from transport.message.work import deadline_after, remaining
 
 
-class RankControl:
+class RankControl(abc.ABC):
     """One rank's line to whoever ends its barriers; that one counts `released` and sets `failure`.
 
     `changed` guards all of it, and is told of every change.
@@ -28,9 +29,9 @@ class RankControl:
         self._closed = False
         self._changed = changed
 
+    @abc.abstractmethod
     def call_barrier(self) -> None:
         """Tell that this rank has called for one more barrier."""
-        raise NotImplementedError
 
     def barrier(self, timeout: float | None = None, *, last: bool = False) -> None:
         """Block until every rank of the world has called.

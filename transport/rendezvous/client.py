@@ -58,6 +58,7 @@ class ControlClient(RankControl):
         self.cut_off = False  # the connection has ended, and nobody had told us a failure
         self._callbacks: list[Callable[[Failure], None]] = []
         self._addresses: dict[int, Address] | None = None
+        self._left = False  # whether it has said goodbye since it joined
         self._echoes = 0  # how many signs of life were answered
         self._attached = False
         self._state: Callable[[], dict[str, Any] | None] = lambda: None
@@ -110,7 +111,7 @@ class ControlClient(RankControl):
             RendezvousError: another world size.
             JobFailed: some rank failed meanwhile, did not come, or runs other software.
         """
-        self._addresses = None
+        self._addresses, self._left = None, False
         me = {"address": address.to_record(), "versions": dict(versions or {})}
         self._send({"record": "join", "world_size": world_size, **me})
         self._wait(lambda: self._addresses is not None, timeout, "waiting for all ranks to join")
@@ -136,8 +137,10 @@ class ControlClient(RankControl):
 
     def leave(self) -> None:
         """Say goodbye: from here on this rank may end, or join again."""
-        with contextlib.suppress(TransportClosed):
-            self._send({"record": "goodbye"})
+        if not self._left:
+            self._left = True
+            with contextlib.suppress(TransportClosed):
+                self._send({"record": "goodbye"})
 
     def close(self, *, goodbye: bool = True) -> None:
         """Hang up; without a goodbye the launcher takes it for this rank's loss."""
