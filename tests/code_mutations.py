@@ -282,8 +282,8 @@ FAULTS = [
     # -- barepp/trace -------------------------------------------------------------------------------
     Fault(
         "barepp/trace/recorder.py",
-        "self._now, self._waits = None, {}",
-        "self._now = None",
+        "flush += end - start",
+        "flush = end - start",
         "trace/trace",
     ),
     Fault(

@@ -15,10 +15,11 @@ from barepp.plan.simulate import Costs, simulate
 from barepp.plan.timeline import Timeline
 from barepp.program.actions import Kind
 from barepp.program.dry_run import Span
+from barepp.program.lowering import Step
 from barepp.schedules import Schedule
 from barepp.trace.chrome_format import ActionSpan, RankTrace, Trace, messages
-from barepp.trace.recorder import ACTIVATIONS, AWAITED, GRADIENTS
-from barepp.trace.step_breakdown import RankTimes, longest_first
+from barepp.trace.recorder import Note, step_times
+from barepp.trace.step_breakdown import RankTimes, mean_times
 
 
 def counted_steps(trace: Trace) -> list[int]:
@@ -136,32 +137,24 @@ def rank_times(trace: Trace) -> list[RankTimes]:
 
 
 def _rank_times(rank: RankTrace, steps: Collection[int]) -> RankTimes:
-    actions = [span for span in rank.actions if span.step in steps]
-    waits: dict[tuple[int, str], int] = defaultdict(int)
-    for span in actions:
-        if span.source is not None:
-            what = ACTIVATIONS if span.action.kind is Kind.F else GRADIENTS
-            waits[span.source, what] += span.start - span.asked
-    flushed = 0
+    actions: dict[int, list[ActionSpan]] = defaultdict(list)
+    notes: dict[int | None, list[Note]] = defaultdict(list)
+    for span in rank.actions:
+        actions[span.step].append(span)
     for note in rank.notes:
-        if note.step not in steps:
-            continue
-        what = note.name.removeprefix("waiting for ")
-        if note.peer is not None and what in AWAITED:
-            waits[note.peer, what] += note.end - note.start
-        else:
-            flushed += note.end - note.start
-    scale = 1e6 * max(1, len(steps))
-    return RankTimes(
-        step_ms=sum(s.end - s.start for s in rank.steps if s.number in steps) / scale,
-        computing_ms=sum(span.end - span.start for span in actions) / scale,
-        waits_ms=longest_first((peer, what, ns / scale) for (peer, what), ns in waits.items()),
-        sending_ms=sum(span.gave - span.end for span in actions) / scale,
-        flushing_ms=flushed / scale,
-        actions=len(actions) / max(1, len(steps)),
-        peak_in_flight=_peak_in_flight(actions),
-        peak_memory_nbytes=rank.peak_memory_nbytes,
-    )
+        notes[note.step].append(Note(*note[1:]))
+    sums = [
+        step_times(
+            end - start,
+            [Step(span.action, span.source, span.to) for span in actions[number]],
+            [(span.asked, span.start, span.end, span.gave) for span in actions[number]],
+            notes[number],
+        )
+        for number, start, end in rank.steps
+        if number in steps
+    ]
+    counted = [span for number in sorted(steps) for span in actions[number]]
+    return mean_times(sums, _peak_in_flight(counted), rank.peak_memory_nbytes)
 
 
 def _peak_in_flight(actions: Sequence[ActionSpan]) -> int:

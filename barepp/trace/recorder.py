@@ -7,9 +7,9 @@ A step's time on one rank is split where it happens, so that waiting never count
     sending     handing messages to the transport (isend), and waiting at the end until they left
     own         the rest: posting receives, splitting, bookkeeping
 
-An action costs four readings of the clock and a tuple, with and without tracing; tracing keeps the
-tuples, which otherwise go at the step's end, and asks when each message arrived. On a GPU the clock
-is the device's, and what it says is known later (device_recorder.py).
+An action costs four readings of the clock and a tuple, with and without tracing. At the step's end
+the tuples become sums (`step_times`); tracing keeps them too, and asks when each message arrived.
+On a GPU the clock is the device's, and what it says is known later (device_recorder.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeAlias
 
 from barepp.program.actions import Kind
@@ -37,6 +37,8 @@ GRADIENTS: Final = "gradients"
 NUM_ROWS: Final = "the number of rows"
 LOSS: Final = "the loss"
 AWAITED: Final = (ACTIVATIONS, GRADIENTS, NUM_ROWS, LOSS)
+
+WAITING_FOR: Final = "waiting for "
 
 # When an action's input was asked for, when the action started and ended, and when its result had
 # been handed on: nanoseconds of `time.perf_counter_ns`, or moments of another clock.
@@ -64,6 +66,32 @@ class Note(NamedTuple):
     peer: int | None
     start: int
     end: int
+
+
+def step_times(
+    took: int, program: Sequence[Step], times: Sequence[Times], notes: Iterable[Note]
+) -> StepTimes:
+    """Return the sums of a step from the times of its actions, and its notes."""
+    compute = send = flush = 0
+    of_activations: dict[int, int] = {}  # by the rank that was waited for
+    of_gradients: dict[int, int] = {}
+    for (action, source, to), (asked, started, ended, gave) in zip(program, times, strict=True):
+        compute += ended - started
+        if to is not None:
+            send += gave - ended
+        if source is not None:
+            those = of_activations if action[1] is Kind.F else of_gradients
+            those[source] = those.get(source, 0) + started - asked
+    waits = {(source, ACTIVATIONS): waited for source, waited in of_activations.items()}
+    for source, waited in of_gradients.items():
+        waits[source, GRADIENTS] = waited
+    for name, peer, start, end in notes:
+        if peer is None:
+            flush += end - start
+        else:
+            reason = (peer, name.removeprefix(WAITING_FOR))
+            waits[reason] = waits.get(reason, 0) + end - start
+    return StepTimes(took, compute, waits, send, flush, len(program))
 
 
 @dataclasses.dataclass
@@ -100,64 +128,40 @@ class Recorder:
     copies: deque[CopyTimes] = dataclasses.field(default_factory=lambda: deque(maxlen=KEPT_COPIES))
     device_readings: list[Reading] = dataclasses.field(default_factory=list)  # beside the host's
     _now: TracedStep | None = None  # None between steps
-    _compute: int = 0
-    _send: int = 0
-    _flush: int = 0
-    _actions: int = 0
-    _waits: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
 
     def begin_step(self, number: int = 0, at: int | None = None) -> None:
         """Start a step's clock, now unless it is said when."""
         self._now = TracedStep(number, self.clock.mark() if at is None else at)
-        self._compute = self._send = self._flush = self._actions = 0
-        self._waits = {}
 
     def add_actions(
         self, program: Sequence[Step], times: Sequence[Times], arrivals: Sequence[int] = ()
     ) -> None:
         """Add what a program's actions took to the current step."""
-        compute = send = 0
-        waits: dict[bool, dict[int, int]] = {True: {}, False: {}}  # by: is it an activation? who?
-        for (action, source, to), (asked, started, ended, gave) in zip(program, times, strict=True):
-            compute += ended - started
-            if to is not None:
-                send += gave - ended
-            if source is not None:
-                those = waits[action[1] is Kind.F]
-                those[source] = those.get(source, 0) + started - asked
-        self._compute += compute
-        self._send += send
-        self._actions += len(program)
-        for is_activation, those in waits.items():
-            for source, waited in those.items():
-                reason = (source, ACTIVATIONS if is_activation else GRADIENTS)
-                self._waits[reason] = self._waits.get(reason, 0) + waited
-        if self.tracing and self._now is not None:
-            self._now.program, self._now.times = program, times
-            self._now.arrivals = arrivals or [0] * len(times)
+        if self._now is not None:
+            assert not self._now.times, "a step runs one program"
+            self._now.program, self._now.times, self._now.arrivals = program, times, arrivals
 
     def add_wait(self, what: str, peer: int, asked: int, ended: int) -> None:
         """Add to the current step a wait for something that is not an action's input."""
-        reason = (peer, what)
-        self._waits[reason] = self._waits.get(reason, 0) + ended - asked
-        self._note(f"waiting for {what}", peer, asked, ended)
+        if self._now is not None:
+            self._now.notes.append(Note(WAITING_FOR + what, peer, asked, ended))
 
     def add_flush(self, name: str, asked: int, ended: int) -> None:
         """Add to the current step the time until what was sent had left."""
-        self._flush += ended - asked
-        self._note(name, None, asked, ended)
+        if self._now is not None:
+            self._now.notes.append(Note(name, None, asked, ended))
 
     def end_step(self, at: int | None = None) -> None:
         """Stop the clock and take the step's sums."""
         now = self._now
         assert now is not None, "no step has begun"
         now.end = self.clock.mark() if at is None else at
-        sums = (self._compute, self._waits, self._send, self._flush, self._actions)
-        self.steps.append(StepTimes(now.end - now.start, *sums))
+        self.steps.append(step_times(now.end - now.start, now.program, now.times, now.notes))
         if self.tracing:
+            now.arrivals = now.arrivals or [0] * len(now.times)
             self.traced.append(now)
         # What is waited for before the next step (by `evaluate`, say) is not this one's.
-        self._now, self._waits = None, {}
+        self._now = None
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -181,7 +185,3 @@ class Recorder:
     def compare_device(self) -> list[Reading]:
         """Return how far the clock is ahead of the host's; nothing where it is the host's."""
         return []
-
-    def _note(self, name: str, peer: int | None, start: int, end: int) -> None:
-        if self.tracing and self._now is not None:
-            self._now.notes.append(Note(name, peer, start, end))

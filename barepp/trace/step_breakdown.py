@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+
+from barepp.trace.recorder import StepTimes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,28 @@ class RankTimes:
     def moving_ms(self) -> float:
         """All that is neither computing nor waiting of any kind: in isend, and its own."""
         return self.sending_ms + self.own_ms
+
+
+def mean_times(
+    steps: Sequence[StepTimes], peak_in_flight: int, peak_memory_nbytes: int
+) -> RankTimes:
+    """Return the mean of a rank's steps; the waits in the order a person wants to hear of them."""
+    count = max(1, len(steps))
+    scale = 1e6 * count
+    waits: dict[tuple[int, str], int] = defaultdict(int)
+    for times in steps:
+        for reason, waited in times.waits.items():
+            waits[reason] += waited
+    return RankTimes(
+        step_ms=sum(times.step for times in steps) / scale,
+        computing_ms=sum(times.compute for times in steps) / scale,
+        waits_ms=longest_first((peer, what, ns / scale) for (peer, what), ns in waits.items()),
+        sending_ms=sum(times.send for times in steps) / scale,
+        flushing_ms=sum(times.flush for times in steps) / scale,
+        actions=sum(times.actions for times in steps) / count,
+        peak_in_flight=peak_in_flight,
+        peak_memory_nbytes=peak_memory_nbytes,
+    )
 
 
 def longest_first(waits_ms: Iterable[tuple[int, str, float]]) -> list[tuple[int, str, float]]:

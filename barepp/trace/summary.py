@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import resource
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from barepp.trace.recorder import AWAITED, Recorder
-from barepp.trace.step_breakdown import RankTimes, longest_first, own_time, table
+from barepp.trace.step_breakdown import RankTimes, longest_first, mean_times, own_time, table
 from transport.collectives import all_reduce
 
 if TYPE_CHECKING:
     from barepp.worker.world import World
+
+
+_NUMBERS: Final = [
+    field.name for field in dataclasses.fields(RankTimes) if field.name != "waits_ms"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,58 +72,37 @@ def peak_memory_nbytes(device: torch.device) -> int:
 
 def summarise(world: World, recorder: Recorder, peak_in_flight: int) -> Summary:
     """Put all ranks' sums together; collective, the same result on every rank."""
-    size = world.world_size
-    mine = torch.zeros(size, 9 + size * len(AWAITED), dtype=torch.float64)
-    mine[world.rank] = torch.tensor(_sums(world, recorder, peak_in_flight), dtype=torch.float64)
-    rows = (all_reduce(world.transport, mine) if size > 1 else mine).tolist()
-    longest = size * max(row[1] for row in rows)
-    return Summary(
-        step_ms=max(row[0] for row in rows) / 1e6,
-        bubble=1 - sum(row[2] for row in rows) / longest if longest else 0.0,
-        ranks=[_rank_times(row, size) for row in rows],
-    )
-
-
-def _sums(world: World, recorder: Recorder, peak_in_flight: int) -> list[float]:
-    """Return this rank's row: nine numbers, then what it waited, for each rank for each thing."""
-    size = world.world_size
     recorder.settle()
     # The first step warms up. (When some were forgotten, one more does not matter.)
     steps = list(recorder.steps)[1:] or list(recorder.steps)
-    took = [times.step for times in steps]
-    waits = dict.fromkeys([(peer, what) for peer in range(size) for what in AWAITED], 0)
-    for times in steps:
-        for reason, waited in times.waits.items():
-            waits[reason] += waited
-    return [
-        statistics.median(took) if took else 0.0,
-        sum(took),
-        sum(times.compute for times in steps),
-        sum(times.send for times in steps),
-        sum(times.flush for times in steps),
-        sum(times.actions for times in steps),
-        max(1, len(steps)),
-        peak_in_flight,
-        peak_memory_nbytes(world.device),
-        *waits.values(),
-    ]
-
-
-def _rank_times(row: list[float], size: int) -> RankTimes:
-    _, total, compute, send, flush, actions, count, peak, memory, *waits = row
-    scale = 1e6 * count
+    median_ns = statistics.median(times.step for times in steps) if steps else 0.0
+    times = mean_times(steps, peak_in_flight, peak_memory_nbytes(world.device))
+    size = world.world_size
     reasons = [(peer, what) for peer in range(size) for what in AWAITED]
+    mine = torch.zeros(size, 8 + len(reasons), dtype=torch.float64)
+    mine[world.rank] = torch.tensor([median_ns, *_numbers(times, reasons)], dtype=torch.float64)
+    rows = (all_reduce(world.transport, mine) if size > 1 else mine).tolist()
+    ranks = [_rank_times(row[1:], reasons) for row in rows]
+    longest = size * max(rank.step_ms for rank in ranks)
+    return Summary(
+        step_ms=max(row[0] for row in rows) / 1e6,
+        bubble=1 - sum(rank.computing_ms for rank in ranks) / longest if longest else 0.0,
+        ranks=ranks,
+    )
+
+
+def _numbers(times: RankTimes, reasons: list[tuple[int, str]]) -> list[float]:
+    """Return a rank's times as a row: its numbers, then how long it waited for each reason."""
+    waits = dict.fromkeys(reasons, 0.0)
+    for peer, what, ms in times.waits_ms:
+        waits[peer, what] += ms  # KeyError: the row has no place for such a reason
+    return [*(getattr(times, name) for name in _NUMBERS), *waits.values()]
+
+
+def _rank_times(row: list[float], reasons: list[tuple[int, str]]) -> RankTimes:
+    """Undo `_numbers`."""
+    step, computing, sending, flushing, actions, peak, memory, *waits = row
+    waits_ms = [(*reason, ms) for reason, ms in zip(reasons, waits, strict=True) if ms]
     return RankTimes(
-        step_ms=total / scale,
-        computing_ms=compute / scale,
-        waits_ms=longest_first(
-            (peer, what, waited / scale)
-            for (peer, what), waited in zip(reasons, waits, strict=True)
-            if waited
-        ),
-        sending_ms=send / scale,
-        flushing_ms=flush / scale,
-        actions=actions / count,
-        peak_in_flight=int(peak),
-        peak_memory_nbytes=int(memory),
+        step, computing, longest_first(waits_ms), sending, flushing, actions, int(peak), int(memory)
     )
