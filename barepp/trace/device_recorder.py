@@ -15,15 +15,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from barepp.program.lowering import Step
 from barepp.trace.clock_sync import Reading
 from barepp.trace.device_clock import DeviceClock, Event, clock_of
-from barepp.trace.recorder import KEPT_COPIES, KEPT_STEPS, Note, Recorder, Times
+from barepp.trace.recorder import KEPT_COPIES, KEPT_STEPS, Note, Recorder, Times, TracedStep
 
 if TYPE_CHECKING:
     from barepp.worker.world import World
@@ -43,14 +42,6 @@ def _is_over(event: Event) -> bool:
     return event.query()
 
 
-@dataclasses.dataclass
-class _Deferred:
-    """Something to record when the device has come to all its moments, the last of them `until`."""
-
-    until: int
-    record: Callable[[Mapping[int, int]], None]
-
-
 class DeviceRecorder(Recorder):
     """A recorder whose moments are marks of a `DeviceClock`; its times are that clock's."""
 
@@ -59,55 +50,30 @@ class DeviceRecorder(Recorder):
     def __init__(self, clock: DeviceClock) -> None:
         super().__init__(clock=clock)
         self._device = clock
-        self._deferred: deque[_Deferred] = deque()
+        # What is to be kept when the device has come to a moment; None: nothing, but settle it.
+        self._deferred: deque[tuple[int, TracedStep | Note | None]] = deque()
         self._when: dict[int, int] = {}  # moments that are settled
         self._copies: deque[Copy] = deque(maxlen=KEPT_COPIES)  # any thread appends
-
-    def begin_step(self, number: int = 0, at: int | None = None) -> None:
-        """Start a step at this moment."""
-        begun = self._device.mark() if at is None else at
-        self._defer(begun, lambda when: Recorder.begin_step(self, number, when[begun]))
 
     def add_actions(
         self, program: Sequence[Step], times: Sequence[Times], arrivals: Sequence[int] = ()
     ) -> None:
         """Add what a program's actions took, to be known later."""
-
-        def record(when: Mapping[int, int]) -> None:
-            known = [
-                (when[asked], when[started], when[ended], when[gave])
-                for asked, started, ended, gave in times
-            ]
-            # Of a message that comes while the rank's Python is far ahead nobody knows when the
-            # device had it, but for this: when the action started it was there.
-            Recorder.add_actions(self, program, known, [started for _, started, _, _ in known])
-
-        self._defer(self._device.last(), record)
-
-    def add_wait(self, what: str, peer: int, asked: int, ended: int) -> None:
-        """Add a wait for something that is not an action's input."""
-        self._defer(
-            ended, lambda when: Recorder.add_wait(self, what, peer, when[asked], when[ended])
-        )
-
-    def add_flush(self, name: str, asked: int, ended: int) -> None:
-        """Add the time until what was sent had left."""
-        self._defer(ended, lambda when: Recorder.add_flush(self, name, when[asked], when[ended]))
+        super().add_actions(program, times, arrivals)
+        if self._now is None:  # an evaluation: its moments are not kept, but are settled
+            self._defer(self._device.last(), None)
 
     def end_step(self, at: int | None = None) -> None:
         """End a step at this moment, and record those that the device has done by now."""
-        ended = self._device.mark() if at is None else at
-        self._defer(ended, lambda when: Recorder.end_step(self, when[ended]))
+        super().end_step(at)
         self._settle_passed()
+
+    def _keep(self, step: TracedStep) -> None:
+        self._defer(self._device.last(), step)  # none of its moments is later
 
     def add_outside(self, name: str, start: int, end: int) -> None:
         """Keep a span between steps."""
-
-        def record(when: Mapping[int, int]) -> None:
-            if start in when:
-                self.outside.append(Note(name, None, when[start], when[end]))
-
-        self._defer(end, record)
+        self._defer(end, Note(name, None, start, end))
 
     def add_copy(self, copy: Copy) -> None:
         """Take note of a copy in a stream of the transport's; any thread may call."""
@@ -115,28 +81,28 @@ class DeviceRecorder(Recorder):
 
     def settle(self) -> None:
         """Record all; blocks until the device has come so far."""
-        self._settle(self._deferred[-1].until if self._deferred else None)
+        self._settle(self._deferred[-1][0] if self._deferred else None)
 
     def compare_device(self) -> list[Reading]:
         """Return how far this clock is ahead of the host's; blocks until the device is idle."""
         self.settle()
         return [self._device.compare()]
 
-    def _defer(self, until: int, record: Callable[[Mapping[int, int]], None]) -> None:
+    def _defer(self, until: int, what: TracedStep | Note | None) -> None:
         # Moments come in order, but what was noted before may end later: an optimizer's step, say,
         # that began before another one.
-        until = max(until, self._deferred[-1].until) if self._deferred else until
-        self._deferred.append(_Deferred(until, record))
+        until = max(until, self._deferred[-1][0]) if self._deferred else until
+        self._deferred.append((until, what))
         if len(self._deferred) % MOST_DEFERRED == 0:
             self._settle_passed()
 
     def _settle_passed(self) -> None:
         """Record what the device has done; never waits."""
         passed = None
-        for deferred in self._deferred:
-            if not self._device.passed(deferred.until):
+        for until, _ in self._deferred:
+            if not self._device.passed(until):
                 break
-            passed = deferred.until
+            passed = until
         self._settle(passed)
 
     def _settle(self, until: int | None) -> None:
@@ -150,7 +116,22 @@ class DeviceRecorder(Recorder):
         if until is None:
             return
         self._when.update(self._device.settle(until))
-        while self._deferred and self._deferred[0].until <= until:
-            self._deferred.popleft().record(self._when)
+        while self._deferred and self._deferred[0][0] <= until:
+            self._record(self._deferred.popleft()[1])
         while len(self._when) > KEPT_MOMENTS:
             del self._when[next(iter(self._when))]
+
+    def _record(self, what: TracedStep | Note | None) -> None:
+        """Keep a step or a span, now that its moments are known."""
+        when = self._when
+        if isinstance(what, Note):
+            if what.start in when:
+                self.outside.append(what._replace(start=when[what.start], end=when[what.end]))
+        elif what is not None:
+            what.start, what.end = when[what.start], when[what.end]
+            what.times = [(when[a], when[s], when[e], when[g]) for a, s, e, g in what.times]
+            what.notes = [n._replace(start=when[n.start], end=when[n.end]) for n in what.notes]
+            # Of a message that comes while the rank's Python is far ahead nobody knows when the
+            # device had it, but for this: when the action started it was there.
+            what.arrivals = [started for _, started, _, _ in what.times]
+            super()._keep(what)

@@ -156,12 +156,16 @@ class Recorder:
         now = self._now
         assert now is not None, "no step has begun"
         now.end = self.clock.mark() if at is None else at
-        self.steps.append(step_times(now.end - now.start, now.program, now.times, now.notes))
-        if self.tracing:
-            now.arrivals = now.arrivals or [0] * len(now.times)
-            self.traced.append(now)
         # What is waited for before the next step (by `evaluate`, say) is not this one's.
         self._now = None
+        self._keep(now)
+
+    def _keep(self, step: TracedStep) -> None:
+        """Keep the sums of a step whose times are known; all of it when tracing."""
+        self.steps.append(step_times(step.end - step.start, step.program, step.times, step.notes))
+        if self.tracing:
+            step.arrivals = step.arrivals or [0] * len(step.times)
+            self.traced.append(step)
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
