@@ -178,10 +178,11 @@ def in_flight(peaks: list[int]) -> str:
 def why_they_differ(ranks: int) -> str:
     """Return why more of the time is lost than the schedule alone loses."""
     cores = len(os.sched_getaffinity(0))
-    if ranks > cores:
-        shared = "1 core" if cores == 1 else f"{cores} cores"
-        return f"They differ because {ranks} ranks share {shared}: a rank also waits for a core."
-    return "They differ because messages and Python take time too: the prediction leaves them out."
+    left_out = "messages and Python take time, which the prediction leaves out"
+    if ranks <= cores:
+        return f"They differ because {left_out}."
+    shared = "1 core" if cores == 1 else f"{cores} cores"
+    return f"They differ because {ranks} ranks share {shared}, and because {left_out}."
 
 
 def main(

@@ -106,7 +106,7 @@ def _refuse(why: object, nodes: Nodes | None = None, world_size: int = 0) -> int
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m barepp.launch",
-        description="Run a script on several ranks of this machine.",
+        description="Run a script on several ranks, on one machine or on several.",
         epilog="While it runs, Ctrl-\\ (SIGQUIT to this process) prints every rank's Python stack "
         "and who waits for whom, as python -m barepp.stacks does from elsewhere; the job goes on.",
     )

@@ -4,9 +4,10 @@ Three ways to hang, three proofs:
 
 1. Silence. A rank that has said nothing for `heartbeat_s` is stopped, or holds Python's lock.
 2. A deadlock. At one moment every rank waits without a limit, and every message that was sent has
-   been received: nobody can ever wake anybody. A rank whose last beats were equal has waited at
-   least from the second of them to the last (between the first two it might have stirred: a beat
-   reads who waits before it reads what has moved). Where all ranks' spans overlap is the moment.
+   been received: no rank can ever wake another. A rank whose last heartbeats were equal has waited
+   at least from the second of them to the last. (Between the first two it may have moved a
+   message, because a heartbeat first reads who waits and then the traffic.) The moment is where
+   the spans of all ranks overlap.
 3. No progress. Some rank waits, and nothing has moved on any rank for `timeout_s`: no message, no
    action. One rank may be busy for ever while the others wait for it.
 """

@@ -18,7 +18,8 @@ The first failure in the referee's own clock is the cause; all later ones are co
  2  a rank reports only that it lost another one       it is suspected for SUSPICION_S: the other
                                                        one's end, heard meanwhile, is the cause
  3  a process has ended, but not its connection        wait LAST_WORDS_S for the words under way
- 4  a process has ended, and its connection            it has failed; but not if it was killed here,
+ 4  a process has ended, and its connection            it has failed; but not if this launcher
+ killed it,
                                                        or left its world with exit code 0
  5  a rank has ended, and others wait for it to join   it has failed
  6  a connection has ended, but not its process        wait LOST_WAIT_S, then the rank is lost

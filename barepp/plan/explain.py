@@ -37,7 +37,10 @@ def explain(schedule: Schedule, rank: int) -> str:
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    head = f"rank {rank} of {schedule.num_ranks} in {schedule.name}: what it does in a step"
+    head = (
+        f"rank {rank} of {schedule.num_ranks} in {schedule.name}: what it does in a step "
+        "(receives are posted before it, sends are waited for after it)"
+    )
     return "\n".join([head, "", *lines])
 
 

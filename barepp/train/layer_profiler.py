@@ -40,7 +40,8 @@ from barepp.train.batch import microbatch_sizes, moved, num_rows, split
 from barepp.train.stage.boundary import Gradient, Value, gradient_of, tensors
 from barepp.train.stage.layers import LayerBuilder, LossFunction, add_note
 from barepp.train.stage.recompute import copy_of
-from barepp.train.stage.stage import Compute, Stage
+from barepp.train.stage.seeding import Compute
+from barepp.train.stage.stage import Stage
 
 LEAST_RUNS: Final = 3
 MOST_RUNS: Final = 20

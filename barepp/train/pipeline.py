@@ -45,7 +45,8 @@ from barepp.train.executor import Executor
 from barepp.train.parameters import ModelPart, hash_parameters
 from barepp.train.stage.boundary import Value
 from barepp.train.stage.recompute import recompute_of_stages
-from barepp.train.stage.stage import Compute, Stage
+from barepp.train.stage.seeding import Compute
+from barepp.train.stage.stage import Stage
 from transport.collectives import broadcast
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
         world.send(torch.ones(3), dst=1)
 
 1. Leaving the block normally is collective: flush, wait for all, say goodbye.
-2. Leaving it by an exception is this rank's failure and is reported before anything is torn down.
+2. Leaving it by an exception is this rank's failure and is reported before anything is closed.
 
 How a process gets into its world is in worker/init.py.
 """

@@ -31,8 +31,8 @@ from zoo import Model, layer, linear
 import barepp
 from barepp.train.layer_profiler import profile
 from barepp.train.stage.recompute import RECOMPUTE
-from barepp.train.stage.seeding import derive_seed
-from barepp.train.stage.stage import Compute, Stage
+from barepp.train.stage.seeding import Compute, derive_seed
+from barepp.train.stage.stage import Stage
 
 HALVES = [torch.bfloat16, torch.float16]
 

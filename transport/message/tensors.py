@@ -1,4 +1,4 @@
-"""The only place where a tensor becomes bytes and back: no copy, no numpy, no pickle.
+"""The only place where a tensor becomes bytes and back; no numpy, no pickle.
 
     prepare   message ──> spec and contiguous tensors     what the sender checks
     memory    tensor  ──> a view of its bytes             what the kernel reads from and writes to
@@ -6,9 +6,10 @@
 
 1. A message is one tensor or a tuple of them. Its payload is the tensors' bytes in that order,
    C-contiguous, little-endian, without padding; dtypes and shapes are metadata (specs.py).
-2. A contiguous tensor is sent from its own memory and received into its own memory.
-3. What writes bytes works for any thread: neither autograd nor a thread's inference mode may show
-   in the tensor.
+2. A contiguous tensor is sent from its own memory and received into its own memory, without a copy.
+   Any other tensor is copied once.
+3. Any thread may write the bytes: the tensor must not depend on that thread's autograd or inference
+   mode.
 """
 
 from __future__ import annotations

@@ -149,13 +149,6 @@ class Receive(Work):
             self.after, self.targets = gpu.now(), ()
 
 
-class Farewell(Work):
-    """The end of a transport: done when everything is flushed."""
-
-    __slots__ = ()
-    doing = "saying goodbye"
-
-
 class Traffic:
     """What one rank has sent, received and waits for: enough to prove that nothing moves any more.
 

@@ -8,7 +8,7 @@ Every rank keeps one control connection to it for its whole life. Records (one m
     beat {state, echoes}, twice a second      echo               if far: I have heard it
     barrier                                   release            to all, once all have called
     failed {failure}                          failure {failure}  to all, the first cause
-    doing {doing}                             (what a rank was about when it was told)
+    doing {doing}                             (what a rank was doing when it was told)
     goodbye                                   (then the rank may hang up)
 
 1. A rank is claimed once, for the whole life of the job. Having said goodbye it may join again;
@@ -16,8 +16,8 @@ Every rank keeps one control connection to it for its whole life. Records (one m
 2. The server only takes note and tells its owner by `Event`; the owner decides what a failure is,
    because it may know more (the launcher sees by which signal a process died).
 3. Nothing here blocks: the owner's event loop serves it.
-4. Another node's launcher comes in by the same door, with a number below `ANY_RANK` in the place
-   of the rank, and is handed to `visit`: what is said then is none of the rendezvous's business.
+4. Another node's launcher connects to the same port, with a number below `ANY_RANK` in place of the
+   rank, and is handed to `visit`; the rendezvous does not read what follows.
 """
 
 from __future__ import annotations

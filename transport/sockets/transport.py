@@ -24,7 +24,7 @@ from transport.errors import (
 from transport.message.mailbox import Mailbox
 from transport.message.specs import Message
 from transport.message.tensors import prepare, unsupported_host
-from transport.message.work import Farewell, Receive, Send, Work
+from transport.message.work import Receive, Send, Work
 from transport.sockets.addresses import Address, listen
 from transport.sockets.buffer_pool import Pool
 from transport.sockets.connection import Connection
@@ -39,8 +39,15 @@ CLOSED: Final = "this rank has closed its transport"
 FLUSH_POLL_S: Final = 0.001  # no event says that the peer's kernel has acknowledged everything
 
 
+class Farewell(Work):
+    """The end of a transport: done when everything is flushed."""
+
+    __slots__ = ()
+    doing = "saying goodbye"
+
+
 class TcpTransport(Transport):
-    """One rank's connections to the others; see `contract.Transport` for what it promises.
+    """One rank's connections to the others; see `base.Transport` for what it promises.
 
     Args:
         rank, world_size, addresses, listening, secret, silence_s: see `peers.Place`.

@@ -2,8 +2,10 @@
 
     offset  size  field           meaning (integers are little-endian; all but tag unsigned)
     0       4     magic           b"bpp" and the format's version, 2
-    4       1     kind            1 message, 2 goodbye, 3 record, 4 summed message, 5 lent message,
-                                    6 apart message
+    4       1     kind            1 message, 2 goodbye, 3 record; 4 summed message (with a
+    checksum),
+                                    5 lent message (payload in shared memory), 6 apart message
+                                    (payload beside the stream)
     5       3     reserved        zero
     8       4     meta_nbytes     length of the msgpack metadata that follows the header
     12      4     meta_crc        CRC-32 of that metadata

@@ -17,8 +17,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -32,45 +31,12 @@ from barepp.train.stage.backward import Backward, Graph, InPlaceWrites
 from barepp.train.stage.boundary import Gradient, Value, tensors
 from barepp.train.stage.layers import LayerBuilder, Layers, LossFunction, Turn, add_note
 from barepp.train.stage.recompute import Buffers, copy_of, forgetting
-from barepp.train.stage.seeding import LayerRandomness
+from barepp.train.stage.seeding import PLAIN_CPU, Compute, Context
 
-Context = contextlib.AbstractContextManager[object]
 Again = Callable[[], Backward]
 Made = TypeVar("Made")
 
 _NO_TURN: Final = contextlib.nullcontext()
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how a process computes: what a pipeline, its stages and the profiler share.
-
-    Attributes:
-        device: None is the CPU: nothing is moved, and no other generator is seeded.
-        autocast: the precision of forwards and losses (autocast.py); None is that of the tensors.
-        lock: taken in turns by ranks that are threads of one process; None for a single rank.
-    """
-
-    device: torch.device | None = None
-    autocast: torch.dtype | None = None
-    lock: threading.Lock | None = None
-
-    def randomness(self, seed: int) -> LayerRandomness:
-        """Return the turn at the process's random generators."""
-        return LayerRandomness(seed, self.lock, self.device)
-
-    def within(self, outer: Context) -> Context:
-        """Return a context that enters `outer`, and then autocast if there is one."""
-        return outer if self.autocast is None else self._within_autocast(outer)
-
-    @contextlib.contextmanager
-    def _within_autocast(self, outer: Context) -> Iterator[None]:
-        kind = "cpu" if self.device is None else self.device.type
-        with outer, torch.autocast(kind, self.autocast):
-            yield
-
-
-PLAIN_CPU: Final = Compute()
 
 
 class Stage(ModelPart):

@@ -18,7 +18,8 @@ from zoo import ZOO, layer, linear
 import barepp
 from barepp.errors import UsageError
 from barepp.train.stage.recompute import RECOMPUTE, Buffers, is_recomputed, recompute_of_stages
-from barepp.train.stage.stage import Compute, Stage
+from barepp.train.stage.seeding import Compute
+from barepp.train.stage.stage import Stage
 
 
 @pytest.mark.parametrize("name", ZOO)

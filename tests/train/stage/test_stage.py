@@ -19,8 +19,8 @@ from barepp.errors import ScheduleError, UsageError
 from barepp.train.batch import microbatch_sizes, split
 from barepp.train.models import LayerBuilder, mlp
 from barepp.train.stage.boundary import Value
-from barepp.train.stage.seeding import derive_seed
-from barepp.train.stage.stage import Compute, Stage
+from barepp.train.stage.seeding import Compute, derive_seed
+from barepp.train.stage.stage import Stage
 
 BATCHES = [(32, 4), (20, 3), (11, 4), (6, 6)]  # 8,8,8,8 · 7,7,6 · 3,3,3,2 · single rows
 GRID = [
