@@ -3,7 +3,8 @@
 1. No other file uses such a name; tests/test_private_names.py reads every source.
 2. Each function says which versions have the name, why it is needed, and what happens where it is
    missing: a slower way, a feature less, or an error that names the version.
-3. "All" means Python 3.10 to 3.13 and torch 2.6 to 2.14, as README.md lists them.
+3. "All" means Python 3.10 to 3.13 and torch 2.6 to 2.14. README.md lists those with which the whole
+   suite has run.
 """
 
 from __future__ import annotations

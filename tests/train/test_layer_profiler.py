@@ -275,7 +275,7 @@ def test_a_memory_limit_reaches_the_cut() -> None:
     layers = [linear(6, 6), linear(6, 200), linear(200, 6), linear(6, 6)]
     large = 4 * 4 * (6 * 200 + 200)  # bytes: parameters, gradients, Adam's averages
     # Everything is done in no time but the first layer, which would like to be alone.
-    layers[0] = partial(SleepyLinear, 6, 6, 0.003)
+    layers[0] = partial(SleepyLinear, 6, 6, 0.02)
 
     def work(world: barepp.World, limit: int | None) -> list[int]:
         return pipeline(world, layers, sample=batch(), memory_limit=limit, num_microbatches=1)
