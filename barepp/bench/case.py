@@ -120,6 +120,10 @@ class _SleepOnTheWayBack(torch.autograd.Function):
         return gradient, None
 
 
+# (Typed in torch from 2.14 on.)
+sleep_on_the_way_back: Any = _SleepOnTheWayBack.apply
+
+
 class SleepyLinear(nn.Linear):
     """Takes as long forward as for its input's gradient and for its weights'.
 
@@ -135,6 +139,6 @@ class SleepyLinear(nn.Linear):
         time.sleep(self.seconds)
         # Two nodes, one on each way back: a part of the backward passes one of them. (One for both
         # could not tell the parts apart: `ctx.needs_input_grad` is about the forward.)
-        x = _SleepOnTheWayBack.apply(x, self.seconds)  # type: ignore[no-untyped-call]
-        weight = _SleepOnTheWayBack.apply(self.weight, self.seconds)  # type: ignore[no-untyped-call]
+        x = sleep_on_the_way_back(x, self.seconds)
+        weight = sleep_on_the_way_back(self.weight, self.seconds)
         return functional.linear(x, weight, self.bias)  # [rows, out_features]
