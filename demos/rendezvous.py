@@ -151,15 +151,15 @@ def stranger(port: int, rank_0: BaseProcess) -> None:
     print(f"a stranger  -> rendezvous  64 zero bytes; the answer: {answer or 'it hangs up'}")
 
 
-def tap(door: socket.socket, port: int, rank_0: BaseProcess, opened: contextlib.ExitStack) -> None:
+def tap(entry: socket.socket, port: int, rank_0: BaseProcess, opened: contextlib.ExitStack) -> None:
     """Hand on and print what ranks 1 and 2 and the rendezvous say, until both have gone."""
     sides: dict[socket.socket, Side] = {}
     names: dict[socket.socket, str] = {}  # of the rank at the end of a connection, once it is known
     quiet = ended = 0
     while ended < 2 * (WORLD_SIZE - 1):
-        for ready in select.select([door, *sides], [], [])[0]:
-            if ready is door:
-                caller = opened.enter_context(door.accept()[0])
+        for ready in select.select([entry, *sides], [], [])[0]:
+            if ready is entry:
+                caller = opened.enter_context(entry.accept()[0])
                 server = opened.enter_context(connect(port, rank_0))
                 sides[caller] = Side("rank", caller, server)
                 sides[server] = Side("server", server, caller)
@@ -186,13 +186,13 @@ def tap(door: socket.socket, port: int, rank_0: BaseProcess, opened: contextlib.
 def main() -> None:
     """Start the ranks, and listen to them."""
     secret = secrets.token_hex(32)
-    with socket.create_server((HERE, 0)) as door, socket.create_server((HERE, 0)) as free:
+    with socket.create_server((HERE, 0)) as entry, socket.create_server((HERE, 0)) as free:
         port = free.getsockname()[1]
         free.close()  # rank 0 will listen there
         context = get_context("fork")
         ranks = [
             context.Process(
-                target=rank, args=(n, door.getsockname()[1] if n else port, secret), daemon=True
+                target=rank, args=(n, entry.getsockname()[1] if n else port, secret), daemon=True
             )
             for n in range(WORLD_SIZE)
         ]
@@ -200,7 +200,7 @@ def main() -> None:
             process.start()
         stranger(port, ranks[0])
         with contextlib.ExitStack() as opened:
-            tap(door, port, ranks[0], opened)
+            tap(entry, port, ranks[0], opened)
         for process in ranks:
             process.join()
         codes = [process.exitcode for process in ranks]

@@ -194,10 +194,10 @@ def run_with_fault(
     task = _checked_task(target, args, planned, options)
     with tempfile.TemporaryDirectory(prefix="barepp-testing-") as folder:
         options = dataclasses.replace(options, fault_plan=FaultPlan(planned, folder))
-        census, began = LeakCheck(), time.monotonic()
+        leaks, began = LeakCheck(), time.monotonic()
         ended, output = _run(task, options, fork=fork)
         over = time.monotonic()
-        leftovers = census.leftovers([found.pid for found in ended.ranks])
+        leftovers = leaks.leftovers([found.pid for found in ended.ranks])
         notes = [_notes(Path(folder) / f"rank{number}.jsonl") for number in range(world)]
     if "absent" in notes[rank]:
         raise UsageError(notes[rank]["absent"]["why"])

@@ -22,7 +22,7 @@ def dial(
     With `patient` a rendezvous that cannot be reached yet is waited for until the deadline, because
     whoever serves it may have been started after us; a name that does not exist is not.
 
-    Being hung up on is no answer yet: when strangers crowd the door of the rendezvous the oldest
+    Being hung up on is no answer yet: when strangers crowd the port of the rendezvous the oldest
     caller has to give way, and that may be this one.
     """
     dial_until = math.inf

@@ -40,8 +40,8 @@ class CopyThread:
 
     `on_break` is told, under the lock too, what went wrong; afterwards nothing moves any more.
 
-    No call of a rank ever waits for the thread. One that is inside `Group.move` when its lane ends
-    stays there until the other side lets go, or until the process ends: it is a daemon.
+    No call of a rank ever waits for the thread. One that is inside `Group.move` when its copy
+    thread ends stays there until the other side lets go, or until the process ends: it is a daemon.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from transport.sockets.event_loop import Progress
 
 
 class _Leaving(NamedTuple):
-    """What a lane has to await before it copies tensors, and the copies."""
+    """What a copy thread has to await before it copies tensors, and the copies."""
 
     after: Event
     copies: list[torch.Tensor]
@@ -63,7 +63,7 @@ class Stager:
         self._lane.post([t for i, t in enumerate(tensors) if leaves[i]], done, leaving)
 
     def move(self, tensor: torch.Tensor, ready: object) -> None:
-        """Copy a tensor to page-locked memory, and wait for it; called by the lane's thread."""
+        """Copy a tensor to page-locked memory, and wait for it; called by the copy thread."""
         assert isinstance(ready, _Leaving)
         gpu = self.gpu
         with gate(self.rank, f"sending {TensorSpec.of(tensor)} to rank {self._peer}"):

@@ -155,5 +155,7 @@ class Acceptor:
         if not hmac.compare_digest(job, _job_id(self._secret)):
             raise AuthenticationError("a caller belongs to another job, or has no secret")
         if role != self._role or peer != self._peer:
-            raise AuthenticationError(f"a caller wanted role {role} at rank {peer}: wrong door")
+            raise AuthenticationError(
+                f"a caller wanted role {role} at rank {peer}: the wrong listener"
+            )
         return Hello(Role(role), rank, peer)

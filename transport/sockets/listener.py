@@ -2,7 +2,7 @@
 
 1. Before the proof nothing is read but one hello and one proof of fixed size.
 2. A caller has `HANDSHAKE_TIMEOUT_S` seconds; at most `MAX_PENDING` wait at once, and when one
-   more comes the oldest is dropped. A stranger can therefore neither fill memory nor the door.
+   more comes the oldest is dropped. Strangers can therefore fill neither the memory nor the port.
 3. A failed caller is closed without a word, and disturbs nobody.
 
 Nothing here blocks. The owner polls `fileno()` for reading and calls `poll`.

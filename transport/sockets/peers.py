@@ -163,7 +163,7 @@ class Dialer:
     """Calls `peer`; `finish(socket, None)` or `finish(None, error)` is called back once.
 
     `finish(None, None)` means that the peer's own call goes ahead instead. A listener that hangs
-    up before its verdict is called again until the deadline: when strangers crowd its door, the
+    up before its verdict is called again until the deadline: when strangers crowd its port, the
     oldest caller has to give way, and that may be this one.
     """
 

@@ -1,5 +1,7 @@
 """Payloads that travel beside the stream: frames say what comes and in which order, lanes bring it.
 
+A lane is one direction of a pair: a copy thread on each side, and a group of two between them.
+
     rank 0                                                       rank 1
     two ranks connect: a group of two is opened for each direction, then
     isend:  frame "apart" ────────── stream of the pair ───────> matched by the mailbox

@@ -122,9 +122,9 @@ def test_every_bit_of_the_hello_is_covered_by_both_proofs() -> None:
 @pytest.mark.parametrize(
     ("hello", "says"),
     [
-        (Hello(Role.CONTROL, 3, 1), "wrong door"),
-        (Hello(Role.DATA, 3, 2), "wrong door"),
-        (Hello(Role.DATA, 3, -1), "wrong door"),
+        (Hello(Role.CONTROL, 3, 1), "wrong listener"),
+        (Hello(Role.DATA, 3, 2), "wrong listener"),
+        (Hello(Role.DATA, 3, -1), "wrong listener"),
     ],
 )
 def test_the_wrong_door(hello: Hello, says: str) -> None:
