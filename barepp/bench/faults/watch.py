@@ -117,6 +117,7 @@ def _wait(process: subprocess.Popen[bytes], notes: _Notes) -> float | None:
             if end in wait([end, notes.pipe], left):
                 ended_at = time.monotonic()
                 process.wait()
+                notes.read()  # which may have come with the end
                 return ended_at
             notes.read()
             if notes.fault_at is not None:
