@@ -30,6 +30,7 @@ from barepp.bench.teams.barepp_rank import BareppRank
 from barepp.bench.teams.conductor import Answers, BenchError, Conductor, environment, step_times
 from barepp.bench.teams.member import serve
 from barepp.bench.teams.one_process import OneProcess
+from barepp.train.stage.seeding import PROCESS_LOCK
 from barepp.worker.world import World
 from transport.inproc import InprocHub, InprocTransport
 
@@ -154,7 +155,9 @@ class InThisProcess:
 
     def start_barepp(self, world_size: int, *flags: str) -> InThisProcess:
         hub = InprocHub(world_size)
-        self.ranks = [BareppRank(World(InprocTransport(hub, r))) for r in range(world_size)]
+        # Threads share torch's generator: layers are built in turns, or their weights are mixed up.
+        worlds = [World(each, random_lock=PROCESS_LOCK) for each in hub.transports()]
+        self.ranks = [BareppRank(world) for world in worlds]
         return self
 
     def gather(self) -> None:
@@ -324,7 +327,6 @@ def test_training_beside_torch(tmp_path: Path) -> None:
     assert [len(measured["costs_ms"][kind]) for kind in ("forward", "backward")] == [2, 2]
 
 
-@pytest.mark.xdist_group("timed")
 def bubbles_of(*flags: str) -> tuple[dict[str, Any], list[str]]:
     parser = argparse.ArgumentParser()
     bubbles_bench.add_arguments(parser)
@@ -332,6 +334,7 @@ def bubbles_of(*flags: str) -> tuple[dict[str, Any], list[str]]:
     return bubbles_bench.run(parser.parse_args(flags), lines.append), lines
 
 
+@pytest.mark.xdist_group("timed")
 def test_bubbles_of_stages_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bubbles_bench, "Conductor", InThisProcess)
     flags = ["--ranks", "2", "--microbatches", "4", "--forward-ms", "4", "--rounds", "1"]
